@@ -1,0 +1,35 @@
+"""Privacy accounting for training with Gaussian noise: what runs cost, and what they may cost.
+
+>>> import accountants
+>>> sampling = accountants.PoissonSampling(batch_size=256)
+>>> noise_multiplier = accountants.calibrate_noise_multiplier(
+...     epsilon=3.0, delta=1e-5, sampling=sampling, num_examples=10_000, steps=400)
+>>> spent = accountants.epsilon(
+...     noise_multiplier=noise_multiplier, sampling=sampling, num_examples=10_000, steps=400,
+...     delta=1e-5)
+>>> 2.99 < spent <= 3.0
+True
+"""
+
+from accountants.accounting import Budget, Delta, Epsilon, delta, epsilon
+from accountants.calibration import calibrate_noise_multiplier, calibrate_steps
+from accountants.ledger import Ledger, LedgerError
+from accountants.mechanisms import TrainingRun
+from accountants.sampling import FullBatch, PoissonSampling, Sampling, ShuffledEpochs
+
+__all__ = [
+    "Budget",
+    "Delta",
+    "Epsilon",
+    "FullBatch",
+    "Ledger",
+    "LedgerError",
+    "PoissonSampling",
+    "Sampling",
+    "ShuffledEpochs",
+    "TrainingRun",
+    "calibrate_noise_multiplier",
+    "calibrate_steps",
+    "delta",
+    "epsilon",
+]

@@ -1,0 +1,216 @@
+"""The least noise, or the most steps, with which a run stays within a privacy budget.
+
+Both searches evaluate `accountants.epsilon` itself, and return only what it has found within the
+target: they never overshoot.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+
+from accountants import _validation
+from accountants.accounting import Accountant, Budget, GaussianCurve, check_runs
+from accountants.accounting import epsilon as spent
+from accountants.mechanisms import TrainingRun
+from accountants.sampling import Relation, Sampling
+
+# How far above the least noise multiplier the answer may lie, relatively.
+_TOLERANCE = 5e-4
+_MOST_NOISE = 1e9
+
+
+def calibrate_noise_multiplier(
+    *,
+    epsilon: float,
+    delta: float,
+    sampling: Sampling,
+    num_examples: int,
+    steps: int,
+    accountant: Accountant = "pld",
+    relation: Relation | None = None,
+    prior: Iterable[TrainingRun] = (),
+) -> float:
+    """The least noise multiplier with which a run, after the `prior` ones, stays within a budget.
+
+    >>> from accountants import FullBatch
+    >>> sigma = calibrate_noise_multiplier(epsilon=1.0, delta=1e-5, sampling=FullBatch(),
+    ...                                    num_examples=1000, steps=1)
+    >>> 3.730 < sigma < 3.733  # Balle and Wang 2018 give 3.7304...
+    True
+
+    Args:
+        epsilon, delta: the budget, as `accountants.Budget` takes it.
+        sampling, num_examples, steps: the run; at least one step.
+        accountant, relation: as for `accountants.epsilon`.
+        prior: runs on the same data that have already spent of the budget.
+
+    Returns:
+        A noise multiplier at most 5e-4 of itself above the least one, and never below.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a value is out of range, nobody can account for the combination, or the prior
+            runs leave nothing of the budget.
+    """
+    budget = Budget(epsilon, delta)
+    steps = _validation.integer("steps", steps, minimum=1)
+    prior = check_runs("prior", prior)
+    run = TrainingRun(1.0, sampling, num_examples, steps)
+
+    def cost(noise_multiplier: float) -> float:
+        runs = (*prior, dataclasses.replace(run, noise_multiplier=noise_multiplier))
+        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+
+    _check_prior(prior, run, budget, accountant, relation)
+    # A bracket: `enough` keeps to the budget, `short` does not.
+    enough, short = math.inf, 0.0
+    costs: dict[float, float] = {}
+    guess, stretch = _clt_noise_multiplier(run, budget), 1.05
+    while enough > short * (1 + _TOLERANCE):
+        costs[guess] = cost(guess)
+        if costs[guess] <= budget.epsilon:
+            enough = guess
+        else:
+            short = guess
+        if short > _MOST_NOISE:
+            raise ValueError(
+                f"epsilon={budget.epsilon!r} at delta={budget.delta!r} is out of reach of noise: "
+                f"a noise multiplier of {short:.3g} still spends {costs[short]:.6g} "
+                f"({len(prior)} prior runs included)."
+            )
+        if short == 0.0 or enough == math.inf:
+            guess = guess * stretch if short else guess / stretch
+            stretch = min(stretch**4, 100.0)
+        else:
+            guess = _between(short, enough, costs, budget.epsilon)
+    return enough
+
+
+def _between(short: float, enough: float, costs: dict[float, float], target: float) -> float:
+    """A noise multiplier inside the bracket, near to where the cost meets the target.
+
+    On log-log axes the cost is all but straight. A little beyond the interpolated root, on its
+    farther side, closes the bracket from there; now and then the middle, in case it is not.
+    """
+    width = math.log(enough / short)
+    share = _interpolate(costs[short], costs[enough], target)
+    if share is None or len(costs) % 4 == 0:
+        share = 0.5
+    else:
+        beyond = min(0.4 * _TOLERANCE / width, 0.25)
+        share = min(max(share + (beyond if share < 0.5 else -beyond), beyond / 4), 1 - beyond / 4)
+    return short * math.exp(share * width)
+
+
+def _interpolate(start: float, end: float, target: float) -> float | None:
+    """Where between two costs the target lies, in logarithms, if they allow it."""
+    if min(start, end) <= 0.0 or math.isinf(max(start, end)) or start == end:
+        return None
+    return math.log(target / start) / math.log(end / start)
+
+
+def _clt_noise_multiplier(run: TrainingRun, budget: Budget) -> float:
+    """A first guess, by the central limit theorem of Bu, Dong, Long and Su 2020 (Theorem 5)."""
+    from scipy import optimize
+
+    # The closed form of delta at this epsilon rises from 0 to 1 with the shift.
+    shift = optimize.brentq(
+        lambda shift: GaussianCurve(shift).delta(budget.epsilon) - budget.delta,
+        1e-12,
+        2 * math.sqrt(2 * budget.epsilon) + 20.0,
+        rtol=1e-3,
+    )
+    if run.sampling_probability == 1.0:
+        return math.sqrt(run.participations) / shift
+    chi_square = (shift / run.sampling_probability) ** 2 / run.participations
+    return 1 / math.sqrt(math.log1p(chi_square))
+
+
+def calibrate_steps(
+    *,
+    epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    sampling: Sampling,
+    num_examples: int,
+    accountant: Accountant = "pld",
+    relation: Relation | None = None,
+    prior: Iterable[TrainingRun] = (),
+    max_steps: int = 10_000_000,
+) -> int:
+    """The most steps with which a run, after the `prior` ones, stays within a budget.
+
+    >>> from accountants import PoissonSampling
+    >>> calibrate_steps(epsilon=6.0, delta=1e-5, noise_multiplier=1.0,
+    ...                 sampling=PoissonSampling(600), num_examples=60_000)
+    9464
+
+    Args:
+        epsilon, delta: the budget, as `accountants.Budget` takes it.
+        noise_multiplier, sampling, num_examples: the run.
+        accountant, relation: as for `accountants.epsilon`.
+        prior: runs on the same data that have already spent of the budget.
+        max_steps: the answer is at most this.
+
+    Returns:
+        The number n of steps such that n stay within the budget and n + 1 do not, or `max_steps`
+        if that many do; 0 if a single one overspends.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a value is out of range, nobody can account for the combination, or the prior
+            runs alone overspend.
+    """
+    budget = Budget(epsilon, delta)
+    max_steps = _validation.integer("max_steps", max_steps, minimum=0)
+    prior = check_runs("prior", prior)
+    run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
+
+    def cost(steps: int) -> float:
+        runs = (*prior, dataclasses.replace(run, steps=steps))
+        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+
+    _check_prior(prior, run, budget, accountant, relation)
+    return _last_within(cost, budget.epsilon, max_steps)
+
+
+def _last_within(cost: Callable[[int], float], target: float, most: int) -> int:
+    """The last n up to `most` with cost(n) <= target; that of 0 is known to be."""
+    within, beyond = 0, most + 1
+    costs: dict[int, float] = {}
+    guess = 1
+    while within + 1 < beyond:
+        guess = min(max(guess, within + 1), beyond - 1)
+        costs[guess] = cost(guess)
+        if costs[guess] <= target:
+            within = guess
+        else:
+            beyond = guess
+        if beyond not in costs:
+            guess = within * 16
+            continue
+        share = _interpolate(costs[within], costs[beyond], target) if within else None
+        if share is None or len(costs) % 4 == 0:
+            guess = (within + beyond) // 2
+        else:
+            # As in `_between`: two steps beyond the root, on its farther side.
+            root = within * (beyond / within) ** share
+            guess = math.floor(root) + (2 if share < 0.5 else -2)
+    return within
+
+
+def _check_prior(
+    prior: tuple[TrainingRun, ...],
+    run: TrainingRun,
+    budget: Budget,
+    accountant: Accountant,
+    relation: Relation | None,
+) -> None:
+    # With a run of no steps, so that the relation is the one that all of them will share.
+    idle = dataclasses.replace(run, steps=0)
+    cost = spent(runs=(*prior, idle), delta=budget.delta, accountant=accountant, relation=relation)
+    if cost > budget.epsilon:
+        raise ValueError(
+            f"prior runs alone spend epsilon={float(cost):.6g} at delta={budget.delta!r}, more "
+            f"than the target epsilon={budget.epsilon!r}."
+        )

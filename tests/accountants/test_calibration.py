@@ -1,0 +1,148 @@
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from accountants import (
+    FullBatch,
+    PoissonSampling,
+    ShuffledEpochs,
+    TrainingRun,
+    calibrate_noise_multiplier,
+    calibrate_steps,
+    epsilon,
+)
+
+N = 60_000
+
+
+@settings(deadline=None, max_examples=6)
+@given(
+    target=st.floats(0.05, 20.0),
+    sampling=st.sampled_from(
+        [PoissonSampling(6), PoissonSampling(600), PoissonSampling(30_000)]
+        + [FullBatch(), ShuffledEpochs(600)]
+    ),
+    steps=st.integers(1, 3_000),
+    accountant=st.sampled_from(["pld", "rdp"]),
+    prior=st.booleans(),
+)
+def test_the_least_noise_never_overshoots(target, sampling, steps, accountant, prior):
+    """A noise multiplier accepted although it overshoots: a mistake of the peers."""
+    prior = [TrainingRun(100.0, FullBatch(), N, 2)] * prior
+    common = {"delta": 1e-5, "accountant": accountant}
+    found = calibrate_noise_multiplier(
+        epsilon=target, sampling=sampling, num_examples=N, steps=steps, prior=prior, **common
+    )
+
+    def cost(noise_multiplier):
+        return epsilon(runs=[*prior, TrainingRun(noise_multiplier, sampling, N, steps)], **common)
+
+    assert cost(found) <= target
+    assert cost(found * (1 - 1e-3)) > target
+
+
+@settings(deadline=None, max_examples=6)
+@given(
+    target=st.floats(0.05, 10.0),
+    sampling=st.sampled_from([PoissonSampling(600), FullBatch(), ShuffledEpochs(20_000)]),
+    noise_multiplier=st.floats(0.6, 10.0),
+    accountant=st.sampled_from(["pld", "rdp"]),
+    prior=st.booleans(),
+)
+def test_the_most_steps_are_exact(target, sampling, noise_multiplier, accountant, prior):
+    prior = [TrainingRun(noise_multiplier * 20, sampling, N, 7)] * prior
+    common = {"delta": 1e-5, "accountant": accountant}
+    found = calibrate_steps(
+        epsilon=target,
+        noise_multiplier=noise_multiplier,
+        sampling=sampling,
+        num_examples=N,
+        prior=prior,
+        **common,
+    )
+
+    def cost(steps):
+        return epsilon(runs=[*prior, TrainingRun(noise_multiplier, sampling, N, steps)], **common)
+
+    assert cost(found) <= target < cost(found + 1)
+    if isinstance(sampling, ShuffledEpochs):
+        assert found % sampling.steps_per_epoch(N) == 0
+
+
+def test_steps_at_the_edges():
+    common = {"delta": 1e-5, "sampling": FullBatch(), "num_examples": N}
+    assert calibrate_steps(epsilon=0.1, noise_multiplier=0.5, **common) == 0
+    assert calibrate_steps(epsilon=0.1, noise_multiplier=0.0, **common) == 0
+    assert calibrate_steps(epsilon=9.0, noise_multiplier=5.0, max_steps=3, **common) == 3
+    assert calibrate_steps(epsilon=9.0, noise_multiplier=5.0, max_steps=0, **common) == 0
+    assert calibrate_steps(epsilon=9.0, noise_multiplier=1e9, max_steps=10**6, **common) == 10**6
+    limit = calibrate_steps(epsilon=9.0, noise_multiplier=5.0, **common)
+    for most in (limit - 1, limit, limit + 1):
+        found = calibrate_steps(epsilon=9.0, noise_multiplier=5.0, max_steps=most, **common)
+        assert found == min(most, limit)
+
+
+def test_a_spent_budget_is_refused():
+    prior = [TrainingRun(1.0, FullBatch(), N, 10)]
+    common = {"epsilon": 1.0, "delta": 1e-5, "num_examples": N, "prior": prior}
+    with pytest.raises(ValueError, match="prior"):
+        calibrate_noise_multiplier(sampling=FullBatch(), steps=1, **common)
+    with pytest.raises(ValueError, match="prior"):
+        calibrate_steps(sampling=FullBatch(), noise_multiplier=1.0, **common)
+    # All spent: no noise is enough, and that is said in time.
+    spent = float(epsilon(runs=prior, delta=1e-5, accountant="rdp"))
+    with pytest.raises(ValueError, match="out of reach"):
+        calibrate_noise_multiplier(
+            sampling=FullBatch(), steps=1, **(common | {"epsilon": spent, "accountant": "rdp"})
+        )
+    spent = float(epsilon(runs=prior, delta=1e-5))
+    assert (
+        calibrate_steps(sampling=FullBatch(), noise_multiplier=1.0, **(common | {"epsilon": spent}))
+        == 0
+    )
+
+
+def test_the_relation_counts():
+    common = {"epsilon": 2.0, "delta": 1e-5, "num_examples": N, "steps": 100}
+    for sampling in (PoissonSampling(600), FullBatch()):
+        one, two = (
+            calibrate_noise_multiplier(sampling=sampling, relation=relation, **common)
+            for relation in ("zero_out", "replace_one")
+        )
+        assert one < two <= 2.001 * one
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"epsilon": 0}, {"epsilon": -1.0}, {"delta": 0.0}, {"delta": 1}, {"steps": 0}, {"steps": -4}]
+    + [{"epsilon": float("nan")}, {"epsilon": float("inf")}, {"accountant": "magic"}],
+)
+def test_bad_arguments(change):
+    common = {"epsilon": 2.0, "delta": 1e-5, "num_examples": N, "steps": 100}
+    with pytest.raises(ValueError, match=next(iter(change))):
+        calibrate_noise_multiplier(sampling=FullBatch(), **(common | change))
+
+
+def test_speed():
+    common = {"delta": 1e-5, "sampling": PoissonSampling(600), "num_examples": N}
+    prior = [TrainingRun(3.0, PoissonSampling(300), N, 500)]
+    for target, spent in ((0.5, []), (1.0, prior), (8.0, prior)):
+        start = time.process_time()
+        found = calibrate_noise_multiplier(epsilon=target, steps=10_000, prior=spent, **common)
+        middle = time.process_time()
+        steps = calibrate_steps(epsilon=target, noise_multiplier=found, prior=spent, **common)
+        assert 10_000 <= steps < 10_050
+        assert middle - start < 3.0 and time.process_time() - middle < 3.0
+
+
+def test_import_is_light():
+    code = (
+        "import sys, time; t = time.process_time(); import accountants;"
+        "assert time.process_time() - t < 0.5;"
+        "assert not {'keras', 'tensorflow', 'jax', 'dp_accounting', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
