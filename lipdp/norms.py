@@ -1,0 +1,350 @@
+"""Certified upper bounds of operator norms.
+
+Every function returns a number that is *at least* the norm, rounding included: sensitivities
+are multiplied from these numbers, so an estimate from below (power iteration alone) would
+void the privacy guarantee. Everything is differentiable-free `keras.ops`, works inside a
+compiled step and on leading batch axes.
+"""
+
+import math
+
+import numpy as np
+from keras import ops
+from scipy import stats
+
+__all__ = [
+    "FAILURE_PROBABILITY",
+    "conv_norm_bound",
+    "conv_multiplicity",
+    "euclidean_norm",
+    "probable_norm_bound",
+    "probe_shape",
+    "spectral_norm_bound",
+]
+
+#: Probability that one `probable_norm_bound` is too small; the model pays for it out of delta.
+FAILURE_PROBABILITY = 1e-20
+
+# Relative allowance for float32 rounding, for sides up to 1,024.
+_ROUNDING = 1e-5
+# The widest gap to the true norm that the default bounds leave.
+_GAP = 0.05
+# Columns of the probe: wider probes need fewer products, each of them dearer.
+_PROBES = 16
+# The reciprocal of a larger number underflows on JAX: norms of larger entries are infinite.
+_HUGE = 1e37
+# What the FFT certificate of a convolution may hold in memory, in numbers.
+_FFT_LIMIT = 2**22
+
+
+def _rounding(*sides):
+    return 1.0 + _ROUNDING * max(1.0, max(sides) / 1024)
+
+
+def euclidean_norm(x):
+    """Euclidean (Frobenius) norm of a tensor, rounded up.
+
+    Args:
+        x: tensor of any shape.
+
+    Returns:
+        A scalar tensor; infinite for entries above 1e37.
+
+    >>> float(euclidean_norm(ops.array([3.0, 4.0]))) >= 5.0
+    True
+    """
+    scale = ops.max(ops.abs(x))  # keeps the squares away from overflow and underflow
+    safe = ops.where(scale > 0, scale, ops.ones_like(scale))
+    norm = scale * ops.sqrt(ops.sum(ops.square(x / safe))) * _rounding(1)
+    return ops.where(scale > _HUGE, math.inf, norm)
+
+
+def spectral_norm_bound(kernel, gap=_GAP):
+    """Upper bound of the largest singular value of a matrix, at most `gap` above it.
+
+    Gram iteration (Delattre et al., "Efficient Bound of Lipschitz Constant for Convolutional
+    Layers by Gram Iteration", ICML 2023): with `G_1 = WᵀW` and `G_{t+1} = G_t²`, the largest
+    eigenvalue of `G_t` is `s(W)^(2^t)`, and any upper bound of it gives one of `s(W)` whose
+    relative error vanishes like `2^-t`. The eigenvalue is bounded through trace and variance,
+    `λ ≤ m + d·√(p−1)` with `m = tr(G)/p` and `d² = ‖G − mI‖²_F/p` (Wolkowicz & Styan, "Bounds
+    for Eigenvalues Using Traces", 1980, Theorem 2.1), which is exact for orthogonal matrices
+    and never worse than the Frobenius norm. The worst spectrum has half of its values at the
+    top, which costs `((1 + √(p−1))/2)^(2^-t)`; the number of iterations follows from that.
+
+    Args:
+        kernel: float tensor of shape `(..., m, n)`.
+        gap: relative distance to the true norm that is accepted.
+
+    Returns:
+        A tensor of shape `(...)`: the bound of each matrix. Zero for zeros, NaN for NaN, infinite
+        for entries above 1e37.
+
+    Raises:
+        ValueError: the kernel is not a matrix.
+
+    >>> bound = float(spectral_norm_bound(ops.diag(ops.array([1.0, 2.0]))))
+    >>> 2.0 <= bound <= 2.1
+    True
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    if len(kernel.shape) < 2:
+        raise ValueError(
+            f"`kernel` must have at least two axes, (..., m, n); got shape {tuple(kernel.shape)}."
+        )
+    rows, columns = kernel.shape[-2:]
+    side = min(rows, columns)
+    worst = (1.0 + math.sqrt(side - 1)) / 2.0
+    # `gap / 2` leaves room for rounding; 2^-t·log(worst) <= log(1 + gap).
+    iterations = 1
+    while math.log(worst) > 2**iterations * math.log1p(gap / 2):
+        iterations += 1
+
+    scale = ops.max(ops.abs(kernel), axis=(-2, -1), keepdims=True)
+    matrix = kernel / ops.where(scale > 0, scale, ops.ones_like(scale))
+    transposed = ops.swapaxes(matrix, -2, -1)
+    gram = ops.matmul(transposed, matrix) if columns <= rows else ops.matmul(matrix, transposed)
+    log_norm = ops.zeros_like(scale)
+    for iteration in range(1, iterations + 1):
+        if iteration > 1:
+            gram = ops.matmul(gram, gram)
+        size = ops.sqrt(ops.sum(ops.square(gram), axis=(-2, -1), keepdims=True))
+        size = ops.maximum(size, 1e-30)
+        gram = gram / size
+        log_norm = log_norm + ops.log(size) / 2**iteration
+    trace = ops.sum(ops.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    mean = trace / side
+    spread = ops.sum(
+        ops.square(gram - mean * ops.eye(side, dtype=gram.dtype)), axis=(-2, -1), keepdims=True
+    )
+    top = mean + ops.sqrt(spread / side * (side - 1))
+    # No matrix has a spectral norm above its Frobenius norm, nor `top` below zero but by rounding.
+    bound = scale * ops.exp(log_norm) * ops.power(ops.maximum(top, 1e-30), 2.0**-iterations)
+    bound = ops.where(scale > _HUGE, math.inf, bound * _rounding(rows, columns))
+    return bound[..., 0, 0]
+
+
+def probe_shape(kernel_shape):
+    """Shape of the Gaussian probe that `probable_norm_bound` wants for a matrix.
+
+    >>> probe_shape((300, 200))
+    (16, 200)
+    """
+    return (_PROBES, min(kernel_shape))
+
+
+def probable_norm_bound(kernel, probe, expected=1.0, gap=0.1):
+    """Upper bound of the largest singular value that fails with probability 1e-20 at most.
+
+    The cheap certificate of large matrices: `2k` products with a block of 16 vectors instead of
+    products of whole matrices. With `A = WᵀW`, largest eigenvalue `λ` and unit eigenvector `v`,
+    a Gaussian block `X` (rows are probes) and the Chebyshev polynomial `T_k`, let
+    `Y = X·T_k(2A/a − I)` for any `a > 0`. If `λ ≥ a`,
+
+        T_k(2λ/a − 1)·‖Xv‖ = ‖Yv‖ ≤ s(Y),    so    λ ≤ a·(1 + cosh(arccosh(s(Y)/ξ)/k))/2
+
+    whenever `‖Xv‖ ≥ ξ`; if `λ < a` the right-hand side is at least `a` anyway. `‖Xv‖²` is
+    chi-square with 16 degrees of freedom whatever `v` is, so with `ξ²` its 1e-20 quantile the
+    bound fails with probability 1e-20 at most. `a` may depend on `X`: the event does not. The
+    randomised lower tail is that of Halko, Martinsson & Tropp (2011), section 4.3; the
+    polynomial is what makes a flat spectrum cost `k ~ 1/√gap` instead of `1/gap` products.
+
+    The probe must be independent of the matrix: fresh at every call, never a function of it.
+
+    Args:
+        kernel: float tensor of shape `(m, n)`.
+        probe: standard normal tensor of shape `probe_shape((m, n))`.
+        expected: the norm at which the bound should be sharpest (a radius). Only the tightness
+            depends on it.
+        gap: relative distance to the true norm that is aimed at when the norm is `expected`.
+
+    Returns:
+        A scalar tensor, never above the Frobenius norm (rounded up).
+
+    >>> from keras import random
+    >>> w = random.normal((400, 300), seed=1) / 37.3
+    >>> bound = float(probable_norm_bound(w, random.normal(probe_shape(w.shape), seed=2)))
+    >>> float(ops.linalg.norm(w, 2)) <= bound <= 1.15
+    True
+    """
+    rows, columns = kernel.shape
+    # Both products then run along the last axis of a contiguous right-hand side.
+    wide = ops.transpose(kernel) if columns > rows else kernel
+    tall = kernel if columns > rows else ops.transpose(kernel)
+    frobenius = euclidean_norm(kernel)
+    side = min(rows, columns)
+    threshold = math.sqrt(stats.chi2.ppf(FAILURE_PROBABILITY, _PROBES))
+
+    def gram(y):
+        return ops.matmul(ops.matmul(y, tall), wide)
+
+    # Rayleigh quotients are below λ: with `a` at least a fraction of them nothing overflows.
+    first = gram(probe)
+    rayleigh = ops.max(ops.sum(first * probe, axis=1) / ops.sum(ops.square(probe), axis=1))
+    a = ops.maximum(rayleigh, expected**2)
+    # For a flat spectrum s(Y) is about s(X) <= √side + √probes + 2.
+    ratio = (math.sqrt(side) + math.sqrt(_PROBES) + 2.0) / threshold
+    degree = math.ceil(math.acosh(ratio) / math.acosh(2.0 * (1.0 + gap) ** 2 - 1.0))
+    previous, current = probe, 2.0 / a * first - probe
+    for _ in range(degree - 1):
+        previous, current = current, 4.0 / a * gram(current) - 2.0 * current - previous
+    # 1 %: the rounding of the recurrence, which moves Y by far less than that of its size.
+    growth = ops.maximum(1.01 * spectral_norm_bound(current) / threshold, 1.0)
+    # arccosh(x) = log(x + √(x² − 1)), written so that a large x does not overflow.
+    log_growth = ops.log(growth) + ops.log(1.0 + ops.sqrt(1.0 - ops.square(1.0 / growth)))
+    bound = ops.sqrt(a * (1.0 + ops.cosh(log_growth / degree)) / 2.0) * _rounding(rows, columns)
+    # A norm far from what was expected overflows: the Frobenius norm is a bound all the same.
+    return ops.where(ops.isfinite(bound), ops.minimum(bound, frobenius), frobenius)
+
+
+def _per_axis(value, axes, name):
+    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    if len(values) != axes or any(v < 1 for v in values):
+        raise ValueError(f"`{name}` must be {axes} positive integers or one; got {value!r}.")
+    return values
+
+
+def _geometry(kernel_shape, input_shape, strides, padding, dilation_rate):
+    """(kernel, input, stride, dilation, outputs) of each spatial axis."""
+    axes = len(kernel_shape) - 2
+    if padding not in ("valid", "same", "causal"):
+        raise ValueError(f"`padding` must be 'valid', 'same' or 'causal'; got {padding!r}.")
+    sizes = tuple(input_shape)
+    if len(sizes) == axes + 1:
+        sizes = sizes[:-1]
+    if len(sizes) != axes or any(n is None or n < 1 for n in sizes):
+        raise ValueError(
+            f"`input_shape` must be {axes} known spatial sizes (and the channels); "
+            f"got {tuple(input_shape)}."
+        )
+    strides = _per_axis(strides, axes, "strides")
+    dilations = _per_axis(dilation_rate, axes, "dilation_rate")
+    geometry = []
+    for k, n, s, d in zip(kernel_shape[:axes], sizes, strides, dilations, strict=True):
+        reach = (k - 1) * d + 1
+        outputs = -(-(n - reach + 1) // s) if padding == "valid" else -(-n // s)
+        if outputs < 1:
+            raise ValueError(
+                f"The kernel spans {reach} cells of an axis of {n}: with padding='valid' "
+                "nothing is left of the input."
+            )
+        geometry.append((k, n, s, d, outputs))
+    return geometry
+
+
+def conv_multiplicity(kernel_shape, input_shape, strides=1, padding="valid", dilation_rate=1):
+    """How many output positions one input entry can reach, at most.
+
+    On an axis with `k` taps, stride `s` and dilation `d` the taps that meet a given input cell
+    are `s/gcd(s, d)` apart, so `⌈k/(s/gcd(s, d))⌉` outputs read it, and never more than there
+    are outputs. The norm of the gradient of a conv kernel is at most the square root of this
+    number times `X·G`.
+
+    Args:
+        kernel_shape: `(taps..., channels_in, channels_out)`.
+        input_shape: spatial sizes of the input, channels optional.
+        strides, dilation_rate: an integer, or one for each axis.
+        padding: `"valid"`, `"same"` or `"causal"`, with zeros.
+
+    Returns:
+        An integer.
+
+    >>> conv_multiplicity((3, 3, 1, 8), (28, 28)), conv_multiplicity((2, 2, 1, 8), (28, 28), 2)
+    (9, 1)
+    """
+    multiplicity = 1
+    for k, _, s, d, outputs in _geometry(
+        kernel_shape, input_shape, strides, padding, dilation_rate
+    ):
+        multiplicity *= min(-(-k // (s // math.gcd(s, d))), outputs)
+    return multiplicity
+
+
+def conv_norm_bound(
+    kernel,
+    input_shape,
+    strides=1,
+    padding="valid",
+    dilation_rate=1,
+    groups=1,
+    certificate="auto",
+):
+    """Upper bound of the operator norm of a zero-padded convolution, stride included.
+
+    Two bounds that both hold; the smaller one is returned:
+
+    - `"reshaped"`: `√m·s(K̂)`, with `K̂` the kernel as a `(taps·channels_in, channels_out)`
+      matrix and `m` the `conv_multiplicity`: patch extraction has norm at most `√m`.
+    - `"fft"`: the largest singular value of the kernel's transfer matrices on a frequency grid.
+      A zero-padded convolution is a part of a circular one on `N` cells an axis as soon as
+      nothing wraps around: `N ≥ n + ⌊k'/2⌋` for `same`, `n` for `valid`, `n + k' − 1` for
+      `causal`, `k' = (k − 1)·d + 1`; a circular one is block-diagonal in the Fourier basis
+      (Sedghi, Gupta & Long, ICLR 2019; `N = n` would not bound a `same` convolution), and
+      dropping rows for the stride cannot raise the norm.
+
+    Args:
+        kernel: tensor `(taps..., channels_in // groups, channels_out)`, any number of axes.
+        input_shape: spatial sizes of the input, channels optional.
+        strides, padding, dilation_rate, groups: as in `keras.layers.Conv2D`.
+        certificate: `"reshaped"`, `"fft"`, or `"auto"`: both, unless the frequency grid would
+            take more than 4 million numbers.
+
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        ValueError: an argument is not one of these.
+
+    >>> kernel = ops.ones((3, 3, 1, 1)) / 9.0
+    >>> 0.9 < float(conv_norm_bound(kernel, (8, 8), padding="same")) < 1.05
+    True
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    if certificate not in ("auto", "fft", "reshaped"):
+        raise ValueError(f"`certificate` must be 'auto', 'fft' or 'reshaped'; got {certificate!r}.")
+    shape = tuple(kernel.shape)
+    geometry = _geometry(shape, input_shape, strides, padding, dilation_rate)
+    taps = math.prod(shape[:-2])
+    channels_in, channels_out = shape[-2], shape[-1] // groups
+    # (groups, taps, channels_in, channels_out)
+    split = ops.reshape(kernel, (taps, channels_in, groups, channels_out))
+    split = ops.transpose(split, (2, 0, 1, 3))
+
+    grid = []
+    for k, n, _, d, _ in geometry:
+        reach = (k - 1) * d + 1
+        grid.append(n + {"same": reach // 2, "valid": 0, "causal": reach - 1}[padding])
+    # The kernel is real: opposite frequencies have the same singular values.
+    frequencies = [np.arange(n) for n in grid]
+    frequencies[0] = frequencies[0][: grid[0] // 2 + 1]
+    size = 4 * math.prod(map(len, frequencies)) * channels_in * channels_out * groups
+
+    bounds = []
+    if certificate != "fft":
+        multiplicity = conv_multiplicity(shape, input_shape, strides, padding, dilation_rate)
+        matrix = ops.reshape(split, (groups, taps * channels_in, channels_out))
+        bounds.append(ops.max(spectral_norm_bound(matrix)) * math.sqrt(multiplicity))
+    if certificate == "fft" or (certificate == "auto" and size <= _FFT_LIMIT and taps > 1):
+        phase = np.zeros((1, 1))
+        for (k, _, _, d, _), n, f in zip(geometry, grid, frequencies, strict=True):
+            axis = np.outer(f, np.arange(k) * d) / n
+            phase = (phase[:, None, :, None] + axis[None, :, None, :]).reshape(
+                phase.shape[0] * axis.shape[0], -1
+            )
+        flat = ops.reshape(split, (groups, taps, channels_in * channels_out))
+
+        def transfer(wave):
+            wave = ops.convert_to_tensor(wave.astype("float32"), dtype=kernel.dtype)
+            return ops.reshape(ops.matmul(wave, flat), (-1, channels_in, channels_out))
+
+        real = transfer(np.cos(2 * np.pi * phase))
+        imaginary = transfer(np.sin(2 * np.pi * phase))
+        # A complex matrix and this real one have the same norm.
+        doubled = ops.concatenate(
+            [
+                ops.concatenate([real, -imaginary], axis=-1),
+                ops.concatenate([imaginary, real], axis=-1),
+            ],
+            axis=-2,
+        )
+        bounds.append(ops.max(spectral_norm_bound(doubled)) * _rounding(1))
+    return ops.minimum(bounds[0], bounds[1]) if len(bounds) == 2 else bounds[0]

@@ -1,0 +1,185 @@
+"""Keras constraints that put weights back into the set in which their bounds hold.
+
+Projection happens on the variable itself, after the noisy update: it is post-processing, free
+of privacy cost, and the forward pass uses the variable as it is, so that no Jacobian of the
+projection enters a sensitivity. Every optimizer of every backend applies constraints after its
+update. Each class states the norm it certifies, which the rules in `lipdp.bounds` read.
+"""
+
+import contextlib
+import contextvars
+
+import keras
+from keras import ops
+
+from lipdp import norms
+
+__all__ = ["ConvBall", "NormBall", "Projection", "SpectralBall", "certified_by"]
+
+# Sides from which on a block of probes is cheaper than products of whole matrices.
+_LARGE = 256
+
+_certificate = contextvars.ContextVar("certificate", default=None)
+
+
+@contextlib.contextmanager
+def certified_by(bound):
+    """Lets `bound(matrix, expected)` certify large matrices while the scope lasts.
+
+    The private step opens it with `norms.probable_norm_bound` and fresh probes. Outside of it
+    every certificate is deterministic.
+    """
+    token = _certificate.set(bound)
+    try:
+        yield
+    finally:
+        _certificate.reset(token)
+
+
+def _matrix_bound(matrix, expected):
+    probable = _certificate.get()
+    if probable is not None and min(matrix.shape) > _LARGE:
+        return probable(matrix, expected)
+    return norms.spectral_norm_bound(matrix)
+
+
+def _shrink(w, bound, radius):
+    # The rounding of the product itself is covered by the bound's own allowance.
+    return w * ops.minimum(1.0, radius / ops.maximum(bound, 1e-30))
+
+
+def _check_radius(radius, name="radius"):
+    if not isinstance(radius, (int, float)) or not 0 < radius < float("inf"):
+        raise ValueError(f"`{name}` must be a positive, finite number; got {radius!r}.")
+    return float(radius)
+
+
+class Projection(keras.constraints.Constraint):
+    """Base of the projections: `projection(w)` lies in the set of norm `radius`."""
+
+    def __init__(self, radius=1.0):
+        self.radius = _check_radius(radius)
+
+    def certifications(self, shape):
+        """How many randomised certificates a weight of this shape may take; each has its price."""
+        return 0
+
+    def get_config(self):
+        return {"radius": self.radius}
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class NormBall(Projection):
+    """Euclidean ball: `‖w‖ ≤ radius` over all entries; the Frobenius ball of a matrix.
+
+    The exact projection, `w·min(1, radius/‖w‖)`.
+
+    >>> float(ops.norm(NormBall(1.0)(ops.array([3.0, 4.0])))) <= 1.0
+    True
+    """
+
+    def __call__(self, w):
+        return _shrink(w, norms.euclidean_norm(w) * (1 + 1e-6), self.radius)
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class SpectralBall(Projection):
+    """Spectral ball of a matrix: largest singular value at most `radius`, certified.
+
+    The matrix is divided by its certified norm where that is above `radius`. Scaling by an
+    upper bound stays in the ball, and a matrix inside is left alone. With `orthogonal=True`
+    Björck steps `W ← 1.5W − 0.5WWᵀW` follow (Björck & Bowie, 1971), which pull every singular
+    value towards the radius and keep those in [0, 1] within [0, 1].
+
+    Args:
+        radius: the norm that is certified.
+        orthogonal: pull the singular values up to the radius.
+        iterations: Björck steps of one application.
+
+    Raises:
+        ValueError: a value out of range, or a weight that is not a matrix.
+
+    >>> w = SpectralBall(1.0)(3.0 * ops.eye(4))
+    >>> 0.99 < float(w[0, 0]) <= 1.0
+    True
+    """
+
+    def __init__(self, radius=1.0, orthogonal=False, iterations=2):
+        super().__init__(radius)
+        if not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"`iterations` must be a positive integer; got {iterations!r}.")
+        self.orthogonal = bool(orthogonal)
+        self.iterations = iterations
+
+    def certifications(self, shape):
+        return int(min(shape) > _LARGE)
+
+    def __call__(self, w):
+        if len(w.shape) != 2:
+            raise ValueError(f"SpectralBall projects matrices; got a weight of shape {w.shape}.")
+        w = _shrink(w, _matrix_bound(w, self.radius), self.radius)
+        if self.orthogonal:
+            w = w / self.radius
+            tall = w.shape[0] >= w.shape[1]
+            for _ in range(self.iterations):
+                gram = ops.matmul(ops.transpose(w), w) if tall else ops.matmul(w, ops.transpose(w))
+                w = 1.5 * w - 0.5 * (ops.matmul(w, gram) if tall else ops.matmul(gram, w))
+            # Rounding may leave a value a few units in the last place above one.
+            w = w * (self.radius * (1 - 1e-5))
+        return w
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "orthogonal": self.orthogonal,
+            "iterations": self.iterations,
+        }
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class ConvBall(Projection):
+    """Kernels whose zero-padded convolution has operator norm at most `radius`, certified.
+
+    The set depends on the geometry of the call (`lipdp.norms.conv_norm_bound`); a rule that
+    meets the kernel in another geometry certifies it anew instead of trusting the radius.
+
+    Args:
+        radius: the norm that is certified.
+        input_shape: spatial sizes of the input, with or without the channels.
+        strides, padding, dilation_rate, groups: of the convolution.
+        certificate: `"reshaped"`, `"fft"` or `"auto"`, as in `conv_norm_bound`.
+
+    >>> ball = ConvBall(1.0, input_shape=(8, 8), padding="same")
+    >>> kernel = ball(ops.ones((3, 3, 1, 1)))
+    >>> 0.1 < float(kernel[0, 0, 0, 0]) < 0.12
+    True
+    """
+
+    def __init__(
+        self,
+        radius=1.0,
+        input_shape=None,
+        strides=1,
+        padding="valid",
+        dilation_rate=1,
+        groups=1,
+        certificate="auto",
+    ):
+        super().__init__(radius)
+        if input_shape is None:
+            raise ValueError("`input_shape` must be the spatial sizes of the input; got None.")
+        self.geometry = {
+            "input_shape": tuple(input_shape),
+            "strides": strides,
+            "padding": padding,
+            "dilation_rate": dilation_rate,
+            "groups": groups,
+        }
+        self.certificate = certificate
+
+    def __call__(self, w):
+        bound = norms.conv_norm_bound(w, **self.geometry, certificate=self.certificate)
+        return _shrink(w, bound, self.radius)
+
+    def get_config(self):
+        return {**super().get_config(), **self.geometry, "certificate": self.certificate}
