@@ -1,0 +1,185 @@
+"""What a layer tells about norms, and where rules are registered.
+
+Norms are Euclidean over all axes but the first. For one call of a layer, `X` bounds the norm
+of each input for one example and `G` the norm of the loss gradient with respect to the output
+(the cotangent). A rule turns them into a bound of the output, of the cotangents of the inputs,
+and of each weight's gradient. Bounds are Python floats where a projection certifies a weight,
+scalar tensors where the weight's current value is measured, so that a walk also works inside a
+compiled step.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from lipdp import norms
+from lipdp.projections import ConvBall, NormBall, SpectralBall
+
+Scalar = Any  # float or scalar tensor
+
+_RULES: dict[type, Callable] = {}
+
+
+class UnknownLayerError(ValueError):
+    """A network holds something for which no bound is known."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a layer in a network: its shapes (without batch) and other arguments."""
+
+    input_shapes: tuple[tuple[int | None, ...], ...]
+    output_shape: tuple[int | None, ...]
+    args: tuple = ()
+    kwargs: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def input_shape(self):
+        return self.input_shapes[0]
+
+    @property
+    def positions(self) -> int:
+        """`T`: positions of the output that share a weight acting on the last axis."""
+        return size(self.output_shape[:-1])
+
+
+def size(shape: Sequence[int | None]) -> int:
+    """Number of entries of a shape.
+
+    Raises:
+        ValueError: a size is unknown.
+    """
+    if any(n is None for n in shape):
+        raise ValueError(
+            f"the shape {tuple(shape)} has an unknown size; give keras.Input all sizes, "
+            "since the bound depends on the number of positions"
+        )
+    return math.prod(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The bounds of one call.
+
+    Attributes:
+        forward: `[X, ...] -> bound of the output`.
+        backward: `([X, ...], G) -> [cotangent bound of each input]`.
+        gradients: `([X, ...], G) -> [(variable, bound of its gradient), ...]`.
+        note: where the bound comes from or is loose, for the report.
+    """
+
+    forward: Callable[[Sequence[Scalar]], Scalar]
+    backward: Callable[[Sequence[Scalar], Scalar], Sequence[Scalar]]
+    gradients: Callable[[Sequence[Scalar], Scalar], Sequence[tuple]] = lambda xs, g: ()
+    note: str = ""
+
+
+def lipschitz(constant=1.0, *, offset=0.0, gradients=None, note="") -> Rule:
+    """Rule of a layer with one input: output at most `constant·X + offset`, cotangent
+    `constant·G`; `gradients(X, G)` lists `(variable, bound)`.
+
+    >>> rule = lipschitz(2.0, offset=1.0)
+    >>> rule.forward([3.0]), rule.backward([3.0], 5.0)
+    (7.0, [10.0])
+    """
+    return Rule(
+        forward=lambda xs: constant * xs[0] + offset,
+        backward=lambda xs, g: [constant * g],
+        gradients=(lambda xs, g: gradients(xs[0], g)) if gradients else (lambda xs, g: ()),
+        note=note,
+    )
+
+
+def register(*classes):
+    """Registers `rule(layer, call) -> Rule` for exactly these classes, not their subclasses
+    (a subclass may compute something else).
+
+    A layer of your own needs no registration if it has a method `bound(call) -> Rule`.
+
+    Raises:
+        ValueError: a class has a rule already.
+
+    >>> class Halve(keras.layers.Layer):
+    ...     def call(self, x):
+    ...         return x / 2
+    >>> @register(Halve)
+    ... def halve(layer, call):
+    ...     return lipschitz(0.5)
+    """
+
+    def decorate(rule):
+        for cls in classes:
+            if cls in _RULES:
+                raise ValueError(f"{cls.__name__} has a rule already.")
+            _RULES[cls] = rule
+        return rule
+
+    return decorate
+
+
+def find_rule(layer):
+    """The function `call -> Rule` of a layer.
+
+    Raises:
+        UnknownLayerError: there is none; the message says how to add one.
+    """
+    cls = type(layer)
+    if cls in _RULES:
+        return lambda call: _RULES[cls](layer, call)
+    # `bound` counts only where the class that computes `call` also states it, or a subclass.
+    owner = next((c for c in cls.__mro__ if "bound" in vars(c)), None)
+    computes = next((c for c in cls.__mro__ if "call" in vars(c)), None)
+    if owner is not None and computes is not None and issubclass(owner, computes):
+        return layer.bound
+    raise UnknownLayerError(
+        f"No bound is known for layer {layer.name!r} of class {cls.__module__}.{cls.__name__}. "
+        "Use a layer from lipdp.layers, or state its bound: give the class a method "
+        "`bound(self, call) -> lipdp.bounds.Rule`, or decorate a function `rule(layer, call)` "
+        f"with `@lipdp.bounds.register({cls.__name__})`."
+    )
+
+
+# --- arithmetic on floats and tensors alike -------------------------------------------------
+
+
+def minimum(a, b):
+    if isinstance(a, (int, float)) and isinstance(b, (int, float)):
+        return min(a, b)
+    return ops.minimum(a, b)
+
+
+def root_of_squares(values):
+    """`√(Σ v²)`."""
+    total = sum(v * v for v in values)
+    return math.sqrt(total) if isinstance(total, (int, float)) else ops.sqrt(total)
+
+
+# --- norms of weights: the projection's certificate, or a certificate of the current value --
+
+
+def matrix_norm(variable, matrix=None):
+    """Bound of the spectral norm of a matrix-shaped weight, now and until it is updated."""
+    constraint = getattr(variable, "constraint", None)
+    if isinstance(constraint, (SpectralBall, NormBall)):
+        return constraint.radius
+    return norms.spectral_norm_bound(variable if matrix is None else matrix)
+
+
+def vector_norm(variable):
+    """Bound of the Euclidean norm of a weight."""
+    constraint = getattr(variable, "constraint", None)
+    if isinstance(constraint, NormBall):
+        return constraint.radius
+    return norms.euclidean_norm(variable)
+
+
+def conv_norm(variable, **geometry):
+    """Bound of the operator norm of a convolution with this kernel in this geometry."""
+    constraint = getattr(variable, "constraint", None)
+    if isinstance(constraint, ConvBall) and constraint.geometry == geometry:
+        return constraint.radius
+    return norms.conv_norm_bound(variable, **geometry)

@@ -1,0 +1,275 @@
+"""The walk over a network's graph: norms forwards, cotangents backwards."""
+
+import dataclasses
+import math
+
+import keras
+from keras import ops
+from keras.src.models.functional import Functional
+
+from lipdp.bounds.rule import Call, Scalar, UnknownLayerError, find_rule
+
+#: Every sensitivity is multiplied by it: room for the float32 rounding of forward and backward
+#: passes, which the rules, being about exact arithmetic, do not know.
+ROUNDING = 1.0 + 1e-4
+
+
+@dataclasses.dataclass
+class LayerBound:
+    """What the walk found at one call of one layer."""
+
+    name: str
+    kind: str
+    inputs: list[Scalar]
+    output: Scalar
+    cotangent: Scalar
+    input_cotangents: list[Scalar]
+    gradients: list[tuple[str, Scalar]]
+    note: str
+
+
+@dataclasses.dataclass
+class NetworkBounds:
+    """Bounds of a whole network.
+
+    Attributes:
+        gradients: `{variable.path: Δ}`, the largest norm of one example's gradient.
+        layers: one `LayerBound` for each call, in the order of computation.
+        output: bound of the output's norm.
+        input_cotangents: bound of the cotangent's norm at each input.
+        lipschitz: bound of the network's Lipschitz constant.
+    """
+
+    gradients: dict[str, Scalar]
+    layers: list[LayerBound]
+    output: Scalar
+    input_cotangents: list[Scalar]
+    lipschitz: Scalar
+
+
+@dataclasses.dataclass
+class _Step:
+    operation: object
+    rule: object
+    inputs: list[int]
+    output: int
+    xs: list = dataclasses.field(default_factory=list)
+
+
+def _graph(network):
+    """The network as a functional graph.
+
+    Raises:
+        TypeError: it is not a Sequential or functional Keras model.
+        ValueError: it is not built.
+    """
+    if type(network) is keras.Sequential:
+        if not network.built or network._functional is None:
+            raise ValueError(
+                f"Network {network.name!r} is not built; put keras.Input(shape) first."
+            )
+        return network._functional
+    if type(network) is keras.Model or type(network) is Functional:
+        return network
+    raise TypeError(
+        "`network` must be a keras.Sequential or functional keras.Model, whose graph can be "
+        f"walked; got {type(network).__name__}. A subclassed model computes what its `call` says: "
+        "rebuild it with the functional API."
+    )
+
+
+def _flatten(network, inputs, steps, new_slot):
+    """Appends the steps of a network whose inputs are the slots `inputs`; returns its outputs."""
+    graph = _graph(network)
+    slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.is_input:
+                continue
+            operation = node.operation
+            _check_layer(operation)
+            sources = [slots[id(t)] for t in node.input_tensors]
+            if isinstance(operation, (Functional, keras.Sequential)):
+                outputs = _flatten(operation, sources, steps, new_slot)
+                slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
+                continue
+            if len(node.outputs) != 1:
+                raise UnknownLayerError(
+                    f"Layer {operation.name!r} has {len(node.outputs)} outputs; rules are for "
+                    "layers with one."
+                )
+            call = Call(
+                input_shapes=tuple(tuple(t.shape[1:]) for t in node.input_tensors),
+                output_shape=tuple(node.outputs[0].shape[1:]),
+                args=node.arguments.args,
+                kwargs=node.arguments.kwargs,
+            )
+            try:
+                rule = find_rule(operation)(call)
+            except UnknownLayerError:
+                raise
+            except ValueError as error:
+                raise UnknownLayerError(
+                    f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
+                ) from error
+            target = new_slot()
+            slots[id(node.outputs[0])] = target
+            steps.append(_Step(operation, rule, sources, target))
+    return [slots[id(t)] for t in graph._outputs]
+
+
+def _check_layer(layer):
+    if getattr(layer, "activity_regularizer", None) is not None:
+        raise UnknownLayerError(
+            f"Layer {layer.name!r} has an activity regulariser: its gradient passes by the clip "
+            "of the loss gradient, so no bound covers it. Remove `activity_regularizer`."
+        )
+    if getattr(layer, "_losses", None):
+        raise UnknownLayerError(
+            f"Layer {layer.name!r} called `add_loss`: that gradient passes by the clip of the loss "
+            "gradient, so no bound covers it. Put the term into the compiled loss."
+        )
+    dtype = getattr(layer, "compute_dtype", None)
+    if dtype is not None and dtype not in ("float32", "float64"):
+        raise UnknownLayerError(
+            f"Layer {layer.name!r} computes in {dtype}, whose rounding no bound covers; "
+            "use dtype='float32'."
+        )
+
+
+def network_bounds(network, loss_gradient_bound=1.0, input_bound=float("inf")) -> NetworkBounds:
+    """Bounds at every layer of a network.
+
+    Bounds go through every call of every layer: a tensor that feeds several layers collects the
+    sum of their cotangent bounds, a weight that is used several times the sum of its gradient
+    bounds (triangle inequality).
+
+    Args:
+        network: a built Sequential or functional model with one output; nested models, branches
+            and shared layers are welcome.
+        loss_gradient_bound: bound of the norm of the loss gradient with respect to the output,
+            for each example.
+        input_bound: bound of the norm of each input. Infinite unless something else than the
+            network guarantees it.
+
+    Returns:
+        `NetworkBounds`; scalars are tensors where a weight had to be measured.
+
+    Raises:
+        UnknownLayerError: a layer has no rule, mixes examples, or adds a loss.
+        TypeError: the network is not a Sequential or functional model.
+        ValueError: it has several outputs or is not built.
+    """
+    graph = _graph(network)
+    _check_layer(network)
+    if len(graph._outputs) != 1:
+        raise ValueError(
+            f"`network` must have one output; {network.name!r} has {len(graph._outputs)}."
+        )
+    count = 0
+
+    def new_slot():
+        nonlocal count
+        count += 1
+        return count - 1
+
+    steps: list[_Step] = []
+    inputs = [new_slot() for _ in graph._inputs]
+    (output,) = _flatten(network, inputs, steps, new_slot)
+
+    forward = dict.fromkeys(inputs, input_bound)
+    for step in steps:
+        step.xs = [forward[s] for s in step.inputs]
+        forward[step.output] = step.rule.forward(step.xs)
+
+    def backwards(start):
+        cotangents = {output: start}
+        found = []
+        for step in reversed(steps):
+            g = cotangents.get(step.output)
+            if g is None:  # nothing of the loss comes through here
+                found.append((step, 0.0, [0.0] * len(step.inputs)))
+                continue
+            back = list(step.rule.backward(step.xs, g))
+            for source, cotangent in zip(step.inputs, back, strict=True):
+                cotangents[source] = cotangents.get(source, 0.0) + cotangent
+            found.append((step, g, back))
+        return cotangents, found[::-1]
+
+    cotangents, found = backwards(loss_gradient_bound)
+    gradients: dict[str, Scalar] = {}
+    layers = []
+    for step, g, back in found:
+        pairs = [(v.path, b) for v, b in step.rule.gradients(step.xs, g)]
+        for path, bound in pairs:
+            gradients[path] = gradients.get(path, 0.0) + bound
+        layers.append(
+            LayerBound(
+                name=step.operation.name,
+                kind=type(step.operation).__name__,
+                inputs=step.xs,
+                output=forward[step.output],
+                cotangent=g,
+                input_cotangents=back,
+                gradients=pairs,
+                note=step.rule.note,
+            )
+        )
+    unit, _ = backwards(1.0)
+    return NetworkBounds(
+        gradients=gradients,
+        layers=layers,
+        output=forward[output],
+        input_cotangents=[cotangents.get(s, 0.0) for s in inputs],
+        lipschitz=sum(unit.get(s, 0.0) for s in inputs),
+    )
+
+
+def gradient_bounds(network, loss_gradient_bound=1.0, *, as_tensors=False):
+    """Sensitivity of each trainable weight: the largest norm of one example's gradient.
+
+    Args:
+        network: a built Sequential or functional model.
+        loss_gradient_bound: bound of the norm of the loss gradient with respect to the
+            network's output, for each example (the loss constant, or the clip).
+        as_tensors: leave bounds that depend on measured weights as tensors (for compiled steps).
+
+    Returns:
+        `{variable.path: Δ}` with a finite Δ for each trainable weight. Where a weight has no
+        projection the bound holds for its current value only.
+
+    Raises:
+        UnknownLayerError: a layer has no rule, or a trainable weight no bound.
+        ValueError: nothing bounds the input.
+
+    >>> from lipdp import layers
+    >>> network = keras.Sequential([
+    ...     keras.Input((4,)), layers.BallProjection(2.0), layers.SpectralDense(3, use_bias=False)])
+    >>> [round(b, 3) for b in gradient_bounds(network, 1.0).values()]
+    [2.0]
+    """
+    found = network_bounds(network, loss_gradient_bound).gradients
+    paths = [v.path for v in network.trainable_variables]
+    if len(set(paths)) < len(paths):
+        double = sorted({p for p in paths if paths.count(p) > 1})
+        raise ValueError(f"Several weights share the path {double}; give the layers other names.")
+    bounds = {}
+    for variable in network.trainable_variables:
+        if variable.path not in found:
+            raise UnknownLayerError(
+                f"Trainable weight {variable.path!r} has no gradient bound. Freeze its layer, or "
+                "name the weight in the rule's `gradients`."
+            )
+        bound = found[variable.path] * ROUNDING
+        measured = ops.is_tensor(bound)
+        if measured and not as_tensors:
+            bound = float(ops.convert_to_numpy(bound))
+        if not (measured and as_tensors):
+            if not math.isfinite(bound):
+                raise ValueError(
+                    f"The gradient of {variable.path!r} is unbounded: nothing bounds the norm of "
+                    "what its layer reads. Put lipdp.layers.BallProjection(radius) behind the "
+                    "input."
+                )
+        bounds[variable.path] = bound
+    return bounds

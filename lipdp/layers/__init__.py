@@ -1,0 +1,28 @@
+"""Layers with known bounds. Ordinary Keras layers: they train, save and serve without lipdp's
+training code, and may be mixed with every Keras layer that has a rule.
+"""
+
+from lipdp.layers.activations import GroupSort
+from lipdp.layers.dense import FrobeniusDense, SpectralDense
+from lipdp.layers.convolutional import SpectralConv2D
+from lipdp.layers.normalization import BallProjection, Centering, ClipGradient
+from lipdp.layers.pooling import (
+    GlobalL2NormPooling2D,
+    GlobalScaledAveragePooling2D,
+    L2NormPooling2D,
+    ScaledAveragePooling2D,
+)
+
+__all__ = [
+    "BallProjection",
+    "Centering",
+    "ClipGradient",
+    "FrobeniusDense",
+    "GlobalL2NormPooling2D",
+    "GlobalScaledAveragePooling2D",
+    "GroupSort",
+    "L2NormPooling2D",
+    "ScaledAveragePooling2D",
+    "SpectralConv2D",
+    "SpectralDense",
+]

@@ -1,0 +1,102 @@
+"""Convolutions whose operator norm is certified."""
+
+import keras
+
+from lipdp.bounds import builtin
+from lipdp.projections import ConvBall, NormBall
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class SpectralConv2D(keras.layers.Conv2D):
+    """2-D convolution whose operator norm is at most 1, certified after each update.
+
+    The kernel itself is projected, zero padding and stride included (see
+    `lipdp.norms.conv_norm_bound`), so nothing multiplies it in the forward pass. With `m` the
+    number of outputs that read one input entry (`m = 1` for 1×1 kernels and for strides that do
+    not overlap) and `T` output positions: output at most `X + √T·bias_norm`, cotangent at most
+    `G`, gradients at most `√m·X·G` (kernel) and `√T·G` (bias).
+
+    Args:
+        filters: output channels.
+        kernel_size, strides, padding, dilation_rate, groups: as in `keras.layers.Conv2D`.
+        use_bias: whether a bias is added. On a map its bound grows with the root of the number
+            of positions, so it costs much noise.
+        bias_norm: radius of the ball of the bias.
+        certificate: `"reshaped"`, `"fft"` or `"auto"`, as in `lipdp.norms.conv_norm_bound`.
+        activation: a Keras activation with a known constant.
+        kernel_initializer: a Keras initializer; its result is projected.
+
+    Input shape: `(batch, height, width, channels)`, all but the batch known.
+    Output shape: `(batch, new_height, new_width, filters)`.
+
+    >>> layer = SpectralConv2D(4, 3, padding="same", use_bias=False)
+    >>> layer(keras.ops.ones((2, 8, 8, 1))).shape == (2, 8, 8, 4)
+    True
+    """
+
+    def __init__(
+        self,
+        filters,
+        kernel_size,
+        strides=(1, 1),
+        padding="valid",
+        dilation_rate=(1, 1),
+        groups=1,
+        use_bias=True,
+        bias_norm=1.0,
+        certificate="auto",
+        activation=None,
+        kernel_initializer="orthogonal",
+        **kwargs,
+    ):
+        super().__init__(
+            filters,
+            kernel_size,
+            strides=strides,
+            padding=padding,
+            data_format="channels_last",
+            dilation_rate=dilation_rate,
+            groups=groups,
+            activation=activation,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_constraint=NormBall(bias_norm) if use_bias else None,
+            **kwargs,
+        )
+        self.bias_norm = bias_norm
+        self.certificate = certificate
+
+    def build(self, input_shape):
+        self.kernel_constraint = ConvBall(
+            1.0,
+            input_shape=input_shape[1:-1],
+            strides=self.strides,
+            padding=self.padding,
+            dilation_rate=self.dilation_rate,
+            groups=self.groups,
+            certificate=self.certificate,
+        )
+        super().build(input_shape)
+        for variable in self.weights:  # initializers know nothing of the sets
+            variable.assign(variable.constraint(variable))
+
+    def bound(self, call):
+        return builtin.conv(self, call)
+
+    def get_config(self):
+        config = keras.layers.Layer.get_config(self)
+        return {
+            **config,
+            "filters": self.filters,
+            "kernel_size": self.kernel_size,
+            "strides": self.strides,
+            "padding": self.padding,
+            "dilation_rate": self.dilation_rate,
+            "groups": self.groups,
+            "use_bias": self.use_bias,
+            "bias_norm": self.bias_norm,
+            "certificate": self.certificate,
+            "activation": keras.activations.serialize(self.activation),
+            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
+            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
+        }

@@ -1,0 +1,174 @@
+"""Layers that bound, centre or clip, each example by itself."""
+
+import math
+
+import keras
+from keras import ops
+
+from lipdp.bounds import Rule, lipschitz
+from lipdp.bounds.rule import minimum, size
+from lipdp.projections import _check_radius as check_radius
+
+# Entries of larger magnitude are clipped to it before a norm is taken.
+_HUGE = 1e37
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class BallProjection(keras.layers.Layer):
+    """Projects each example onto the Euclidean ball of a radius; what bounds the input.
+
+    `r·x/max(‖x‖, r)`: output at most `min(X, r)`, cotangent at most `G`. NaN and infinite
+    entries are replaced by zero first, so that no input, however broken, is outside the bound.
+
+    Args:
+        radius: radius of the ball.
+        per_position: project the vector at each position (last axis) instead of the whole
+            example; the output is then at most `min(X, √T·r)`.
+
+    Input and output shape: `(batch, ...)`.
+
+    Raises:
+        ValueError: the radius is not a positive number, or there is no axis but the batch.
+
+    >>> y = BallProjection(1.0)(ops.array([[3.0, 4.0], [0.0, 0.5]]))
+    >>> [round(float(v), 4) for v in ops.reshape(y, (-1,))]
+    [0.6, 0.8, 0.0, 0.5]
+    """
+
+    def __init__(self, radius, per_position=False, **kwargs):
+        super().__init__(**kwargs)
+        self.radius = check_radius(radius)
+        self.per_position = bool(per_position)
+
+    def build(self, input_shape):
+        if self.per_position and len(input_shape) < 2:
+            raise ValueError(
+                "per_position=True needs an axis besides the batch, whose examples it would mix; "
+                f"got an input of shape {tuple(input_shape)}."
+            )
+
+    def call(self, x):
+        x = ops.cast(x, self.compute_dtype)
+        # Beyond _HUGE the reciprocal of an entry underflows on JAX, which gives 0·∞.
+        x = ops.where(ops.isfinite(x), ops.clip(x, -_HUGE, _HUGE), ops.zeros_like(x))
+        axes = (-1,) if self.per_position else tuple(range(1, len(x.shape)))
+        # Divided by its largest entry first, a vector's squares neither overflow nor vanish.
+        scale = ops.stop_gradient(
+            ops.maximum(ops.max(ops.abs(x), axis=axes, keepdims=True), self.radius)
+        )
+        x = x / scale
+        r = self.radius / scale
+        # rsqrt of a maximum is smooth at zero, where a norm has no slope.
+        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
+        return self.radius * x * ops.rsqrt(ops.maximum(squares, ops.square(r)))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def bound(self, call):
+        positions = size(call.input_shape[:-1]) if self.per_position else 1
+        radius = self.radius * math.sqrt(positions)
+        return Rule(
+            forward=lambda xs: minimum(xs[0], radius),
+            backward=lambda xs, g: [g],
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "radius": self.radius, "per_position": self.per_position}
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class Centering(keras.layers.Layer):
+    """Subtracts the mean over non-batch axes: an orthogonal projection, so output at most `X`,
+    cotangent at most `G`. What batch normalisation does for the mean, for one example.
+
+    Args:
+        axes: axes of the mean, counted with the batch axis 0, which is refused; by default all
+            axes but the batch. `(1, 2)` centres each channel of a map.
+
+    Input and output shape: `(batch, ...)`.
+
+    Raises:
+        ValueError: the batch axis is among them, or an axis does not exist.
+
+    >>> [float(v) for v in Centering()(ops.array([[1.0, 3.0]]))[0]]
+    [-1.0, 1.0]
+    """
+
+    def __init__(self, axes=None, **kwargs):
+        super().__init__(**kwargs)
+        self.axes = None if axes is None else tuple([axes] if isinstance(axes, int) else axes)
+
+    def build(self, input_shape):
+        rank = len(input_shape)
+        axes = range(1, rank) if self.axes is None else self.axes
+        if not all(-rank <= a < rank for a in axes):
+            raise ValueError(f"`axes` must be axes of the input, of rank {rank}; got {self.axes}.")
+        if any(a % rank == 0 for a in axes):
+            raise ValueError(
+                f"`axes` must not hold the batch axis, which would mix examples; got {self.axes}."
+            )
+        self._axes = tuple(a % rank for a in axes)
+
+    def call(self, x):
+        return x - ops.mean(x, axis=self._axes, keepdims=True)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def bound(self, call):
+        return lipschitz()
+
+    def get_config(self):
+        return {**super().get_config(), "axes": self.axes}
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class ClipGradient(keras.layers.Layer):
+    """Identity forwards; backwards each example's cotangent is clipped to a norm.
+
+    Output at most `X`, cotangent at most `min(G, clip_norm)`. It biases the gradient as every
+    clip does; it lowers the sensitivity of all layers before it.
+
+    Args:
+        clip_norm: largest norm of a cotangent that passes.
+
+    Input and output shape: `(batch, ...)`.
+
+    Raises:
+        ValueError: the norm is not a positive number.
+
+    >>> float(ClipGradient(0.1)(ops.array([[2.0]]))[0, 0])
+    2.0
+    """
+
+    def __init__(self, clip_norm, **kwargs):
+        super().__init__(**kwargs)
+        self.clip_norm = check_radius(clip_norm, "clip_norm")
+
+    def call(self, x):
+        radius = self.clip_norm
+
+        @ops.custom_gradient
+        def clipped(x):
+            def grad(*args, upstream=None):
+                (g,) = args if upstream is None else (upstream,)
+                g = ops.where(ops.isfinite(g), g, ops.zeros_like(g))
+                axes = tuple(range(1, len(g.shape)))
+                norm = ops.sqrt(ops.sum(ops.square(g), axis=axes, keepdims=True))
+                return g * (radius / ops.maximum(norm, radius))
+
+            return ops.copy(x) if hasattr(ops, "copy") else x, grad
+
+        return clipped(x)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def bound(self, call):
+        return Rule(
+            forward=lambda xs: xs[0], backward=lambda xs, g: [minimum(g, self.clip_norm)]
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "clip_norm": self.clip_norm}
