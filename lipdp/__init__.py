@@ -1,0 +1,28 @@
+"""lipdp: differentially private training for Keras, without per-example clipping."""
+
+from accountants import Budget, FullBatch, PoissonSampling, ShuffledEpochs
+
+from lipdp import bounds, layers, losses, norms, projections
+from lipdp._version import __version__
+from lipdp.bounds import UnknownLayerError, gradient_bounds
+from lipdp.clipping import AdaptiveClip
+from lipdp.model import BudgetExceeded, PrivateModel, Spent
+
+__all__ = [
+    "AdaptiveClip",
+    "Budget",
+    "BudgetExceeded",
+    "FullBatch",
+    "PoissonSampling",
+    "PrivateModel",
+    "ShuffledEpochs",
+    "Spent",
+    "UnknownLayerError",
+    "__version__",
+    "bounds",
+    "gradient_bounds",
+    "layers",
+    "losses",
+    "norms",
+    "projections",
+]

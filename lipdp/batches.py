@@ -1,0 +1,171 @@
+"""Data sources to batches, drawn as the sampling scheme says."""
+
+import dataclasses
+import math
+import threading
+
+import keras
+import numpy as np
+from accountants import FullBatch, PoissonSampling, ShuffledEpochs
+
+__all__ = ["DrawnBatch", "DrawnBatches", "check_data"]
+
+
+@dataclasses.dataclass
+class DrawnBatch:
+    """A batch that a model drew for itself, good for one step.
+
+    Attributes:
+        inputs: `(rows, ...)`, padded with zeros.
+        targets: `(rows, ...)`.
+        mask: `(rows,)` float32, 1 for examples, 0 for padding.
+        key: uint32 `(4,)`, the key of the step's noise.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    mask: np.ndarray
+    key: np.ndarray
+
+    def as_data(self):
+        """What Keras' loops hand to `train_step`; the key travels with the inputs."""
+        return ({"inputs": self.inputs, "key": self.key}, self.targets, self.mask)
+
+
+def check_data(x, y, input_shape):
+    """Inputs and targets as NumPy arrays, after the checks that can be made before training.
+
+    Args:
+        x: inputs, `(examples, ...)`.
+        y: targets, `(examples, ...)`.
+        input_shape: shape of one example, None where any size will do.
+
+    Returns:
+        The two arrays.
+
+    Raises:
+        TypeError: not array-like.
+        ValueError: missing, empty, of different lengths, of a wrong shape, or not finite.
+    """
+    if x is None or y is None:
+        raise ValueError("`x` and `y` must both be given, as arrays with one row an example.")
+    x, y = (_as_array(value, name) for value, name in ((x, "x"), (y, "y")))
+    if len(x) != len(y):
+        raise ValueError(f"`x` and `y` must have one row an example; got {len(x)} and {len(y)}.")
+    if len(x) == 0:
+        raise ValueError("`x` and `y` are empty.")
+    shape = x.shape[1:]
+    if len(shape) != len(input_shape) or any(
+        n is not None and n != m for n, m in zip(input_shape, shape, strict=True)
+    ):
+        raise ValueError(
+            f"`x` must hold examples of shape {tuple(input_shape)}, as the network's input; got "
+            f"{shape}."
+        )
+    # In slices: a memory-mapped array need not fit into memory.
+    rows = max(1, 2**24 // max(1, math.prod(shape)))
+    if x.dtype.kind == "f":
+        for start in range(0, len(x), rows):
+            if not np.isfinite(x[start : start + rows]).all():
+                raise ValueError(
+                    "`x` holds NaN or infinite values; clean them before training (a bound would "
+                    "hold all the same, but the examples would be read as zeros)."
+                )
+    return x, y
+
+
+def _as_array(value, name):
+    array = value
+    if keras.ops.is_tensor(array):
+        array = keras.ops.convert_to_numpy(array)
+    elif not isinstance(array, (np.ndarray, dict, str)):
+        try:
+            array = np.asarray(array)
+        except ValueError:  # ragged
+            array = None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or array.ndim == 0:
+        dtype = f" of dtype {array.dtype}" if isinstance(array, np.ndarray) else ""
+        raise TypeError(
+            f"`{name}` must be one array of numbers with a row for each example; got "
+            f"{type(value).__name__}{dtype}."
+        )
+    return array
+
+
+class DrawnBatches(keras.utils.PyDataset):
+    """Batches of one data set, one epoch long, drawn as `sampling` says.
+
+    Each request draws: Poisson batches are independent however often and in whichever order
+    they are asked for, so a loop that peeks at the data changes nothing. Only batches that a
+    step was paid for are ever used.
+
+    Args:
+        x, y: arrays with one row an example.
+        sampling: a scheme of `accountants`.
+        source: a `lipdp.noise.RandomSource`.
+        position: integers that set these draws apart from all others of the source.
+        steps: steps an epoch.
+        bucket: rows are padded to a multiple of this, so that few shapes occur.
+    """
+
+    def __init__(self, x, y, sampling, source, position, steps, bucket=1):
+        super().__init__()
+        self.x, self.y = x, y
+        self.sampling = sampling
+        self.source = source
+        self.position = tuple(position)
+        self.steps = steps
+        self.bucket = bucket
+        self.epoch = 0
+        self._orders = {}
+        self._lock = threading.Lock()
+
+    def __len__(self):
+        return self.steps
+
+    def __getitem__(self, index):
+        return self.draw(index).as_data()
+
+    def on_epoch_begin(self):
+        self.epoch += 1
+
+    def draw(self, index):
+        """The `DrawnBatch` of step `index` of the epoch."""
+        epoch = self.epoch
+        place = (*self.position, epoch, index)
+        rows = self._rows(place, epoch, index)
+        size = max(1, -(-len(rows) // self.bucket) * self.bucket)
+        mask = np.zeros(size, np.float32)
+        mask[: len(rows)] = 1.0
+        return DrawnBatch(
+            _take(self.x, rows, size), _take(self.y, rows, size), mask, self.source.key(*place)
+        )
+
+    def _rows(self, place, epoch, index):
+        n = len(self.x)
+        if isinstance(self.sampling, FullBatch):
+            return np.arange(n)
+        if isinstance(self.sampling, PoissonSampling):
+            generator = self.source.generator(*place)
+            # A binomial number of distinct examples is what n independent coins give.
+            count = generator.binomial(n, self.sampling.sampling_probability(n))
+            return np.sort(generator.choice(n, count, replace=False, shuffle=False))
+        if isinstance(self.sampling, ShuffledEpochs):
+            # One permutation an epoch, also where a loop prefetches from several threads: with two
+            # an example could take part twice.
+            with self._lock:
+                if epoch not in self._orders:
+                    order = self.source.generator(*self.position, epoch).permutation(n)
+                    self._orders = {epoch - 1: self._orders.get(epoch - 1), epoch: order}
+                order = self._orders[epoch]
+            size = self.sampling.batch_size
+            return order[index * size : (index + 1) * size]
+        raise TypeError(f"No batches can be drawn as {self.sampling!r} says.")
+
+
+def _take(values, rows, size):
+    if len(rows) == len(values) == size:
+        return values
+    taken = np.zeros((size, *values.shape[1:]), values.dtype)
+    taken[: len(rows)] = values[rows]
+    return taken

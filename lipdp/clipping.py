@@ -1,0 +1,94 @@
+"""Clip of the loss gradient: the rows of a (batch × outputs) array, nothing per weight."""
+
+import dataclasses
+import math
+
+from keras import ops
+
+__all__ = ["AdaptiveClip", "clip_rows"]
+
+
+def clip_rows(gradients, clip, mask):
+    """Clips each example's loss gradient to norm `clip`.
+
+    Args:
+        gradients: `(batch, ...)`, one row an example. A row that is not finite becomes zero.
+        clip: the norm, a float or scalar tensor.
+        mask: `(batch,)`, 1 for examples and 0 for padding, whose rows become zero.
+
+    Returns:
+        The clipped rows, and `(batch,)` indicators of rows within the clip (0 for padding).
+
+    >>> rows, within = clip_rows(ops.array([[3.0, 4.0], [0.3, 0.4]]), 1.0, ops.ones((2,)))
+    >>> [round(float(v), 2) for v in rows[0]], [float(v) for v in within]
+    ([0.6, 0.8], [0.0, 1.0])
+    """
+    axes = tuple(range(1, len(gradients.shape)))
+    finite = ops.all(ops.isfinite(gradients), axis=axes, keepdims=True)
+    rows = ops.where(finite, gradients, ops.zeros_like(gradients))
+    # Divided by its largest entry first, a row's squares do not overflow.
+    scale = ops.maximum(ops.max(ops.abs(rows), axis=axes, keepdims=True), 1e-30)
+    norms = scale * ops.sqrt(ops.sum(ops.square(rows / scale), axis=axes, keepdims=True))
+    mask = ops.reshape(ops.cast(mask, rows.dtype), (-1,) + (1,) * len(axes))
+    rows = rows * (mask * ops.minimum(1.0, clip / ops.maximum(norms, 1e-30)))
+    within = mask * ops.cast(norms <= clip, rows.dtype)
+    return rows, ops.reshape(within, (-1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveClip:
+    """Clip that follows a quantile of the norms of the loss gradients.
+
+    Each step also releases the noisy fraction `b` of the batch's rows within the clip, on the
+    same batch and jointly with the gradient, and moves `C ← C·exp(−learning_rate·(b − quantile))`
+    (Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021). The
+    indicators are centred by ½, so one example moves their sum by ½. With noise of
+    `count_noise_multiplier` times that, the gradient's own multiplier becomes
+    `(σ⁻² − count_noise_multiplier⁻²)^(−1/2)`: the joint release is one Gaussian mechanism of
+    multiplier `σ`, the one that is accounted.
+
+    Args:
+        quantile: fraction of rows that should pass unclipped.
+        initial: clip of the first step; by default the loss' gradient bound, or 1.
+        learning_rate: speed in log space.
+        count_noise_multiplier: noise of the count in units of its sensitivity; by default
+            `max(expected batch size / 10, 5·σ)`, which costs 2 % of gradient noise at most.
+
+    Raises:
+        ValueError: a value out of range.
+
+    >>> AdaptiveClip(quantile=0.9).learning_rate
+    0.2
+    """
+
+    quantile: float = 0.5
+    initial: float | None = None
+    learning_rate: float = 0.2
+    count_noise_multiplier: float | None = None
+
+    def __post_init__(self):
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"`quantile` must lie strictly in (0, 1); got {self.quantile!r}.")
+        for name in ("initial", "learning_rate", "count_noise_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite; got {value!r}.")
+
+    def split(self, noise_multiplier, expected_batch_size):
+        """(multiplier of the gradient, multiplier of the count) whose joint one is given.
+
+        Raises:
+            ValueError: the count's noise alone uses up the budget.
+        """
+        if noise_multiplier == 0:
+            return 0.0, 0.0
+        count = self.count_noise_multiplier
+        if count is None:
+            count = max(expected_batch_size / 10, 5 * noise_multiplier)
+        if count <= noise_multiplier:
+            raise ValueError(
+                f"`count_noise_multiplier` must be above the noise multiplier "
+                f"{noise_multiplier:.4g}, or nothing is left for the gradient; got {count:.4g}."
+            )
+        # (σ⁻² − c⁻²)^(−1/2), written so that it rounds well.
+        return noise_multiplier / math.sqrt(1 - (noise_multiplier / count) ** 2), count

@@ -1,0 +1,94 @@
+"""The Gaussian mechanism on a list of gradients, and where its randomness comes from."""
+
+import math
+import secrets
+
+import numpy as np
+from keras import ops
+
+__all__ = ["ALLOCATIONS", "RandomSource", "standard_deviations"]
+
+
+def standard_deviations(bounds, sizes, noise_multiplier, allocation):
+    """Noise of each weight's gradient *sum*; divide by the expected batch size for its mean.
+
+    Every weight alone would have the multiplier `σ_v = std_v/Δ_v`; together they are one Gaussian
+    mechanism of multiplier `σ` with `1/σ² = Σ 1/σ_v²` (scale each weight by `1/std_v`: the noise
+    becomes standard, the sensitivity `√Σ(Δ_v/std_v)²`). All allocations reach the same `σ`:
+
+    - `"global"`: one std for all, `σ·√ΣΔ²`.
+    - `"per_weight"`: equal multipliers, `σ·√D·Δ_v` for `D` weights.
+    - `"least"`: the least total variance `Σ d_v·std_v²`, `σ·√Δ_v/d_v^¼·√(Σ_u Δ_u·√d_u)`
+      (Lagrange: `d_v·std_v⁴` is proportional to `Δ_v²`).
+
+    Args:
+        bounds: `Δ_v` of each weight, floats or scalar tensors.
+        sizes: `d_v`, number of entries of each weight.
+        noise_multiplier: `σ`.
+        allocation: one of `ALLOCATIONS`.
+
+    Returns:
+        A list of floats or scalar tensors.
+
+    >>> stds = standard_deviations([3.0, 4.0], [10, 1000], 2.0, "global")
+    >>> [round(s, 6) for s in stds]
+    [10.0, 10.0]
+    """
+    if allocation == "global":
+        std = _sqrt(sum(b * b for b in bounds)) * noise_multiplier
+        return [std] * len(bounds)
+    if allocation == "per_weight":
+        return [noise_multiplier * math.sqrt(len(bounds)) * b for b in bounds]
+    total = _sqrt(sum(b * math.sqrt(d) for b, d in zip(bounds, sizes, strict=True)))
+    return [
+        noise_multiplier * _sqrt(b) / d**0.25 * total for b, d in zip(bounds, sizes, strict=True)
+    ]
+
+
+#: How the noise may be shared out over the weights.
+ALLOCATIONS = ("global", "per_weight", "least")
+
+
+def _sqrt(x):
+    return math.sqrt(x) if isinstance(x, (int, float)) else ops.sqrt(x)
+
+
+class RandomSource:
+    """Keys for the noise of each step and generators for its draw.
+
+    Without a seed each request reads fresh operating-system entropy, so nothing can repeat,
+    whatever is copied, restarted or restored. With a seed (for tests: who knows it can subtract
+    the noise) a request is a function of the seed and its position, and positions never recur
+    within a model or a ledger.
+
+    Args:
+        seed: None, or a non-negative integer.
+
+    Raises:
+        ValueError: anything else.
+
+    >>> RandomSource(7).key(0).tolist() == RandomSource(7).key(0).tolist()
+    True
+    >>> RandomSource(None).key(0).tolist() == RandomSource(None).key(0).tolist()
+    False
+    """
+
+    def __init__(self, seed=None):
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+            raise ValueError(f"`seed` must be None or a non-negative integer; got {seed!r}.")
+        self.seed = seed
+
+    def _sequence(self, *position):
+        if self.seed is None:
+            return np.random.SeedSequence(secrets.randbits(256))
+        return np.random.SeedSequence(self.seed, spawn_key=position)
+
+    def key(self, *position):
+        """128 bits, as uint32 of shape (4,), for the noise of one step."""
+        if self.seed is None:
+            return np.frombuffer(secrets.token_bytes(16), dtype=np.uint32)
+        return self._sequence(0, *position).generate_state(4, np.uint32)
+
+    def generator(self, *position):
+        """NumPy generator for a draw of examples."""
+        return np.random.Generator(np.random.Philox(self._sequence(1, *position)))

@@ -1,0 +1,65 @@
+"""Vector-Jacobian products and compilation, which every backend spells in its own way."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+Tensor = Any
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    def _pull_back(function, arguments, cotangents_of):
+        arguments = [tf.convert_to_tensor(a) for a in arguments]  # variables are not watched
+        with tf.GradientTape() as tape:
+            tape.watch(arguments)
+            values = function(*arguments)
+        cotangents = tape.gradient(
+            values,
+            arguments,
+            output_gradients=cotangents_of(values),
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        # Embeddings hand out IndexedSlices.
+        return values, [tf.convert_to_tensor(c) for c in cotangents]
+
+    compiled = tf.function
+
+elif keras.backend.backend() == "jax":
+    import jax
+
+    def _pull_back(function, arguments, cotangents_of):
+        values, pull = jax.vjp(function, *arguments)
+        return values, list(pull(cotangents_of(values)))
+
+    compiled = jax.jit
+
+else:
+    raise ImportError(
+        f"lipdp.steps.autodiff knows the backends tensorflow and jax; got "
+        f"{keras.backend.backend()!r}. Set KERAS_BACKEND."
+    )
+
+
+def pull_back(
+    function: Callable[..., list[Tensor]],
+    arguments: Sequence[Tensor],
+    cotangents_of: Callable[[list[Tensor]], list[Tensor]],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """One vector-Jacobian product; may be nested.
+
+    Args:
+        function: maps tensors to a list of tensors.
+        arguments: the tensors it is applied to.
+        cotangents_of: maps the list of values to a list of cotangents of the same shapes.
+
+    Returns:
+        The values, and the cotangent of each argument (zeros where nothing depends on it).
+
+    >>> x = keras.ops.array([1.0, 2.0])
+    >>> _, (slope,) = pull_back(lambda x: [x * x], [x], lambda values: values)
+    >>> [float(v) for v in slope]
+    [2.0, 16.0]
+    """
+    return _pull_back(function, list(arguments), cotangents_of)

@@ -1,0 +1,65 @@
+"""The private step on JAX."""
+
+import jax
+import keras
+
+from lipdp import steps
+from lipdp.steps.private_step import private_step
+
+
+def pull_back(network, x):
+    """Outputs of the network in training mode, and `cotangent -> gradients of its weights`."""
+    state = [v.value for v in network.non_trainable_variables]
+
+    def forward(values):
+        return network.stateless_call(values, state, x, training=True)
+
+    values = [v.value for v in network.trainable_variables]
+    outputs, pull, state = jax.vjp(forward, values, has_aux=True)
+    for variable, value in zip(network.non_trainable_variables, state, strict=True):
+        variable.assign(value)
+    return outputs, lambda cotangent: pull(cotangent)[0]
+
+
+def gradient(function, value):
+    """`function(value)` and the gradient of its sum."""
+
+    def total(value):
+        result = function(value)
+        return result.sum(), result
+
+    (_, result), slope = jax.value_and_grad(total, has_aux=True)(value)
+    return result, slope
+
+
+def normal(key, stream, shape):
+    """Standard normal draws: a function of a 128-bit key (uint32, `(4,)`) and a stream."""
+    key = jax.random.wrap_key_data(key, impl="rbg")
+    return jax.random.normal(jax.random.fold_in(key, stream), shape, "float32")
+
+
+def compiled(function):
+    """The function itself: the whole step is compiled."""
+    return function
+
+
+def train_step(model, state, data):
+    """Keras' `train_step` on JAX: the same step with the variables' values passed through."""
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    mapping = [
+        pair
+        for group, values in zip(groups, state, strict=True)
+        for pair in zip(group, values, strict=True)
+    ]
+    with keras.StatelessScope(state_mapping=mapping) as scope:
+        logs = private_step(model, data, steps.backend())
+    return logs, tuple([scope.get_current_value(v) for v in group] for group in groups)
+
+
+def default_jit_compile():
+    return True

@@ -1,0 +1,75 @@
+"""What every backend's private step does, in the order that the privacy argument needs."""
+
+import math
+
+import keras
+from keras import ops
+
+from lipdp import norms
+from lipdp.bounds import gradient_bounds
+from lipdp.clipping import clip_rows
+from lipdp.losses import per_example
+from lipdp.noise import standard_deviations
+from lipdp.projections import certified_by
+
+
+def private_step(model, data, backend):
+    """One private step on one drawn batch; variables are updated in place.
+
+    Forward pass, loss gradient of each example, clip of its rows, pull-back of all rows at once,
+    sum over the expected batch size plus noise, optimizer, projection.
+
+    Args:
+        model: the `PrivateModel`.
+        data: what `DrawnBatch.as_data` gives.
+        backend: the backend's module: `pull_back`, `gradient`, `normal`, `compiled`.
+
+    Returns:
+        The metrics' results.
+    """
+    features, y, mask = data
+    x, key = features["inputs"], features["key"]
+    network, mechanism = model.network, model.mechanism
+    variables = network.trainable_variables
+
+    outputs, pull_back = backend.pull_back(network, x)
+    losses, gradients = backend.gradient(lambda z: per_example(model.private_loss, y, z), outputs)
+    clip = model.current_clip()
+    rows, within = clip_rows(gradients, clip, mask)
+    sums = pull_back(rows)
+
+    # Read from the weights that the forward pass used, before they change.
+    bounds = gradient_bounds(network, clip, as_tensors=True)
+    stds = standard_deviations(
+        [bounds[v.path] for v in variables],
+        [math.prod(v.shape) for v in variables],
+        mechanism.gradient_noise_multiplier,
+        model.allocation,
+    )
+    updates = []
+    for index, (variable, total, std) in enumerate(zip(variables, sums, stds, strict=True)):
+        noise = std * backend.normal(key, index, tuple(variable.shape))
+        update = (total + noise) / mechanism.expected_batch_size
+        if variable.regularizer is not None:
+            # A penalty on the weights depends on no data: it comes after the noise.
+            update = update + backend.gradient(variable.regularizer, variable.value)[1]
+        updates.append(update)
+
+    # Probes are numbered behind the weights: no draw shares its stream with the noise.
+    streams = iter(range(len(variables), 1_000_000))
+
+    def certificate(matrix, expected):
+        probe = backend.normal(key, next(streams), norms.probe_shape(matrix.shape))
+        matrix = matrix.value if isinstance(matrix, keras.Variable) else matrix
+        return backend.compiled(norms.probable_norm_bound)(matrix, probe, expected)
+
+    with certified_by(certificate):
+        model.optimizer.apply(updates, variables)
+
+    if model.adaptive is not None:
+        noise = 0.5 * mechanism.count_noise_multiplier * backend.normal(key, next(streams), ())
+        centred = ops.sum(within - 0.5 * ops.cast(mask, within.dtype))
+        fraction = (centred + noise) / mechanism.expected_batch_size + 0.5
+        model.move_clip(fraction)
+
+    return model.update_metrics(x, y, outputs, losses, mask)

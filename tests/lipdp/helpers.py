@@ -1,0 +1,55 @@
+"""Small networks and data for the tests."""
+
+import keras
+import numpy as np
+
+import lipdp
+from lipdp import layers
+
+
+def dense_network(inputs=6, classes=3, hidden=8, radius=1.0, use_bias=True):
+    return keras.Sequential(
+        [
+            keras.Input((inputs,)),
+            layers.BallProjection(radius),
+            layers.SpectralDense(hidden, use_bias=use_bias),
+            layers.GroupSort(),
+            layers.SpectralDense(classes, use_bias=use_bias),
+        ]
+    )
+
+
+def conv_network():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.BallProjection(2.0),
+            layers.SpectralConv2D(4, 3, padding="same"),
+            layers.GroupSort(),
+            layers.L2NormPooling2D(2),
+            layers.ClipGradient(1.0),
+            keras.layers.Flatten(),
+            layers.SpectralDense(3),
+        ]
+    )
+
+
+def data(examples=64, shape=(6,), classes=3, seed=0):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(examples, *shape)).astype("float32")
+    return x, generator.integers(0, classes, examples)
+
+
+def private(network=None, loss="sparse_categorical_crossentropy", optimizer=None, **kwargs):
+    """A compiled PrivateModel; Poisson batches of 16 and noise 1 unless told otherwise."""
+    kwargs.setdefault("sampling", lipdp.PoissonSampling(16))
+    if "budget" not in kwargs:
+        kwargs.setdefault("noise_multiplier", 1.0)
+    model = lipdp.PrivateModel(network or dense_network(), **kwargs)
+    optimizer = keras.optimizers.SGD(0.5) if optimizer is None else optimizer
+    model.compile(optimizer, loss=loss, metrics=["accuracy"])
+    return model
+
+
+def weights(model):
+    return [np.array(v) for v in model.network.get_weights()]

@@ -1,0 +1,279 @@
+"""The private step: what one example can do, what noise reaches the weights, what is divided."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import lipdp
+from lipdp import layers, noise, steps
+from tests.lipdp.helpers import conv_network, data, dense_network, private, weights
+
+BATCH = 16
+
+
+def one_step(model, x, y, mask=None):
+    """Change of the weights by one step on exactly these rows."""
+    before = weights(model)
+    for batch in model.batches(x, y, steps_per_epoch=1):
+        if mask is not None:
+            batch.mask = np.asarray(mask, "float32")
+        model.train_on_batch(batch)
+    return [b - a for a, b in zip(before, weights(model), strict=True)]
+
+
+def quiet(network=None, **kwargs):
+    """A model without noise whose batch is all of its data, in steps of exactly 1."""
+    kwargs.setdefault("noise_multiplier", 0.0)
+    return private(
+        network,
+        sampling=lipdp.FullBatch(),
+        optimizer=keras.optimizers.SGD(1.0),
+        **kwargs,
+    )
+
+
+def unconstrained(network):
+    """Takes the projections away, so that a step can be read off the weights."""
+    for variable in network.trainable_variables:
+        variable.constraint = None
+    return network
+
+
+@pytest.mark.parametrize("make,shape", [(dense_network, (6,)), (conv_network, (8, 8, 1))])
+def test_gradient_of_each_example_stays_within_its_bound(make, shape):
+    network = make()
+    model = private(network)
+    x, y = data(32, shape)
+    model.fit(x, y, epochs=5, verbose=0)  # trained on, and noisy
+    bounds = lipdp.gradient_bounds(network, model.current_clip())
+    x[0] = 0.0
+    x[1] = 1e6 * np.sign(x[1])
+    x[2] = 1.0
+    backend = steps.backend()
+    for i in range(len(x)):
+        outputs, pull = backend.pull_back(network, ops.convert_to_tensor(x[i : i + 1]))
+        target = ops.convert_to_tensor(y[i : i + 1])
+        _, g = backend.gradient(
+            lambda z, t=target: lipdp.losses.per_example(model.private_loss, t, z), outputs
+        )
+        for variable, gradient in zip(network.trainable_variables, pull(g), strict=True):
+            assert float(ops.norm(ops.reshape(gradient, (-1,)))) <= bounds[variable.path]
+
+
+@pytest.mark.parametrize("clip", [None, 0.1])
+@pytest.mark.parametrize("make,shape", [(dense_network, (6,)), (conv_network, (8, 8, 1))])
+def test_removing_an_example_moves_the_sum_by_at_most_its_bound(make, shape, clip):
+    x, y = data(BATCH, shape)
+    network = unconstrained(make())
+    start = network.get_weights()
+    moves = []
+    bounds = lipdp.gradient_bounds(network, min(clip or 9.0, math.sqrt(2) + 1e-5))
+    for removed in range(4):
+        network.set_weights(start)
+        model = quiet(network, clip=clip)
+        mask = np.ones(BATCH)
+        if removed:
+            mask[removed] = 0.0
+        moves.append(one_step(model, x, y, mask))
+    for other in moves[1:]:
+        for path, a, b in zip(bounds, moves[0], other, strict=True):
+            # The divisor is the public batch size, also when a row is missing.
+            assert np.linalg.norm(a - b) <= bounds[path] / BATCH * (1 + 1e-5)
+            assert np.linalg.norm(a - b) > 0
+
+
+def test_the_sum_is_divided_by_the_expected_batch_size():
+    x, y = data(BATCH)
+    network = unconstrained(dense_network())
+    model = quiet(network)
+    start = network.get_weights()
+    whole = one_step(model, x, y)
+    halves = []
+    for mask in (np.arange(BATCH) < 4, np.arange(BATCH) >= 4):
+        network.set_weights(start)
+        halves.append(one_step(model, x, y, mask))
+    for a, b, c in zip(whole, *halves, strict=True):
+        np.testing.assert_allclose(a, b + c, atol=1e-6)
+
+
+@pytest.mark.parametrize("allocation", noise.ALLOCATIONS)
+def test_noise_of_the_weights_has_the_std_of_the_report(allocation):
+    # No example in the batch: what moves the weights is noise alone.
+    network = unconstrained(dense_network(40, hidden=80))
+    model = private(
+        network,
+        noise_multiplier=1.7,
+        sampling=lipdp.FullBatch(),
+        allocation=allocation,
+        optimizer=keras.optimizers.SGD(1.0),
+    )
+    x, y = data(BATCH, (40,))
+    draws = []
+    for _ in range(12):
+        stds = [row.noise_std for row in model.report(BATCH).weights]
+        moves = one_step(model, x, y, np.zeros(BATCH))
+        draws.append([m / s for m, s in zip(moves, stds, strict=True)])
+    for row, weight in zip(model.report().weights, zip(*draws, strict=True), strict=True):
+        sample = np.concatenate([w.ravel() for w in weight])
+        sigmas = (sample.std() - 1.0) * math.sqrt(2 * sample.size)
+        assert abs(sigmas) < 4.5, row.weight
+        assert abs(sample.mean()) * math.sqrt(sample.size) < 4.5, row.weight
+
+
+@pytest.mark.parametrize("allocation", noise.ALLOCATIONS)
+def test_every_allocation_is_one_mechanism_of_the_same_multiplier(allocation):
+    bounds, sizes = [3.0, 0.5, 7.0], [10, 20_000, 3]
+    stds = noise.standard_deviations(bounds, sizes, 1.3, allocation)
+    joint = sum((b / s) ** 2 for b, s in zip(bounds, stds, strict=True)) ** -0.5
+    assert joint == pytest.approx(1.3, rel=1e-9)
+
+
+def test_least_noise_is_least():
+    bounds, sizes = [3.0, 0.5, 7.0], [10, 20_000, 3]
+    total = {
+        name: sum(
+            s * s * d
+            for s, d in zip(noise.standard_deviations(bounds, sizes, 1.0, name), sizes, strict=True)
+        )
+        for name in noise.ALLOCATIONS
+    }
+    assert total["least"] == min(total.values())
+
+
+def test_weights_stay_in_their_sets_under_heavy_noise():
+    network = keras.Sequential(
+        [
+            keras.Input((300,)),
+            layers.BallProjection(1.0),
+            layers.SpectralDense(280),  # large enough for the randomised certificate
+            layers.GroupSort(),
+            layers.SpectralDense(260, use_bias=False, orthogonal=True),
+            layers.FrobeniusDense(3),
+        ]
+    )
+    model = private(network, noise_multiplier=20.0)
+    x, y = data(64, (300,))
+    model.fit(x, y, epochs=2, verbose=0)
+    kernels = [layer.kernel.numpy() for layer in network.layers[1:] if hasattr(layer, "kernel")]
+    assert np.linalg.norm(kernels[0].astype("float64"), 2) <= 1.0
+    assert np.linalg.norm(kernels[1].astype("float64"), 2) <= 1.0
+    assert np.linalg.norm(kernels[2].astype("float64")) <= 1.0
+    assert np.linalg.norm(network.layers[1].bias.numpy()) <= 1.0
+
+
+def test_an_empty_draw_is_a_step_of_noise():
+    model = private(sampling=lipdp.PoissonSampling(1e-6))
+    x, y = data(8)
+    before = weights(model)
+    model.fit(x, y, epochs=1, steps_per_epoch=2, verbose=0)
+    assert model.spent(1e-5).steps == 2
+    assert all(np.isfinite(w).all() for w in weights(model))
+    assert any((a != b).any() for a, b in zip(before, weights(model), strict=True))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        keras.losses.MeanSquaredError(),
+        keras.losses.Huber(delta=100.0),
+        keras.losses.MeanSquaredError(reduction="sum"),
+        lambda y, z: 1e4 * ops.sum(ops.square(z - y)),
+    ],
+)
+def test_no_loss_breaks_the_clip(loss):
+    network = unconstrained(dense_network(classes=2))
+    x, _ = data(BATCH)
+    y = np.full((BATCH, 2), 1e3, "float32")
+    model = quiet(network, loss=loss, clip=0.3)
+    moves = one_step(model, x, y, np.arange(BATCH) == 3)
+    bounds = lipdp.gradient_bounds(network, 0.3)
+    for path, move in zip(bounds, moves, strict=True):
+        # Bounds of measured weights are those of the weights before the step.
+        assert np.linalg.norm(move) * BATCH <= 3 * bounds[path]
+    last = network.trainable_variables[-1]
+    assert np.linalg.norm(moves[-1]) * BATCH <= 0.3 * (1 + 1e-5), last.path
+
+
+def test_a_loss_that_mixes_examples_is_pulled_apart():
+    def mixing(y, z):
+        return ops.square(z - ops.mean(z, axis=0, keepdims=True) - y)
+
+    z = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(5, 2)).astype("float32"))
+    y = ops.zeros((5, 2))
+    _, whole = steps.backend().gradient(lambda v: lipdp.losses.per_example(mixing, y, v), z)
+    _, alone = steps.backend().gradient(lambda v: lipdp.losses.per_example(mixing, y[:1], v), z[:1])
+    np.testing.assert_allclose(ops.convert_to_numpy(whole)[:1], ops.convert_to_numpy(alone))
+
+
+def test_a_broken_row_changes_nothing_for_the_others():
+    def loss(y, z):
+        return ops.sum(ops.log(y) * z)  # NaN for negative targets
+
+    x, _ = data(BATCH)
+    y = np.ones((BATCH, 3), "float32") * 2.0
+    network = unconstrained(dense_network())
+    start = network.get_weights()
+    model = quiet(network, loss=loss, clip=1.0)
+    masked = one_step(model, x, y, np.arange(BATCH) != 5)
+    y[5] = -1.0
+    network.set_weights(start)
+    broken = one_step(model, x, y)
+    for a, b in zip(masked, broken, strict=True):
+        assert np.isfinite(b).all()
+        np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_a_penalty_on_weights_is_added_after_the_noise():
+    def network(penalty):
+        keras.utils.set_random_seed(0)
+        return keras.Sequential(
+            [
+                keras.Input((6,)),
+                layers.BallProjection(1.0),
+                keras.layers.Dense(3, kernel_regularizer=penalty),
+            ]
+        )
+
+    x, y = data(BATCH)
+    plain, penalised = network(None), network(keras.regularizers.L2(0.5))
+    kernel = plain.get_weights()[0]
+    a = one_step(quiet(plain), x, y)
+    b = one_step(quiet(penalised), x, y)
+    np.testing.assert_allclose(b[0], a[0] - kernel, atol=1e-6)  # the gradient of ½‖w‖² is w
+
+
+def test_padding_changes_nothing():
+    x, y = data(BATCH)
+    network = unconstrained(dense_network())
+    start = network.get_weights()
+    model = quiet(network)
+    plain = one_step(model, x, y)
+    network.set_weights(start)
+    for batch in model.batches(x, y, steps_per_epoch=1):
+        batch.inputs = np.concatenate([batch.inputs, np.full((5, 6), np.nan, "float32")])
+        batch.targets = np.concatenate([batch.targets, np.zeros(5, int)])
+        batch.mask = np.concatenate([batch.mask, np.zeros(5, "float32")])
+        model.train_on_batch(batch)
+    padded = [b - a for a, b in zip(start, network.get_weights(), strict=True)]
+    for a, b in zip(plain, padded, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_normal_draws_are_normal_and_streams_differ():
+    from scipy import stats
+
+    backend = steps.backend()
+    key = noise.RandomSource(3).key(0)
+    small = ops.convert_to_numpy(backend.normal(key, 0, (30, 100))).ravel()
+    large = ops.convert_to_numpy(backend.normal(key, 1, (300, 300))).ravel()
+    for sample in (small, large):
+        assert stats.kstest(sample, "norm").pvalue > 1e-4
+    again = ops.convert_to_numpy(backend.normal(key, 0, (30, 100))).ravel()
+    np.testing.assert_array_equal(small, again)
+    other = ops.convert_to_numpy(backend.normal(key, 2, (30, 100))).ravel()
+    assert abs(np.corrcoef(small, other)[0, 1]) < 0.1
+    new = ops.convert_to_numpy(backend.normal(noise.RandomSource(3).key(1), 0, (30, 100)))
+    assert abs(np.corrcoef(small, new.ravel())[0, 1]) < 0.1
