@@ -1,5 +1,6 @@
 """Vector-Jacobian products and compilation, which every backend spells in its own way."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ if keras.backend.backend() == "tensorflow":
         # Embeddings hand out IndexedSlices.
         return values, [tf.convert_to_tensor(c) for c in cotangents]
 
-    compiled = tf.function
+    compiled = functools.partial(tf.function, autograph=False)
 
 elif keras.backend.backend() == "jax":
     import jax

@@ -30,6 +30,7 @@ def private_step(model, data, backend):
     features, y, mask = data
     x, key = features["inputs"], features["key"]
     network, mechanism = model.network, model.mechanism
+    divisor = mechanism.expected_batch_size
     variables = network.trainable_variables
 
     outputs, pull_back = backend.pull_back(network, x)
@@ -48,8 +49,8 @@ def private_step(model, data, backend):
     )
     updates = []
     for index, (variable, total, std) in enumerate(zip(variables, sums, stds, strict=True)):
-        noise = std * backend.normal(key, index, tuple(variable.shape))
-        update = (total + noise) / mechanism.expected_batch_size
+        noise = backend.normal(key, index, tuple(variable.shape))
+        update = total * (1.0 / divisor) + noise * (std / divisor)
         if variable.regularizer is not None:
             # A penalty on the weights depends on no data: it comes after the noise.
             update = update + backend.gradient(variable.regularizer, variable.value)[1]
@@ -69,7 +70,7 @@ def private_step(model, data, backend):
     if model.adaptive is not None:
         noise = 0.5 * mechanism.count_noise_multiplier * backend.normal(key, next(streams), ())
         centred = ops.sum(within - 0.5 * ops.cast(mask, within.dtype))
-        fraction = (centred + noise) / mechanism.expected_batch_size + 0.5
+        fraction = (centred + noise) / divisor + 0.5
         model.move_clip(fraction)
 
     return model.update_metrics(x, y, outputs, losses, mask)

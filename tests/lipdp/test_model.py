@@ -5,11 +5,11 @@ import subprocess
 import sys
 import textwrap
 
-import accountants
 import keras
 import numpy as np
 import pytest
 
+import accountants
 import lipdp
 from lipdp import layers
 from tests.lipdp.helpers import data, dense_network, private, weights
@@ -17,8 +17,9 @@ from tests.lipdp.helpers import data, dense_network, private, weights
 BUDGET = lipdp.Budget(2.0, 1e-4)
 
 
-def test_fit_spends_what_was_planned_and_never_more():
-    model = private(budget=BUDGET)
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_fit_spends_what_was_planned_and_never_more(run_eagerly):
+    model = private(budget=BUDGET, run_eagerly=run_eagerly)
     x, y = data()
     history = model.fit(x, y, epochs=4, verbose=0)
     spent = model.spent()
@@ -147,7 +148,8 @@ def test_a_loop_of_ones_own_that_is_left_early_is_settled():
 )
 @pytest.mark.parametrize("clip", [None, 0.1, lipdp.AdaptiveClip(0.5)])
 def test_schemes_and_clips(sampling, steps, clip):
-    model = private(sampling=sampling, clip=clip, noise_multiplier=3.0)
+    compiled = clip is not None and sampling == lipdp.PoissonSampling(16)
+    model = private(sampling=sampling, clip=clip, noise_multiplier=3.0, run_eagerly=not compiled)
     x, y = data()
     history = model.fit(x, y, epochs=2, validation_data=(x, y), verbose=0)
     spent = model.spent(1e-5)
@@ -203,7 +205,7 @@ def test_adaptive_clip_finds_its_quantile_and_is_accounted_in_one_mechanism():
 def test_same_seed_same_result_and_no_seed_another():
     def train(seed):
         keras.utils.set_random_seed(1)
-        model = private(seed=seed)
+        model = private(seed=seed, run_eagerly=False)
         model.fit(*data(), epochs=2, verbose=0)
         return weights(model)
 
@@ -378,7 +380,7 @@ class AddsLoss(keras.layers.Layer):
         (
             lambda: dict(network=network_with(keras.layers.LSTM(3), first=False)),
             ValueError,
-            "",
+            "Layer|dimension|ndim",
         ),
     ],
 )
@@ -427,7 +429,6 @@ def test_data_that_is_refused_costs_nothing(change, error, message, tmp_path):
     assert model.spent().steps == 0 and model.noise_multiplier is None
     for a, b in zip(before, weights(model), strict=True):
         np.testing.assert_array_equal(a, b)
-    model.fit(*data(), verbose=0)
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,9 @@ def test_removing_an_example_moves_the_sum_by_at_most_its_bound(make, shape, cli
     start = network.get_weights()
     moves = []
     bounds = lipdp.gradient_bounds(network, min(clip or 9.0, math.sqrt(2) + 1e-5))
+    model = quiet(network, clip=clip, run_eagerly=False)
     for removed in range(4):
         network.set_weights(start)
-        model = quiet(network, clip=clip)
         mask = np.ones(BATCH)
         if removed:
             mask[removed] = 0.0
@@ -109,10 +109,13 @@ def test_noise_of_the_weights_has_the_std_of_the_report(allocation):
         sampling=lipdp.FullBatch(),
         allocation=allocation,
         optimizer=keras.optimizers.SGD(1.0),
+        run_eagerly=False,
     )
     x, y = data(BATCH, (40,))
     draws = []
+    start = network.get_weights()
     for _ in range(12):
+        network.set_weights(start)
         stds = [row.noise_std for row in model.report(BATCH).weights]
         moves = one_step(model, x, y, np.zeros(BATCH))
         draws.append([m / s for m, s in zip(moves, stds, strict=True)])
@@ -154,7 +157,7 @@ def test_weights_stay_in_their_sets_under_heavy_noise():
             layers.FrobeniusDense(3),
         ]
     )
-    model = private(network, noise_multiplier=20.0)
+    model = private(network, noise_multiplier=20.0, run_eagerly=False)
     x, y = data(64, (300,))
     model.fit(x, y, epochs=2, verbose=0)
     kernels = [layer.kernel.numpy() for layer in network.layers[1:] if hasattr(layer, "kernel")]

@@ -1,0 +1,248 @@
+"""Layers of lipdp: what they compute, what they refuse, how they are saved, what they bound."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from lipdp import bounds, layers
+from lipdp.steps.autodiff import pull_back
+
+LAYERS = {
+    "ball": (layers.BallProjection(0.7), (5,)),
+    "ball per position": (layers.BallProjection(0.7, per_position=True), (3, 4)),
+    "centering": (layers.Centering(), (4, 3)),
+    "centering of channels": (layers.Centering((1, 2)), (4, 4, 2)),
+    "clip": (layers.ClipGradient(0.1), (4,)),
+    "dense": (layers.SpectralDense(4, bias_norm=0.5), (6,)),
+    "dense without bias": (layers.SpectralDense(4, use_bias=False, activation="relu"), (3, 6)),
+    "dense, orthogonal": (layers.SpectralDense(4, orthogonal=True, name="named"), (6,)),
+    "frobenius": (layers.FrobeniusDense(4, radius=2.0, bias_norm=0.3), (6,)),
+    "conv": (
+        layers.SpectralConv2D(
+            4, (3, 2), strides=2, padding="same", bias_norm=0.2, certificate="reshaped"
+        ),
+        (6, 5, 2),
+    ),
+    "conv, groups": (
+        layers.SpectralConv2D(4, 2, groups=2, use_bias=False, activation="tanh"),
+        (4, 4, 2),
+    ),
+    "group sort": (layers.GroupSort(3), (2, 6)),
+    "l2 pooling": (layers.L2NormPooling2D(3, strides=2, padding="same"), (5, 5, 2)),
+    "average pooling": (layers.ScaledAveragePooling2D((2, 1)), (4, 4, 2)),
+    "global l2 pooling": (layers.GlobalL2NormPooling2D(), (4, 4, 2)),
+    "global average pooling": (layers.GlobalScaledAveragePooling2D(), (4, 4, 2)),
+}
+
+
+def network_of(layer, shape):
+    """A fresh network of a fresh copy of the layer."""
+    copy = type(layer).from_config(layer.get_config())
+    return keras.Sequential([keras.Input(shape), copy])
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_saved_and_loaded(name, tmp_path, rng):
+    layer, shape = LAYERS[name]
+    network = network_of(layer, shape)
+    x = rng.standard_normal((2, *shape)).astype("float32")
+    network.save(tmp_path / "network.keras")
+    loaded = keras.saving.load_model(tmp_path / "network.keras")
+    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(x)), ops.convert_to_numpy(network(x)))
+    assert loaded.layers[0].get_config() == network.layers[0].get_config()
+    found, expected = (bounds.network_bounds(n, 1.0, 2.0) for n in (loaded, network))
+    assert found.output == expected.output and found.lipschitz == expected.lipschitz
+    assert list(found.gradients.values()) == list(expected.gradients.values())
+    assert [w.constraint is None for w in loaded.weights] == [False] * len(loaded.weights)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_config_tells_everything(name):
+    layer, _ = LAYERS[name]
+    twin = type(layer).from_config(layer.get_config())
+    assert twin.get_config() == layer.get_config()
+    assert layer.get_config()["name"] == layer.name
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_declared_shape(name, rng):
+    layer, shape = LAYERS[name]
+    network = network_of(layer, shape)
+    outputs = network(rng.standard_normal((2, *shape)).astype("float32"))
+    assert tuple(outputs.shape) == (2, *network.output_shape[1:])
+    assert tuple(layer.compute_output_shape((None, *shape)))[1:] == tuple(outputs.shape)[1:]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradient_of_each_example(name, rng):
+    """One by one, and together their gradients make that of the batch."""
+    layer, shape = LAYERS[name]
+    network = network_of(layer, shape)
+    found = bounds.network_bounds(network, 1.0, 1.0)
+    weights = [ops.convert_to_tensor(v) for v in network.trainable_variables]
+    state = [ops.convert_to_tensor(v) for v in network.non_trainable_variables]
+
+    def gradients(x, g):
+        def forward(*arguments):
+            return [network.stateless_call(list(arguments[:-1]), state, arguments[-1])[0]]
+
+        arguments = [*weights, ops.convert_to_tensor(x)]
+        _, cotangents = pull_back(forward, arguments, lambda _: [ops.convert_to_tensor(g)])
+        return [ops.convert_to_numpy(c) for c in cotangents]
+
+    x = rng.standard_normal((4, *shape)).astype("float32")
+    x[0] = 0.0
+    x /= np.maximum(np.linalg.norm(x.reshape(4, -1), axis=1), 1.0).reshape(4, *[1] * len(shape))
+    g = rng.standard_normal((4, *network.output_shape[1:])).astype("float32")
+    g /= np.linalg.norm(g.reshape(4, -1), axis=1).reshape(4, *[1] * (g.ndim - 1))
+    claimed = [*found.gradients.values(), found.input_cotangents[0]]
+    sums = [0.0] * len(claimed)
+    for i in range(4):
+        single = gradients(x[i : i + 1], g[i : i + 1])
+        for j, (gradient, bound) in enumerate(zip(single, claimed, strict=True)):
+            assert np.linalg.norm(gradient) <= bound * (1 + 1e-5)
+            sums[j] = sums[j] + gradient
+    for total, gradient in zip(sums[:-1], gradients(x, g)[:-1], strict=True):
+        np.testing.assert_allclose(total, gradient, atol=1e-5)
+
+
+# --- each by itself ---------------------------------------------------------------------------
+
+
+def norms_of(x):
+    x = ops.convert_to_numpy(x).astype("float64")
+    return np.linalg.norm(x.reshape(len(x), -1), axis=1)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e20, 1e37, 3e38])
+def test_ball_projection(scale, rng):
+    x = (scale * rng.uniform(-1, 1, (5, 3, 4))).astype("float32")
+    x[4] = 0.0
+    y = ops.convert_to_numpy(layers.BallProjection(0.5)(x))
+    inside = np.linalg.norm(x.astype("float64").reshape(5, -1), axis=1) <= 0.5
+    np.testing.assert_allclose(y[inside], x[inside], rtol=1e-6)
+    np.testing.assert_allclose(norms_of(y)[~inside], 0.5, rtol=1e-5)
+    if not inside[0] and scale < 1e37:  # above, entries are clipped
+        direction = x[~inside] / np.abs(x[~inside]).max(axis=(1, 2), keepdims=True)
+        direction /= np.linalg.norm(direction.reshape(len(direction), -1), axis=1)[:, None, None]
+        np.testing.assert_allclose(y[~inside], 0.5 * direction, rtol=1e-4, atol=1e-6)
+
+
+def test_ball_projection_of_broken_entries():
+    x = np.array([[np.nan, 0.3, np.inf], [-np.inf, np.nan, np.nan]], "float32")
+    y = ops.convert_to_numpy(layers.BallProjection(1.0)(x))
+    np.testing.assert_allclose(y, [[0.0, 0.3, 0.0], [0.0, 0.0, 0.0]], rtol=1e-6)
+
+
+def test_ball_projection_takes_integers():
+    y = layers.BallProjection(1.0)(np.array([[3, 4]], "uint8"))
+    np.testing.assert_allclose(ops.convert_to_numpy(y), [[0.6, 0.8]], rtol=1e-6)
+
+
+def test_ball_projection_per_position(rng):
+    x = 10 * rng.standard_normal((2, 3, 4, 5)).astype("float32")
+    y = ops.convert_to_numpy(layers.BallProjection(0.5, per_position=True)(x))
+    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("axes, rank", [(None, 2), (None, 3), (1, 2), (-1, 3), ((1, 2), 4)])
+def test_centering(axes, rank, rng):
+    x = rng.standard_normal((3, 4, 5, 2)[:rank]).astype("float32")
+    y = ops.convert_to_numpy(layers.Centering(axes)(x))
+    mean_axes = tuple(range(1, rank)) if axes is None else axes
+    np.testing.assert_allclose(y, x - x.mean(axis=mean_axes, keepdims=True), atol=1e-6)
+
+
+@pytest.mark.parametrize("n, channels", [(2, 2), (2, 8), (3, 6), (4, 4), (8, 8)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_group_sort_sorts(n, channels, shape, rng):
+    x = rng.standard_normal((2, *shape, channels)).astype("float32")
+    y = ops.convert_to_numpy(layers.GroupSort(n)(x))
+    groups = x.reshape(2, *shape, n, channels // n)
+    expected = -np.sort(-groups, axis=-2)
+    np.testing.assert_allclose(y.reshape(groups.shape), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same"])
+@pytest.mark.parametrize("pool, strides", [((2, 2), (2, 2)), ((3, 2), (1, 2)), ((2, 2), (3, 3))])
+def test_pooling_by_hand(pool, strides, padding, rng):
+    x = rng.standard_normal((2, 6, 5, 3)).astype("float32")
+    padded = x
+    if padding == "same":
+        total = [
+            max((-(-n // s) - 1) * s + p - n, 0)
+            for n, p, s in zip((6, 5), pool, strides, strict=True)
+        ]
+        padded = np.pad(x, ((0, 0), *((t // 2, t - t // 2) for t in total), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, pool, axis=(1, 2))
+    windows = windows[:, :: strides[0], :: strides[1]]
+    average = layers.ScaledAveragePooling2D(pool, strides, padding)(x)
+    expected = windows.sum(axis=(-2, -1)) / np.sqrt(np.prod(pool))
+    np.testing.assert_allclose(ops.convert_to_numpy(average), expected, rtol=1e-4, atol=1e-5)
+    norm = layers.L2NormPooling2D(pool, strides, padding)(x)
+    expected = np.sqrt(np.square(windows).sum(axis=(-2, -1)))
+    np.testing.assert_allclose(ops.convert_to_numpy(norm), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_clip_gradient_clips_each_example_and_what_is_not_finite():
+    g = np.array([[3.0, 4.0], [0.01, 0.0], [np.nan, 1.0], [0.0, 0.0], [1e30, 0.0]], "float32")
+    _, (pulled,) = pull_back(
+        lambda x: [layers.ClipGradient(0.5)(x)],
+        [ops.ones((5, 2))],
+        lambda _: [ops.convert_to_tensor(g)],
+    )
+    pulled = ops.convert_to_numpy(pulled)
+    np.testing.assert_allclose(pulled[:2], [[0.3, 0.4], [0.01, 0.0]], rtol=1e-5)
+    assert np.isfinite(pulled).all()
+    assert (norms_of(pulled) <= 0.5 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **k: layers.SpectralDense(3, bias_initializer="ones", bias_norm=0.1, **k),
+        lambda **k: layers.FrobeniusDense(3, bias_initializer="ones", radius=0.2, **k),
+        lambda **k: layers.SpectralDense(3, kernel_initializer="ones", orthogonal=True, **k),
+    ],
+)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_initial_weights_are_in_their_sets(make, trainable):
+    layer = make(trainable=trainable)
+    layer.build((None, 4))
+    for variable in layer.weights:
+        value = ops.convert_to_numpy(variable)
+        norm = np.linalg.norm(value, 2)
+        assert norm <= variable.constraint.radius
+
+
+def test_initial_conv_weights_are_in_their_sets():
+    layer = layers.SpectralConv2D(
+        2, 3, kernel_initializer="ones", bias_initializer="ones", bias_norm=0.1, padding="same"
+    )
+    layer.build((None, 4, 4, 1))
+    assert np.linalg.norm(ops.convert_to_numpy(layer.bias)) <= 0.1
+    assert ops.convert_to_numpy(layer.kernel).max() < 0.2
+
+
+@pytest.mark.parametrize(
+    "make, shape, message",
+    [
+        (lambda: layers.BallProjection(0.0), (3,), "`radius` must be a positive"),
+        (lambda: layers.BallProjection(float("nan")), (3,), "`radius` must be a positive"),
+        (lambda: layers.BallProjection(1.0, per_position=True), (), "axis besides the batch"),
+        (lambda: layers.ClipGradient(-1.0), (3,), "`clip_norm` must be a positive"),
+        (lambda: layers.Centering(0), (3,), "would mix examples"),
+        (lambda: layers.Centering(-2), (3,), "would mix examples"),
+        (lambda: layers.Centering((1, 5)), (3,), "axes of the input"),
+        (lambda: layers.GroupSort(1), (4,), "`n` must be an integer"),
+        (lambda: layers.GroupSort(3), (4,), "that 3 divides"),
+        (lambda: layers.SpectralDense(3, bias_norm=0.0), (4,), "`radius` must be a positive"),
+        (lambda: layers.L2NormPooling2D(0), (4, 4, 1), "`pool_size` must be"),
+        (lambda: layers.L2NormPooling2D(2, padding="full"), (4, 4, 1), "`padding` must be"),
+        (lambda: layers.SpectralConv2D(2, 3), (None, 4, 1), "known spatial sizes"),
+    ],
+)
+def test_wrong_use_is_refused(make, shape, message):
+    with pytest.raises(ValueError, match=message):
+        keras.Sequential([keras.Input(shape), make()])
