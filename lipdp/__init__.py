@@ -1,7 +1,6 @@
 """lipdp: differentially private training for Keras, without per-example clipping."""
 
 from accountants import Budget, FullBatch, PoissonSampling, ShuffledEpochs
-
 from lipdp import bounds, layers, losses, norms, projections
 from lipdp._version import __version__
 from lipdp.bounds import UnknownLayerError, gradient_bounds

@@ -6,6 +6,7 @@ import threading
 
 import keras
 import numpy as np
+
 from accountants import FullBatch, PoissonSampling, ShuffledEpochs
 
 __all__ = ["DrawnBatch", "DrawnBatches", "check_data"]

@@ -54,7 +54,7 @@ class SparseCategoricalCrossentropy(_Tempered):
 
     >>> loss = SparseCategoricalCrossentropy(temperature=10.0)
     >>> round(gradient_bound(loss, (3,)), 4)
-    1.4143
+    1.4142
     """
 
     def call(self, y_true, y_pred):
@@ -76,7 +76,7 @@ class CategoricalCrossentropy(_Tempered):
     Shapes: targets and logits `(batch, ..., classes)`.
 
     >>> round(gradient_bound(CategoricalCrossentropy(), (3,)), 4)
-    1.4143
+    1.4142
     """
 
     def call(self, y_true, y_pred):
@@ -118,7 +118,7 @@ class MulticlassHinge(keras.losses.Loss):
     Shapes: labels `(batch, ...)` of integers in `[0, C)`; logits `(batch, ..., C)`.
 
     >>> round(gradient_bound(MulticlassHinge(), (10,)), 4)
-    0.9488
+    0.9487
     """
 
     def __init__(

@@ -30,7 +30,8 @@ _ACTIVATIONS = {
     activations.relu6: (1.0, 0.0),
     activations.leaky_relu: (1.0, 0.0),
     activations.elu: (1.0, 0.0),
-    activations.celu: (1.0, 0.0),
+    # As max(x, 0) + ... min(0, x): at zero TensorFlow hands the cotangent to both.
+    activations.celu: (2.0, 0.0),
     activations.tanh: (1.0, 0.0),
     activations.hard_tanh: (1.0, 0.0),
     activations.softsign: (1.0, 0.0),
@@ -147,9 +148,9 @@ def reshape(operation, call):
         raise ValueError(
             "a reshape may mix the examples; use keras.layers.Reshape, which keeps the batch axis"
         )
-    if any(n in (-1, None) for n in operation.newshape[1:]) or size(
-        operation.newshape[1:]
-    ) != size(call.input_shape):
+    if any(n in (-1, None) for n in operation.newshape[1:]) or size(operation.newshape[1:]) != size(
+        call.input_shape
+    ):
         raise ValueError("a reshape must keep the size of an example; use keras.layers.Reshape")
     return lipschitz()
 
@@ -460,8 +461,6 @@ register(layers.Lambda)(
 register(layers.UnitNormalization)(
     _refused("Use lipdp.layers.BallProjection.", "its slope at zero is unbounded")
 )
-register(layers.GaussianDropout)(
-    _refused("Use keras.layers.Dropout.", "its factor is unbounded")
-)
+register(layers.GaussianDropout)(_refused("Use keras.layers.Dropout.", "its factor is unbounded"))
 
 __all__ = ["linear", "minimum", "pool_windows", "with_activation"]

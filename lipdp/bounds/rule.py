@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 from keras import ops
 
 from lipdp import norms
@@ -98,11 +97,12 @@ def register(*classes):
     """Registers `rule(layer, call) -> Rule` for exactly these classes, not their subclasses
     (a subclass may compute something else).
 
-    A layer of your own needs no registration if it has a method `bound(call) -> Rule`.
+    A layer of your own needs no registration if its class has a method `bound(call) -> Rule`.
 
     Raises:
         ValueError: a class has a rule already.
 
+    >>> import keras
     >>> class Halve(keras.layers.Layer):
     ...     def call(self, x):
     ...         return x / 2
@@ -130,15 +130,14 @@ def find_rule(layer):
     cls = type(layer)
     if cls in _RULES:
         return lambda call: _RULES[cls](layer, call)
-    # `bound` counts only where the class that computes `call` also states it, or a subclass.
-    owner = next((c for c in cls.__mro__ if "bound" in vars(c)), None)
-    computes = next((c for c in cls.__mro__ if "call" in vars(c)), None)
-    if owner is not None and computes is not None and issubclass(owner, computes):
+    # Not inherited either: a subclass may compute something else, be it in a helper of `call`.
+    if "bound" in vars(cls):
         return layer.bound
     raise UnknownLayerError(
         f"No bound is known for layer {layer.name!r} of class {cls.__module__}.{cls.__name__}. "
         "Use a layer from lipdp.layers, or state its bound: give the class a method "
-        "`bound(self, call) -> lipdp.bounds.Rule`, or decorate a function `rule(layer, call)` "
+        "`bound(self, call) -> lipdp.bounds.Rule` of its own (it is not inherited), or decorate a "
+        "function `rule(layer, call)` "
         f"with `@lipdp.bounds.register({cls.__name__})`."
     )
 

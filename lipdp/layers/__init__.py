@@ -3,8 +3,8 @@ training code, and may be mixed with every Keras layer that has a rule.
 """
 
 from lipdp.layers.activations import GroupSort
-from lipdp.layers.dense import FrobeniusDense, SpectralDense
 from lipdp.layers.convolutional import SpectralConv2D
+from lipdp.layers.dense import FrobeniusDense, SpectralDense
 from lipdp.layers.normalization import BallProjection, Centering, ClipGradient
 from lipdp.layers.pooling import (
     GlobalL2NormPooling2D,

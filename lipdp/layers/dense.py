@@ -19,9 +19,6 @@ class _BallDense(keras.layers.Dense):
         for variable in self.weights:  # initializers know nothing of the sets
             variable.assign(variable.constraint(variable))
 
-    def bound(self, call):
-        return builtin.dense(self, call)
-
     def get_config(self):
         config = keras.layers.Layer.get_config(self)
         return {
@@ -77,6 +74,9 @@ class SpectralDense(_BallDense):
         self.orthogonal = bool(orthogonal)
         self._constrain(SpectralBall(1.0, orthogonal=self.orthogonal), bias_norm)
 
+    def bound(self, call):
+        return builtin.dense(self, call)
+
     def get_config(self):
         return {**super().get_config(), "orthogonal": self.orthogonal}
 
@@ -122,6 +122,9 @@ class FrobeniusDense(_BallDense):
         )
         self.radius = radius
         self._constrain(NormBall(radius), bias_norm)
+
+    def bound(self, call):
+        return builtin.dense(self, call)
 
     def get_config(self):
         return {**super().get_config(), "radius": self.radius}

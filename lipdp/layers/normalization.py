@@ -166,9 +166,7 @@ class ClipGradient(keras.layers.Layer):
         return input_shape
 
     def bound(self, call):
-        return Rule(
-            forward=lambda xs: xs[0], backward=lambda xs, g: [minimum(g, self.clip_norm)]
-        )
+        return Rule(forward=lambda xs: xs[0], backward=lambda xs, g: [minimum(g, self.clip_norm)])
 
     def get_config(self):
         return {**super().get_config(), "clip_norm": self.clip_norm}
