@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import time
 
 import numpy as np
@@ -48,7 +49,8 @@ def train(model, dataset, train_data, test_data):
     import rich
 
     start = time.perf_counter()
-    model.fit(*train_data, epochs=FLAGS.epochs, verbose="auto" if FLAGS.verbosity >= 0 else 0)
+    # A bar on a terminal, a line an epoch in a file.
+    model.fit(*train_data, epochs=FLAGS.epochs, verbose=1 if sys.stdout.isatty() else 2)
     seconds = time.perf_counter() - start
     rich.print(model.report())
     _, accuracy = model.evaluate(*test_data, verbose=0)

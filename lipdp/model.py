@@ -220,7 +220,8 @@ class PrivateModel(keras.Model):
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
 
         Returns:
-            Keras' `History`; `epsilon` is in its logs (at the end of each epoch, exact).
+            Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
+            budget's delta, or at 1e-5 without a budget.
 
         Raises:
             BudgetExceeded: not one step is left.

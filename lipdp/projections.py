@@ -36,6 +36,11 @@ def certified_by(bound):
         _certificate.reset(token)
 
 
+def _read(w):
+    """The value of a weight, read once: the bound and what it divides must be of one moment."""
+    return 1.0 * w
+
+
 def _matrix_bound(matrix, expected):
     probable = _certificate.get()
     if probable is not None and min(matrix.shape) > _LARGE:
@@ -79,6 +84,7 @@ class NormBall(Projection):
     """
 
     def __call__(self, w):
+        w = _read(w)
         return _shrink(w, norms.euclidean_norm(w) * (1 + 1e-6), self.radius)
 
 
@@ -117,6 +123,7 @@ class SpectralBall(Projection):
     def __call__(self, w):
         if len(w.shape) != 2:
             raise ValueError(f"SpectralBall projects matrices; got a weight of shape {w.shape}.")
+        w = _read(w)
         w = _shrink(w, _matrix_bound(w, self.radius), self.radius)
         if self.orthogonal:
             w = w / self.radius
@@ -178,6 +185,7 @@ class ConvBall(Projection):
         self.certificate = certificate
 
     def __call__(self, w):
+        w = _read(w)
         bound = norms.conv_norm_bound(w, **self.geometry, certificate=self.certificate)
         return _shrink(w, bound, self.radius)
 

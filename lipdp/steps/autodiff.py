@@ -64,3 +64,16 @@ def pull_back(
     [2.0, 16.0]
     """
     return _pull_back(function, list(arguments), cotangents_of)
+
+
+def gradient(function: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tensor, Tensor]:
+    """`function(value)` and the gradient of its sum.
+
+    >>> values, slope = gradient(lambda x: x * x, keras.ops.array([1.0, 2.0]))
+    >>> [float(v) for v in slope]
+    [2.0, 4.0]
+    """
+    (result,), (slope,) = pull_back(
+        lambda x: [function(x)], [value], lambda values: [keras.ops.ones_like(values[0])]
+    )
+    return result, slope

@@ -21,17 +21,6 @@ def pull_back(network, x):
     return outputs, lambda cotangent: pull(cotangent)[0]
 
 
-def gradient(function, value):
-    """`function(value)` and the gradient of its sum."""
-
-    def total(value):
-        result = function(value)
-        return result.sum(), result
-
-    (_, result), slope = jax.value_and_grad(total, has_aux=True)(value)
-    return result, slope
-
-
 def normal(key, stream, shape):
     """Standard normal draws: a function of a 128-bit key (uint32, `(4,)`) and a stream."""
     key = jax.random.wrap_key_data(key, impl="rbg")

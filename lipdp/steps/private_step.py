@@ -2,7 +2,6 @@
 
 import math
 
-import keras
 from keras import ops
 
 from lipdp import norms
@@ -11,6 +10,7 @@ from lipdp.clipping import clip_rows
 from lipdp.losses import per_example
 from lipdp.noise import standard_deviations
 from lipdp.projections import certified_by
+from lipdp.steps.autodiff import gradient
 
 
 def private_step(model, data, backend):
@@ -22,7 +22,7 @@ def private_step(model, data, backend):
     Args:
         model: the `PrivateModel`.
         data: what `DrawnBatch.as_data` gives.
-        backend: the backend's module: `pull_back`, `gradient`, `normal`, `compiled`.
+        backend: the backend's module: `pull_back`, `normal`, `compiled`.
 
     Returns:
         The metrics' results.
@@ -34,7 +34,7 @@ def private_step(model, data, backend):
     variables = network.trainable_variables
 
     outputs, pull_back = backend.pull_back(network, x)
-    losses, gradients = backend.gradient(lambda z: per_example(model.private_loss, y, z), outputs)
+    losses, gradients = gradient(lambda z: per_example(model.private_loss, y, z), outputs)
     clip = model.current_clip()
     rows, within = clip_rows(gradients, clip, mask)
     sums = pull_back(rows)
@@ -47,13 +47,15 @@ def private_step(model, data, backend):
         mechanism.gradient_noise_multiplier,
         model.allocation,
     )
+    if any(ops.is_tensor(std) for std in stds):
+        stds = _together(stds)
     updates = []
     for index, (variable, total, std) in enumerate(zip(variables, sums, stds, strict=True)):
         noise = backend.normal(key, index, tuple(variable.shape))
         update = total * (1.0 / divisor) + noise * (std / divisor)
         if variable.regularizer is not None:
             # A penalty on the weights depends on no data: it comes after the noise.
-            update = update + backend.gradient(variable.regularizer, variable.value)[1]
+            update = update + gradient(variable.regularizer, variable.value)[1]
         updates.append(update)
 
     # Probes are numbered behind the weights: no draw shares its stream with the noise.
@@ -61,7 +63,6 @@ def private_step(model, data, backend):
 
     def certificate(matrix, expected):
         probe = backend.normal(key, next(streams), norms.probe_shape(matrix.shape))
-        matrix = matrix.value if isinstance(matrix, keras.Variable) else matrix
         return backend.compiled(norms.probable_norm_bound)(matrix, probe, expected)
 
     with certified_by(certificate):
@@ -74,3 +75,13 @@ def private_step(model, data, backend):
         model.move_clip(fraction)
 
     return model.update_metrics(x, y, outputs, losses, mask)
+
+
+def _together(stds):
+    """The same numbers, each of which depends on all: no weight changes before every bound that
+    was measured on weights is there. TensorFlow's graph optimisers were seen to lose the order
+    between the read of a weight and its update, and a bound came out of weights that were
+    already new. What is not finite becomes NaN everywhere, and with it the weights.
+    """
+    whole = ops.isfinite(sum(stds))
+    return [ops.where(whole, std, math.nan) for std in stds]

@@ -27,16 +27,6 @@ def pull_back(network, x):
     return outputs, pull
 
 
-def gradient(function, value):
-    """`function(value)` and the gradient of its sum."""
-    value = tf.convert_to_tensor(value)
-    with tf.GradientTape() as tape:
-        tape.watch(value)
-        result = function(value)
-        total = tf.reduce_sum(result)
-    return result, tape.gradient(total, value, unconnected_gradients=tf.UnconnectedGradients.ZERO)
-
-
 def normal(key, stream, shape):
     """Standard normal draws: a function of a 128-bit key (uint32, `(4,)`) and a stream."""
     seed = tf.bitcast(tf.reshape(tf.cast(key, tf.uint32), (2, 2)), tf.int64)
