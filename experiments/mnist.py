@@ -71,9 +71,9 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    common.define_flags(epsilon=3.0, delta=1e-5, batch_size=2048, epochs=20, learning_rate=1.0)
+    common.define_flags(epsilon=3.0, delta=1e-5, batch_size=2048, epochs=8, learning_rate=2.0)
     flags.DEFINE_string("data", None, "An .npz file with x_train, y_train, x_test, y_test.")
-    flags.DEFINE_float("clip", 0.2, "Clip of the loss gradient.", lower_bound=0.0)
-    flags.DEFINE_float("temperature", 20.0, "Temperature of the cross-entropy.", lower_bound=0.0)
+    flags.DEFINE_float("clip", 0.3, "Clip of the loss gradient.", lower_bound=0.0)
+    flags.DEFINE_float("temperature", 300.0, "Temperature of the cross-entropy.", lower_bound=0.0)
     flags.DEFINE_enum("allocation", "global", ["global", "per_weight", "least"], "Of the noise.")
     app.run(main)
