@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import sys
 import time
 
 import numpy as np
@@ -11,7 +10,9 @@ from absl import flags
 FLAGS = flags.FLAGS
 
 
-def define_flags(*, epsilon, delta, batch_size, epochs, learning_rate):
+def define_flags(
+    *, epsilon: float, delta: float, batch_size: int, epochs: int, learning_rate: float
+) -> None:
     """The flags of a training script, with its defaults."""
     flags.DEFINE_float("epsilon", epsilon, "Privacy budget: epsilon.", lower_bound=1e-6)
     flags.DEFINE_float("delta", delta, "Privacy budget: delta, in (0, 1).", 0.0, 1.0)
@@ -29,7 +30,7 @@ def define_flags(*, epsilon, delta, batch_size, epochs, learning_rate):
     flags.DEFINE_string("out", None, "File to which the result line is written as well.")
 
 
-def load_npz(path):
+def load_npz(path: str) -> tuple:
     """Training and test images and labels from a file with Keras' four keys.
 
     Raises:
@@ -44,13 +45,12 @@ def load_npz(path):
     return (x_train, y_train), (x_test, y_test)
 
 
-def train(model, dataset, train_data, test_data):
+def train(model, dataset: str, train_data: tuple, test_data: tuple) -> dict:
     """Trains a compiled `PrivateModel` by the flags, prints its report and the result line."""
     import rich
 
     start = time.perf_counter()
-    # A bar on a terminal, a line an epoch in a file.
-    model.fit(*train_data, epochs=FLAGS.epochs, verbose=1 if sys.stdout.isatty() else 2)
+    model.fit(*train_data, epochs=FLAGS.epochs)
     seconds = time.perf_counter() - start
     rich.print(model.report())
     _, accuracy = model.evaluate(*test_data, verbose=0)

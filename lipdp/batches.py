@@ -3,11 +3,15 @@
 import dataclasses
 import math
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
 
 from accountants import FullBatch, PoissonSampling, ShuffledEpochs
+from accountants.sampling import Sampling
+from lipdp.noise import RandomSource
 
 __all__ = ["DrawnBatch", "DrawnBatches", "check_data"]
 
@@ -28,12 +32,12 @@ class DrawnBatch:
     mask: np.ndarray
     key: np.ndarray
 
-    def as_data(self):
+    def as_data(self) -> tuple:
         """What Keras' loops hand to `train_step`; the key travels with the inputs."""
         return ({"inputs": self.inputs, "key": self.key}, self.targets, self.mask)
 
 
-def check_data(x, y, input_shape):
+def check_data(x: Any, y: Any, input_shape: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets as NumPy arrays, after the checks that can be made before training.
 
     Args:
@@ -109,7 +113,16 @@ class DrawnBatches(keras.utils.PyDataset):
         bucket: rows are padded to a multiple of this, so that few shapes occur.
     """
 
-    def __init__(self, x, y, sampling, source, position, steps, bucket=1):
+    def __init__(
+        self,
+        x: np.ndarray,
+        y: np.ndarray,
+        sampling: Sampling,
+        source: RandomSource,
+        position: Sequence[int],
+        steps: int,
+        bucket: int = 1,
+    ) -> None:
         super().__init__()
         self.x, self.y = x, y
         self.sampling = sampling
@@ -130,7 +143,7 @@ class DrawnBatches(keras.utils.PyDataset):
     def on_epoch_begin(self):
         self.epoch += 1
 
-    def draw(self, index):
+    def draw(self, index: int) -> DrawnBatch:
         """The `DrawnBatch` of step `index` of the epoch."""
         epoch = self.epoch
         place = (*self.position, epoch, index)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from keras import ops
 
 __all__ = ["AdaptiveClip", "clip_rows"]
 
 
-def clip_rows(gradients, clip, mask):
+def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
     """Clips each example's loss gradient to norm `clip`.
 
     Args:
@@ -74,7 +75,7 @@ class AdaptiveClip:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite; got {value!r}.")
 
-    def split(self, noise_multiplier, expected_batch_size):
+    def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
         """(multiplier of the gradient, multiplier of the count) whose joint one is given.
 
         Raises:

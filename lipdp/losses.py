@@ -5,6 +5,8 @@ network's output; where an example has several positions its loss is their mean.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -23,6 +25,9 @@ __all__ = [
 ]
 
 
+Loss = keras.losses.Loss | Callable[[Any, Any], Any]
+
+
 def _check_temperature(temperature):
     if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` must be a positive, finite number; got {temperature!r}.")
@@ -32,11 +37,16 @@ def _check_temperature(temperature):
 class _Tempered(keras.losses.Loss):
     """`ℓ(τz)/τ`: the gradient bound of `ℓ`, at a slope that is reached τ times sooner."""
 
-    def __init__(self, temperature=1.0, reduction="sum_over_batch_size", name=None):
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        reduction: str = "sum_over_batch_size",
+        name: str | None = None,
+    ) -> None:
         super().__init__(name=name, reduction=reduction)
         self.temperature = _check_temperature(temperature)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "temperature": self.temperature}
 
 
@@ -122,8 +132,12 @@ class MulticlassHinge(keras.losses.Loss):
     """
 
     def __init__(
-        self, margin=1.0, divisor="classes", reduction="sum_over_batch_size", name="multi_hinge"
-    ):
+        self,
+        margin: float = 1.0,
+        divisor: str = "classes",
+        reduction: str = "sum_over_batch_size",
+        name: str = "multi_hinge",
+    ) -> None:
         super().__init__(name=name, reduction=reduction)
         if divisor not in ("classes", "others"):
             raise ValueError(f"`divisor` must be 'classes' or 'others'; got {divisor!r}.")
@@ -138,7 +152,7 @@ class MulticlassHinge(keras.losses.Loss):
         slack = (1.0 - hot) * ops.relu(self.margin - own + y_pred)
         return ops.sum(slack, axis=-1) / (classes - (self.divisor == "others"))
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "margin": self.margin, "divisor": self.divisor}
 
 
@@ -182,7 +196,7 @@ _SEPARATE = (
 )
 
 
-def gradient_bound(loss, output_shape):
+def gradient_bound(loss: Loss, output_shape: Sequence[int]) -> float:
     """Bound of the norm of one example's loss gradient with respect to the network's output.
 
     It holds for targets as the loss wants them; the private step clips at it, so that it also
@@ -232,7 +246,7 @@ _BY_NAME = {
 }
 
 
-def get(loss):
+def get(loss: str | Loss) -> Loss:
     """The loss that `compile(loss=...)` names.
 
     The names of cross-entropies mean those on logits: a network that ends in a softmax would
@@ -257,7 +271,7 @@ def get(loss):
     )
 
 
-def per_example(loss, y_true, y_pred):
+def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
     """Loss of each example, of shape `(batch,)`, whatever the loss' `reduction`.
 
     A loss that is not known to treat examples one by one is called with batches of one: no
@@ -284,7 +298,7 @@ def per_example(loss, y_true, y_pred):
     return ops.mean(ops.reshape(values, (ops.shape(values)[0], -1)), axis=1)
 
 
-def check_targets(loss, y, output_shape):
+def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> None:
     """Refuses targets the loss cannot mean.
 
     Args:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import os
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -97,17 +99,17 @@ class PrivateModel(keras.Model):
 
     def __init__(
         self,
-        network,
+        network: keras.Model,
         *,
-        budget=None,
-        noise_multiplier=None,
-        sampling=None,
-        clip=None,
-        allocation="global",
-        ledger=None,
-        seed=None,
-        name=None,
-    ):
+        budget: Budget | None = None,
+        noise_multiplier: float | None = None,
+        sampling: Sampling | None = None,
+        clip: float | AdaptiveClip | None = None,
+        allocation: str = "global",
+        ledger: str | os.PathLike[str] | None = None,
+        seed: int | None = None,
+        name: str | None = None,
+    ) -> None:
         super().__init__(name=name)
         self.budget = _check_budget(budget)
         self.noise_multiplier = _check_noise(noise_multiplier, budget)
@@ -145,12 +147,12 @@ class PrivateModel(keras.Model):
 
     def compile(
         self,
-        optimizer="rmsprop",
-        loss=None,
-        metrics=None,
-        run_eagerly=False,
-        jit_compile="auto",
-    ):
+        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        loss: str | losses.Loss | None = None,
+        metrics: list | None = None,
+        run_eagerly: bool = False,
+        jit_compile: bool | str = "auto",
+    ) -> None:
         """Configures training, as Keras' `compile` does.
 
         Args:
@@ -196,18 +198,18 @@ class PrivateModel(keras.Model):
 
     def fit(
         self,
-        x=None,
-        y=None,
-        epochs=1,
-        verbose="auto",
-        callbacks=None,
-        validation_data=None,
-        initial_epoch=0,
-        steps_per_epoch=None,
-        validation_steps=None,
-        validation_batch_size=None,
-        validation_freq=1,
-    ):
+        x: Any = None,
+        y: Any = None,
+        epochs: int = 1,
+        verbose: str | int = "auto",
+        callbacks: Any = None,
+        validation_data: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int = 1,
+    ) -> keras.callbacks.History:
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
         Training ends before the step that would overspend the budget. A further call goes on
@@ -253,7 +255,9 @@ class PrivateModel(keras.Model):
         finally:
             self._settle()
 
-    def batches(self, x, y, epochs=1, steps_per_epoch=None):
+    def batches(
+        self, x: Any, y: Any, epochs: int = 1, steps_per_epoch: int | None = None
+    ) -> Iterator[DrawnBatch]:
         """Batches for a loop of your own: `for batch in model.batches(x, y): ...`.
 
         Each is good for one `train_on_batch(batch)`. Arguments and errors as for `fit`; the
@@ -275,7 +279,7 @@ class PrivateModel(keras.Model):
             self._open_batch = None
             self._settle()
 
-    def train_on_batch(self, batch, y=None, return_dict=False):
+    def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
         """One private step on a batch that `batches` drew.
 
         Raises:
@@ -364,7 +368,7 @@ class PrivateModel(keras.Model):
 
     # --- what is spent -----------------------------------------------------------------------
 
-    def spent(self, delta=None):
+    def spent(self, delta: float | None = None) -> Spent:
         """Privacy spent so far, by this model and in its ledger.
 
         Args:
@@ -395,7 +399,7 @@ class PrivateModel(keras.Model):
             "`model.network`, and keep what was spent with `ledger=`."
         )
 
-    def report(self, expected_batch_size=None):
+    def report(self, expected_batch_size: float | None = None) -> Report:
         """The sensitivity report: where every Δ comes from and how much noise it gets.
 
         Args:

@@ -2,6 +2,8 @@
 
 import math
 import secrets
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -9,7 +11,9 @@ from keras import ops
 __all__ = ["ALLOCATIONS", "RandomSource", "standard_deviations"]
 
 
-def standard_deviations(bounds, sizes, noise_multiplier, allocation):
+def standard_deviations(
+    bounds: Sequence[Any], sizes: Sequence[int], noise_multiplier: float, allocation: str
+) -> list[Any]:
     """Noise of each weight's gradient *sum*; divide by the expected batch size for its mean.
 
     Every weight alone would have the multiplier `σ_v = std_v/Δ_v`; together they are one Gaussian
@@ -73,7 +77,7 @@ class RandomSource:
     False
     """
 
-    def __init__(self, seed=None):
+    def __init__(self, seed: int | None = None) -> None:
         if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
             raise ValueError(f"`seed` must be None or a non-negative integer; got {seed!r}.")
         self.seed = seed
@@ -83,12 +87,12 @@ class RandomSource:
             return np.random.SeedSequence(secrets.randbits(256))
         return np.random.SeedSequence(self.seed, spawn_key=position)
 
-    def key(self, *position):
+    def key(self, *position: int) -> np.ndarray:
         """128 bits, as uint32 of shape (4,), for the noise of one step."""
         if self.seed is None:
             return np.frombuffer(secrets.token_bytes(16), dtype=np.uint32)
         return self._sequence(0, *position).generate_state(4, np.uint32)
 
-    def generator(self, *position):
+    def generator(self, *position: int) -> np.random.Generator:
         """NumPy generator for a draw of examples."""
         return np.random.Generator(np.random.Philox(self._sequence(1, *position)))

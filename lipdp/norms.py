@@ -7,10 +7,14 @@ compiled step and on leading batch axes.
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from keras import ops
 from scipy import stats
+
+Tensor = Any
 
 __all__ = [
     "FAILURE_PROBABILITY",
@@ -41,7 +45,7 @@ def _rounding(*sides):
     return 1.0 + _ROUNDING * max(1.0, max(sides) / 1024)
 
 
-def euclidean_norm(x):
+def euclidean_norm(x: Tensor) -> Tensor:
     """Euclidean (Frobenius) norm of a tensor, rounded up.
 
     Args:
@@ -59,7 +63,7 @@ def euclidean_norm(x):
     return ops.where(scale > _HUGE, math.inf, norm)
 
 
-def spectral_norm_bound(kernel, gap=_GAP):
+def spectral_norm_bound(kernel: Tensor, gap: float = _GAP) -> Tensor:
     """Upper bound of the largest singular value of a matrix, at most `gap` above it.
 
     Gram iteration (Delattre et al., "Efficient Bound of Lipschitz Constant for Convolutional
@@ -123,7 +127,7 @@ def spectral_norm_bound(kernel, gap=_GAP):
     return bound[..., 0, 0]
 
 
-def probe_shape(kernel_shape):
+def probe_shape(kernel_shape: Sequence[int]) -> tuple[int, int]:
     """Shape of the Gaussian probe that `probable_norm_bound` wants for a matrix.
 
     >>> probe_shape((300, 200))
@@ -132,7 +136,9 @@ def probe_shape(kernel_shape):
     return (_PROBES, min(kernel_shape))
 
 
-def probable_norm_bound(kernel, probe, expected=1.0, gap=0.1):
+def probable_norm_bound(
+    kernel: Tensor, probe: Tensor, expected: float = 1.0, gap: float = 0.1
+) -> Tensor:
     """Upper bound of the largest singular value that fails with probability 1e-20 at most.
 
     The cheap certificate of large matrices: `2k` products with a block of 16 vectors instead of
@@ -231,7 +237,13 @@ def _geometry(kernel_shape, input_shape, strides, padding, dilation_rate):
     return geometry
 
 
-def conv_multiplicity(kernel_shape, input_shape, strides=1, padding="valid", dilation_rate=1):
+def conv_multiplicity(
+    kernel_shape: Sequence[int],
+    input_shape: Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: str = "valid",
+    dilation_rate: int | Sequence[int] = 1,
+) -> int:
     """How many output positions one input entry can reach, at most.
 
     On an axis with `k` taps, stride `s` and dilation `d` the taps that meet a given input cell
@@ -260,14 +272,14 @@ def conv_multiplicity(kernel_shape, input_shape, strides=1, padding="valid", dil
 
 
 def conv_norm_bound(
-    kernel,
-    input_shape,
-    strides=1,
-    padding="valid",
-    dilation_rate=1,
-    groups=1,
-    certificate="auto",
-):
+    kernel: Tensor,
+    input_shape: Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: str = "valid",
+    dilation_rate: int | Sequence[int] = 1,
+    groups: int = 1,
+    certificate: str = "auto",
+) -> Tensor:
     """Upper bound of the operator norm of a zero-padded convolution, stride included.
 
     Two bounds that both hold; the smaller one is returned:

@@ -8,6 +8,8 @@ update. Each class states the norm it certifies, which the rules in `lipdp.bound
 
 import contextlib
 import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -23,7 +25,7 @@ _certificate = contextvars.ContextVar("certificate", default=None)
 
 
 @contextlib.contextmanager
-def certified_by(bound):
+def certified_by(bound: Callable[[Any, float], Any]) -> Iterator[None]:
     """Lets `bound(matrix, expected)` certify large matrices while the scope lasts.
 
     The private step opens it with `norms.probable_norm_bound` and fresh probes. Outside of it
@@ -62,14 +64,14 @@ def _check_radius(radius, name="radius"):
 class Projection(keras.constraints.Constraint):
     """Base of the projections: `projection(w)` lies in the set of norm `radius`."""
 
-    def __init__(self, radius=1.0):
+    def __init__(self, radius: float = 1.0) -> None:
         self.radius = _check_radius(radius)
 
-    def certifications(self, shape):
+    def certifications(self, shape: Sequence[int]) -> int:
         """How many randomised certificates a weight of this shape may take; each has its price."""
         return 0
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {"radius": self.radius}
 
 
@@ -83,7 +85,7 @@ class NormBall(Projection):
     True
     """
 
-    def __call__(self, w):
+    def __call__(self, w: Any) -> Any:
         w = _read(w)
         return _shrink(w, norms.euclidean_norm(w) * (1 + 1e-6), self.radius)
 
@@ -110,17 +112,17 @@ class SpectralBall(Projection):
     True
     """
 
-    def __init__(self, radius=1.0, orthogonal=False, iterations=2):
+    def __init__(self, radius: float = 1.0, orthogonal: bool = False, iterations: int = 2) -> None:
         super().__init__(radius)
         if not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"`iterations` must be a positive integer; got {iterations!r}.")
         self.orthogonal = bool(orthogonal)
         self.iterations = iterations
 
-    def certifications(self, shape):
+    def certifications(self, shape: Sequence[int]) -> int:
         return int(min(shape) > _LARGE)
 
-    def __call__(self, w):
+    def __call__(self, w: Any) -> Any:
         if len(w.shape) != 2:
             raise ValueError(f"SpectralBall projects matrices; got a weight of shape {w.shape}.")
         w = _read(w)
@@ -135,7 +137,7 @@ class SpectralBall(Projection):
             w = w * (self.radius * (1 - 1e-5))
         return w
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "orthogonal": self.orthogonal,
@@ -164,14 +166,14 @@ class ConvBall(Projection):
 
     def __init__(
         self,
-        radius=1.0,
-        input_shape=None,
-        strides=1,
-        padding="valid",
-        dilation_rate=1,
-        groups=1,
-        certificate="auto",
-    ):
+        radius: float = 1.0,
+        input_shape: Sequence[int] | None = None,
+        strides: int | Sequence[int] = 1,
+        padding: str = "valid",
+        dilation_rate: int | Sequence[int] = 1,
+        groups: int = 1,
+        certificate: str = "auto",
+    ) -> None:
         super().__init__(radius)
         if input_shape is None:
             raise ValueError("`input_shape` must be the spatial sizes of the input; got None.")
@@ -184,10 +186,10 @@ class ConvBall(Projection):
         }
         self.certificate = certificate
 
-    def __call__(self, w):
+    def __call__(self, w: Any) -> Any:
         w = _read(w)
         bound = norms.conv_norm_bound(w, **self.geometry, certificate=self.certificate)
         return _shrink(w, bound, self.radius)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), **self.geometry, "certificate": self.certificate}

@@ -65,7 +65,7 @@ class Report:
     delta: float | None
 
     @classmethod
-    def of(cls, model, expected_batch_size=None):
+    def of(cls, model, expected_batch_size: float | None = None) -> "Report":
         """The report of a compiled `PrivateModel`."""
         clip = _number(model.current_clip())
         network = model.network
@@ -120,7 +120,7 @@ class Report:
             delta=spent.delta if spent else None,
         )
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         """The report as plain lists, numbers and strings, ready for JSON."""
         values = dataclasses.asdict(self)
         values["weights"] = [{**row, "shape": list(row["shape"])} for row in values["weights"]]
@@ -160,7 +160,7 @@ class Report:
             lines.append(f"spent so far: ε = {_text(self.epsilon)} at δ = {self.delta:g}")
         return Group(table, Text("\n".join(lines)))
 
-    def to_text(self, width=110):
+    def to_text(self, width: int = 110) -> str:
         """The report as text."""
         from rich.console import Console
 
@@ -169,7 +169,7 @@ class Report:
             console.print(self)
         return capture.get()
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.to_text()
 
 

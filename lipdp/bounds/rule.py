@@ -77,7 +77,13 @@ class Rule:
     note: str = ""
 
 
-def lipschitz(constant=1.0, *, offset=0.0, gradients=None, note="") -> Rule:
+def lipschitz(
+    constant: Scalar = 1.0,
+    *,
+    offset: Scalar = 0.0,
+    gradients: Callable[[Scalar, Scalar], Sequence[tuple]] | None = None,
+    note: str = "",
+) -> Rule:
     """Rule of a layer with one input: output at most `constant·X + offset`, cotangent
     `constant·G`; `gradients(X, G)` lists `(variable, bound)`.
 
@@ -93,7 +99,7 @@ def lipschitz(constant=1.0, *, offset=0.0, gradients=None, note="") -> Rule:
     )
 
 
-def register(*classes):
+def register(*classes: type) -> Callable[[Callable], Callable]:
     """Registers `rule(layer, call) -> Rule` for exactly these classes, not their subclasses
     (a subclass may compute something else).
 
@@ -121,7 +127,7 @@ def register(*classes):
     return decorate
 
 
-def find_rule(layer):
+def find_rule(layer: Any) -> Callable[[Call], Rule]:
     """The function `call -> Rule` of a layer.
 
     Raises:

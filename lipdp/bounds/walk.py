@@ -137,7 +137,11 @@ def _check_layer(layer):
         )
 
 
-def network_bounds(network, loss_gradient_bound=1.0, input_bound=float("inf")) -> NetworkBounds:
+def network_bounds(
+    network: keras.Model,
+    loss_gradient_bound: Scalar = 1.0,
+    input_bound: float = math.inf,
+) -> NetworkBounds:
     """Bounds at every layer of a network.
 
     Bounds go through every call of every layer: a tensor that feeds several layers collects the
@@ -225,7 +229,9 @@ def network_bounds(network, loss_gradient_bound=1.0, input_bound=float("inf")) -
     )
 
 
-def gradient_bounds(network, loss_gradient_bound=1.0, *, as_tensors=False):
+def gradient_bounds(
+    network: keras.Model, loss_gradient_bound: Scalar = 1.0, *, as_tensors: bool = False
+) -> dict[str, Scalar]:
     """Sensitivity of each trainable weight: the largest norm of one example's gradient.
 
     Args:

@@ -1,9 +1,11 @@
 """Activations that keep norms."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
-from lipdp.bounds import lipschitz
+from lipdp.bounds import Call, Rule, lipschitz
 
 
 @keras.saving.register_keras_serializable("lipdp")
@@ -29,7 +31,7 @@ class GroupSort(keras.layers.Layer):
     [3.0, 5.0, 1.0, 2.0]
     """
 
-    def __init__(self, n=2, **kwargs):
+    def __init__(self, n: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not isinstance(n, int) or n < 2:
             raise ValueError(f"`n` must be an integer of at least 2; got {n!r}.")
@@ -57,8 +59,8 @@ class GroupSort(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return lipschitz()
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "n": self.n}

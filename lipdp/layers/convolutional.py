@@ -1,8 +1,11 @@
 """Convolutions whose operator norm is certified."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import keras
 
-from lipdp.bounds import builtin
+from lipdp.bounds import Call, Rule, builtin
 from lipdp.projections import ConvBall, NormBall
 
 
@@ -36,19 +39,19 @@ class SpectralConv2D(keras.layers.Conv2D):
 
     def __init__(
         self,
-        filters,
-        kernel_size,
-        strides=(1, 1),
-        padding="valid",
-        dilation_rate=(1, 1),
-        groups=1,
-        use_bias=True,
-        bias_norm=1.0,
-        certificate="auto",
-        activation=None,
-        kernel_initializer="orthogonal",
-        **kwargs,
-    ):
+        filters: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] = (1, 1),
+        padding: str = "valid",
+        dilation_rate: int | Sequence[int] = (1, 1),
+        groups: int = 1,
+        use_bias: bool = True,
+        bias_norm: float = 1.0,
+        certificate: str = "auto",
+        activation: str | Callable | None = None,
+        kernel_initializer: str | keras.initializers.Initializer = "orthogonal",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             filters,
             kernel_size,
@@ -80,10 +83,10 @@ class SpectralConv2D(keras.layers.Conv2D):
         for variable in self.weights:  # initializers know nothing of the sets
             variable.assign(variable.constraint(variable))
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return builtin.conv(self, call)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = keras.layers.Layer.get_config(self)
         return {
             **config,

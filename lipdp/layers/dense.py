@@ -1,8 +1,11 @@
 """Dense layers whose kernel stays in a ball."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 
-from lipdp.bounds import builtin
+from lipdp.bounds import Call, Rule, builtin
 from lipdp.projections import NormBall, SpectralBall
 
 
@@ -19,7 +22,7 @@ class _BallDense(keras.layers.Dense):
         for variable in self.weights:  # initializers know nothing of the sets
             variable.assign(variable.constraint(variable))
 
-    def get_config(self):
+    def get_config(self) -> dict:
         config = keras.layers.Layer.get_config(self)
         return {
             **config,
@@ -56,14 +59,14 @@ class SpectralDense(_BallDense):
 
     def __init__(
         self,
-        units,
-        use_bias=True,
-        bias_norm=1.0,
-        orthogonal=False,
-        activation=None,
-        kernel_initializer="orthogonal",
-        **kwargs,
-    ):
+        units: int,
+        use_bias: bool = True,
+        bias_norm: float = 1.0,
+        orthogonal: bool = False,
+        activation: str | Callable | None = None,
+        kernel_initializer: str | keras.initializers.Initializer = "orthogonal",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             units,
             activation=activation,
@@ -74,10 +77,10 @@ class SpectralDense(_BallDense):
         self.orthogonal = bool(orthogonal)
         self._constrain(SpectralBall(1.0, orthogonal=self.orthogonal), bias_norm)
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return builtin.dense(self, call)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "orthogonal": self.orthogonal}
 
 
@@ -105,14 +108,14 @@ class FrobeniusDense(_BallDense):
 
     def __init__(
         self,
-        units,
-        use_bias=True,
-        bias_norm=1.0,
-        radius=1.0,
-        activation=None,
-        kernel_initializer="glorot_uniform",
-        **kwargs,
-    ):
+        units: int,
+        use_bias: bool = True,
+        bias_norm: float = 1.0,
+        radius: float = 1.0,
+        activation: str | Callable | None = None,
+        kernel_initializer: str | keras.initializers.Initializer = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             units,
             activation=activation,
@@ -123,8 +126,8 @@ class FrobeniusDense(_BallDense):
         self.radius = radius
         self._constrain(NormBall(radius), bias_norm)
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return builtin.dense(self, call)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "radius": self.radius}

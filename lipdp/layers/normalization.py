@@ -1,11 +1,13 @@
 """Layers that bound, centre or clip, each example by itself."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
-from lipdp.bounds import Rule, lipschitz
+from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.rule import minimum, size
 from lipdp.projections import _check_radius as check_radius
 
@@ -35,7 +37,7 @@ class BallProjection(keras.layers.Layer):
     [0.6, 0.8, 0.0, 0.5]
     """
 
-    def __init__(self, radius, per_position=False, **kwargs):
+    def __init__(self, radius: float, per_position: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.radius = check_radius(radius)
         self.per_position = bool(per_position)
@@ -65,7 +67,7 @@ class BallProjection(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         positions = size(call.input_shape[:-1]) if self.per_position else 1
         radius = self.radius * math.sqrt(positions)
         return Rule(
@@ -73,7 +75,7 @@ class BallProjection(keras.layers.Layer):
             backward=lambda xs, g: [g],
         )
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "radius": self.radius, "per_position": self.per_position}
 
 
@@ -95,7 +97,7 @@ class Centering(keras.layers.Layer):
     [-1.0, 1.0]
     """
 
-    def __init__(self, axes=None, **kwargs):
+    def __init__(self, axes: int | Sequence[int] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.axes = None if axes is None else tuple([axes] if isinstance(axes, int) else axes)
 
@@ -116,10 +118,10 @@ class Centering(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return lipschitz()
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "axes": self.axes}
 
 
@@ -142,7 +144,7 @@ class ClipGradient(keras.layers.Layer):
     2.0
     """
 
-    def __init__(self, clip_norm, **kwargs):
+    def __init__(self, clip_norm: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.clip_norm = check_radius(clip_norm, "clip_norm")
 
@@ -165,8 +167,8 @@ class ClipGradient(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return Rule(forward=lambda xs: xs[0], backward=lambda xs, g: [minimum(g, self.clip_norm)])
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {**super().get_config(), "clip_norm": self.clip_norm}

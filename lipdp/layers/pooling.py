@@ -1,11 +1,13 @@
 """Pooling that keeps norms, where average pooling would shrink them."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
-from lipdp.bounds import lipschitz
+from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.builtin import pool_windows
 
 # Below this square the slope of a norm is set to zero.
@@ -34,7 +36,13 @@ def _windows_gain(layer):
 class _Pooling2D(keras.layers.Layer):
     """Windows of a map; zero padding counts as cells, so that a window's sum is a true sum."""
 
-    def __init__(self, pool_size=(2, 2), strides=None, padding="valid", **kwargs):
+    def __init__(
+        self,
+        pool_size: int | Sequence[int] = (2, 2),
+        strides: int | Sequence[int] | None = None,
+        padding: str = "valid",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.pool_size = _pair(pool_size, "pool_size")
         self.strides = self.pool_size if strides is None else _pair(strides, "strides")
@@ -61,7 +69,7 @@ class _Pooling2D(keras.layers.Layer):
         height, width = map(outputs, input_shape[1:3], self.pool_size, self.strides)
         return (input_shape[0], height, width, input_shape[3])
 
-    def get_config(self):
+    def get_config(self) -> dict:
         return {
             **super().get_config(),
             "pool_size": self.pool_size,
@@ -90,7 +98,7 @@ class ScaledAveragePooling2D(_Pooling2D):
     def call(self, x):
         return self._window_mean(x) * math.sqrt(math.prod(self.pool_size))
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return lipschitz(_windows_gain(self))
 
 
@@ -111,7 +119,7 @@ class L2NormPooling2D(_Pooling2D):
     def call(self, x):
         return _norm(self._window_mean(ops.square(x)) * math.prod(self.pool_size))
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return lipschitz(_windows_gain(self))
 
 
@@ -134,7 +142,7 @@ class GlobalScaledAveragePooling2D(_GlobalPooling2D):
     def call(self, x):
         return ops.sum(x, axis=(1, 2)) / math.sqrt(x.shape[1] * x.shape[2])
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return lipschitz()
 
 
@@ -152,5 +160,5 @@ class GlobalL2NormPooling2D(_GlobalPooling2D):
     def call(self, x):
         return _norm(ops.sum(ops.square(x), axis=(1, 2)))
 
-    def bound(self, call):
+    def bound(self, call: Call) -> Rule:
         return lipschitz()
