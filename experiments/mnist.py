@@ -3,7 +3,6 @@
 Without `--data` the images come from `keras.datasets.mnist`.
 """
 
-import numpy as np
 from absl import app, flags
 
 from experiments import common
@@ -60,7 +59,7 @@ def main(argv):
         allocation=FLAGS.allocation,
         seed=FLAGS.seed,
     )
-    steps = FLAGS.epochs * model.sampling.steps_per_epoch(len(np.asarray(train_data[1])))
+    steps = FLAGS.epochs * model.sampling.steps_per_epoch(len(train_data[1]))
     rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
     model.compile(
         keras.optimizers.SGD(rate, momentum=0.9),

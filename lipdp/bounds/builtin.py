@@ -14,7 +14,6 @@ from lipdp.bounds.rule import (
     conv_norm,
     lipschitz,
     matrix_norm,
-    minimum,
     register,
     root_of_squares,
     size,
@@ -463,4 +462,4 @@ register(layers.UnitNormalization)(
 )
 register(layers.GaussianDropout)(_refused("Use keras.layers.Dropout.", "its factor is unbounded"))
 
-__all__ = ["linear", "minimum", "pool_windows", "with_activation"]
+__all__ = ["linear", "pool_windows", "with_activation"]
