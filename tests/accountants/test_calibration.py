@@ -56,18 +56,25 @@ def test_the_least_noise_never_overshoots(target, sampling, steps, accountant, p
 def test_the_most_steps_are_exact(target, sampling, noise_multiplier, accountant, prior):
     prior = [TrainingRun(noise_multiplier * 20, sampling, N, 7)] * prior
     common = {"delta": 1e-5, "accountant": accountant}
-    found = calibrate_steps(
-        epsilon=target,
-        noise_multiplier=noise_multiplier,
-        sampling=sampling,
-        num_examples=N,
-        prior=prior,
-        **common,
-    )
 
     def cost(steps):
         return epsilon(runs=[*prior, TrainingRun(noise_multiplier, sampling, N, steps)], **common)
 
+    def calibrate():
+        return calibrate_steps(
+            epsilon=target,
+            noise_multiplier=noise_multiplier,
+            sampling=sampling,
+            num_examples=N,
+            prior=prior,
+            **common,
+        )
+
+    if cost(0) > target:  # the prior runs alone
+        with pytest.raises(ValueError, match="prior"):
+            calibrate()
+        return
+    found = calibrate()
     assert cost(found) <= target < cost(found + 1)
     if isinstance(sampling, ShuffledEpochs):
         assert found % sampling.steps_per_epoch(N) == 0
