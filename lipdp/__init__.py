@@ -5,7 +5,8 @@ from lipdp import bounds, layers, losses, norms, projections
 from lipdp._version import __version__
 from lipdp.bounds import UnknownLayerError, gradient_bounds
 from lipdp.clipping import AdaptiveClip
-from lipdp.model import BudgetExceeded, PrivateModel, Spent
+from lipdp.model import PrivateModel
+from lipdp.spending import BudgetExceeded, Spent
 
 __all__ = [
     "AdaptiveClip",
