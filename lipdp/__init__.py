@@ -4,8 +4,10 @@ from accountants import Budget, FullBatch, PoissonSampling, ShuffledEpochs
 from lipdp import bounds, layers, losses, norms, projections
 from lipdp._version import __version__
 from lipdp.bounds import UnknownLayerError, gradient_bounds
+from lipdp.check import check
 from lipdp.clipping import AdaptiveClip
 from lipdp.model import PrivateModel
+from lipdp.repair import repair
 from lipdp.spending import BudgetExceeded, Spent
 
 __all__ = [
@@ -20,9 +22,11 @@ __all__ = [
     "UnknownLayerError",
     "__version__",
     "bounds",
+    "check",
     "gradient_bounds",
     "layers",
     "losses",
     "norms",
     "projections",
+    "repair",
 ]
