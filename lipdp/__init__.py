@@ -1,7 +1,7 @@
 """lipdp: differentially private training for Keras, without per-example clipping."""
 
 from accountants import Budget, FullBatch, PoissonSampling, ShuffledEpochs
-from lipdp import bounds, layers, losses, norms, projections
+from lipdp import bounds, layers, losses, models, norms, projections
 from lipdp._version import __version__
 from lipdp.bounds import UnknownLayerError, gradient_bounds
 from lipdp.check import check
@@ -26,6 +26,7 @@ __all__ = [
     "gradient_bounds",
     "layers",
     "losses",
+    "models",
     "norms",
     "projections",
     "repair",
