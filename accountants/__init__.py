@@ -15,19 +15,30 @@ from accountants.accounting import Budget, Delta, Epsilon, delta, epsilon
 from accountants.calibration import calibrate_noise_multiplier, calibrate_steps
 from accountants.ledger import Ledger, LedgerError
 from accountants.mechanisms import TrainingRun
-from accountants.sampling import FullBatch, PoissonSampling, Sampling, ShuffledEpochs
+from accountants.sampling import (
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    Sampling,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
 
 __all__ = [
     "Budget",
     "Delta",
     "Epsilon",
+    "FixedSize",
     "FullBatch",
     "Ledger",
     "LedgerError",
     "PoissonSampling",
+    "RandomAllocation",
     "Sampling",
     "ShuffledEpochs",
     "TrainingRun",
+    "TruncatedPoisson",
     "calibrate_noise_multiplier",
     "calibrate_steps",
     "delta",

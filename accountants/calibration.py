@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Iterable
 
 from accountants import _validation
-from accountants.accounting import Accountant, Budget, GaussianCurve, check_runs
+from accountants.accounting import Accountant, Budget, check_runs
 from accountants.accounting import epsilon as spent
+from accountants.curves import GaussianCurve
 from accountants.mechanisms import TrainingRun
 from accountants.sampling import Relation, Sampling
 
@@ -120,9 +121,10 @@ def _clt_noise_multiplier(run: TrainingRun, budget: Budget) -> float:
         2 * math.sqrt(2 * budget.epsilon) + 20.0,
         rtol=1e-3,
     )
-    if run.sampling_probability == 1.0:
+    probability = run.sampling.sampling_probability(run.num_examples)
+    if probability == 1.0:
         return math.sqrt(run.participations) / shift
-    chi_square = (shift / run.sampling_probability) ** 2 / run.participations
+    chi_square = (shift / probability) ** 2 / run.participations
     return 1 / math.sqrt(math.log1p(chi_square))
 
 
