@@ -12,9 +12,15 @@ True
 """
 
 from accountants.accounting import Budget, Delta, Epsilon, delta, epsilon
-from accountants.calibration import calibrate_noise_multiplier, calibrate_steps
+from accountants.calibration import (
+    calibrate_batch_size,
+    calibrate_epochs,
+    calibrate_noise_multiplier,
+    calibrate_steps,
+)
 from accountants.ledger import Ledger, LedgerError
 from accountants.mechanisms import TrainingRun
+from accountants.published import published_epsilon_not_a_guarantee
 from accountants.sampling import (
     FixedSize,
     FullBatch,
@@ -24,6 +30,8 @@ from accountants.sampling import (
     ShuffledEpochs,
     TruncatedPoisson,
 )
+from accountants.selection import RandomTrials, search_epsilon
+from accountants.tradeoff import TradeOff, tradeoff
 
 __all__ = [
     "Budget",
@@ -35,12 +43,19 @@ __all__ = [
     "LedgerError",
     "PoissonSampling",
     "RandomAllocation",
+    "RandomTrials",
     "Sampling",
     "ShuffledEpochs",
+    "TradeOff",
     "TrainingRun",
     "TruncatedPoisson",
+    "calibrate_batch_size",
+    "calibrate_epochs",
     "calibrate_noise_multiplier",
     "calibrate_steps",
     "delta",
     "epsilon",
+    "published_epsilon_not_a_guarantee",
+    "search_epsilon",
+    "tradeoff",
 ]

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -123,17 +123,13 @@ class ZcdpCurve(Curve):
             return self.rho
         # Near the order that is best for the simpler conversion ρα + log(1 / δ) / (α - 1).
         middle = 1 + math.sqrt(math.log(1 / delta) / self.rho)
-        return max(
-            0.0,
-            self._least(
-                lambda order: (
-                    self.rho * order
-                    + math.log1p(-1 / order)
-                    - math.log(delta * order) / (order - 1)
-                ),
-                middle,
+        found = self._least(
+            lambda order: (
+                self.rho * order + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
             ),
+            middle,
         )
+        return max(0.0, found)
 
     def delta(self, epsilon: float) -> float:
         if self.rho == 0.0 or math.isinf(self.rho):
@@ -148,7 +144,7 @@ class ZcdpCurve(Curve):
         )
         return min(1.0, math.exp(min(exponent, 0.0)))
 
-    def _least(self, bound, middle: float) -> float:
+    def _least(self, bound: Callable[[float], float], middle: float) -> float:
         """The least of a bound over the orders; any order gives one that holds."""
         from scipy import optimize
 

@@ -29,8 +29,9 @@ _WIDTH = 9.0
 _LOG_TAIL = -40.0
 # Below such noise the formulas overflow, and subsampling protects next to nothing.
 _LEAST_NOISE = 0.05
-# Balls in bins need sums of exp(N(0, 1 / σ²)) on a grid: below, or beyond, unsampled bounds it.
-_LEAST_NOISE_OF_BINS = 0.3
+# Balls in bins need sums of exp(N(0, 1 / σ²)) on a grid, whose range explodes below this.
+_LEAST_NOISE_OF_BINS = 0.4
+_MOST_RATIOS = 2**19
 
 
 class Release(abc.ABC):
@@ -250,9 +251,11 @@ class BallsInBins(Release):
         from scipy import signal, special
 
         sigma, bins = self.noise_multiplier, self.bins
-        middle = 0.5 / sigma**2
-        low, high = math.exp(-_WIDTH / sigma - middle), math.exp(7.5 / sigma + middle)
-        spacing = max(math.sqrt(math.expm1(1 / sigma**2)) / 16, (high - low) / 2**17)
+        middle, spread = 0.5 / sigma**2, math.sqrt(math.expm1(1 / sigma**2))
+        # What lies above the highest ratio is lost: less of it, the finer the spacing can be.
+        reach = min(max(5.5, sigma * (math.log(spread * _MOST_RATIOS / 4) - middle)), 7.5)
+        low, high = math.exp(-_WIDTH / sigma - middle), math.exp(reach / sigma + middle)
+        spacing = max(spread / 16, (high - low) / _MOST_RATIOS)
         ratios = low + spacing * np.arange(math.ceil((high - low) / spacing) + 1)
         # Where the ratio is r, the noise is at σ log r + 1 / 2σ in units of its deviation.
         edges = sigma * np.log(ratios) + 0.5 / sigma
