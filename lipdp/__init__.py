@@ -1,6 +1,14 @@
 """lipdp: differentially private training for Keras, without per-example clipping."""
 
-from accountants import Budget, FullBatch, PoissonSampling, ShuffledEpochs
+from accountants import (
+    Budget,
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
 from lipdp import bounds, layers, losses, models, norms, projections
 from lipdp._version import __version__
 from lipdp.bounds import UnknownLayerError, gradient_bounds
@@ -14,11 +22,14 @@ __all__ = [
     "AdaptiveClip",
     "Budget",
     "BudgetExceeded",
+    "FixedSize",
     "FullBatch",
     "PoissonSampling",
     "PrivateModel",
+    "RandomAllocation",
     "ShuffledEpochs",
     "Spent",
+    "TruncatedPoisson",
     "UnknownLayerError",
     "__version__",
     "bounds",

@@ -9,7 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from accountants import FullBatch, PoissonSampling, ShuffledEpochs
+from accountants import (
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
 from accountants.sampling import Sampling
 from lipdp.noise import RandomSource
 
@@ -131,7 +138,7 @@ class DrawnBatches(keras.utils.PyDataset):
         self.steps = steps
         self.bucket = bucket
         self.epoch = 0
-        self._orders = {}
+        self._drawn = {}
         self._lock = threading.Lock()
 
     def __len__(self):
@@ -156,25 +163,42 @@ class DrawnBatches(keras.utils.PyDataset):
         )
 
     def _rows(self, place, epoch, index):
-        n = len(self.x)
-        if isinstance(self.sampling, FullBatch):
+        """Which examples step `index` takes, exactly as the scheme's accounting wants them drawn.
+
+        Raises:
+            TypeError: the scheme is none of those that are drawn here.
+        """
+        n, sampling = len(self.x), self.sampling
+        if isinstance(sampling, FullBatch):
             return np.arange(n)
-        if isinstance(self.sampling, PoissonSampling):
+        if isinstance(sampling, (PoissonSampling, TruncatedPoisson, FixedSize)):
             generator = self.source.generator(*place)
-            # A binomial number of distinct examples is what n independent coins give.
-            count = generator.binomial(n, self.sampling.sampling_probability(n))
+            if isinstance(sampling, FixedSize):
+                count = sampling.batch_size
+            else:
+                # A binomial number of distinct examples is what n independent coins give.
+                count = generator.binomial(n, sampling.sampling_probability(n))
+            if isinstance(sampling, TruncatedPoisson):
+                count = min(count, sampling.physical_batch_size)
             return np.sort(generator.choice(n, count, replace=False, shuffle=False))
-        if isinstance(self.sampling, ShuffledEpochs):
-            # One permutation an epoch, also where a loop prefetches from several threads: with two
-            # an example could take part twice.
-            with self._lock:
-                if epoch not in self._orders:
-                    order = self.source.generator(*self.position, epoch).permutation(n)
-                    self._orders = {epoch - 1: self._orders.get(epoch - 1), epoch: order}
-                order = self._orders[epoch]
-            size = self.sampling.batch_size
+        if isinstance(sampling, ShuffledEpochs):
+            order = self._of_epoch(epoch, lambda generator: generator.permutation(n))
+            size = sampling.batch_size
             return order[index * size : (index + 1) * size]
-        raise TypeError(f"No batches can be drawn as {self.sampling!r} says.")
+        if isinstance(sampling, RandomAllocation):
+            steps = self._of_epoch(epoch, lambda generator: generator.integers(self.steps, size=n))
+            return np.flatnonzero(steps == index)
+        raise TypeError(f"No batches can be drawn as {sampling!r} says.")
+
+    def _of_epoch(self, epoch, draw):
+        """What is drawn once an epoch; also where a loop prefetches from several threads. With two
+        draws an example could take part twice.
+        """
+        with self._lock:
+            if epoch not in self._drawn:
+                drawn = draw(self.source.generator(*self.position, epoch))
+                self._drawn = {epoch - 1: self._drawn.get(epoch - 1), epoch: drawn}
+            return self._drawn[epoch]
 
 
 def _take(values, rows, size):

@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 import accountants
-from accountants import Budget, ShuffledEpochs
+from accountants import Budget, PoissonSampling, RandomAllocation, TruncatedPoisson
 from accountants.sampling import Sampling
 from lipdp import losses, steps
 from lipdp.batches import DrawnBatch, DrawnBatches, check_data
@@ -59,8 +59,9 @@ class PrivateModel(keras.Model):
             `BallProjection` in front. It stays an ordinary Keras model: save and serve that one.
         budget: `lipdp.Budget(epsilon, delta)`.
         noise_multiplier: std of the noise over the sensitivity.
-        sampling: how batches are drawn: `lipdp.PoissonSampling(batch_size)`, `FullBatch()` or
-            `ShuffledEpochs(batch_size)`.
+        sampling: how batches are drawn: `lipdp.PoissonSampling(batch_size)`, `TruncatedPoisson`,
+            `FixedSize`, `RandomAllocation`, `ShuffledEpochs` or `FullBatch`, each accounted as it
+            is drawn.
         clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
             default the loss' own bound; a loss without one needs a clip.
         allocation: how noise is shared over the weights: `"global"`, `"per_weight"` or
@@ -424,7 +425,7 @@ class PrivateModel(keras.Model):
         self.sampling.validate(n)
         per_epoch = self.sampling.steps_per_epoch(n)
         if steps_per_epoch is not None:
-            if isinstance(self.sampling, ShuffledEpochs):
+            if self.sampling.participations(n, per_epoch) == 1 < per_epoch:
                 raise ValueError(
                     f"`steps_per_epoch` is fixed by {self.sampling!r}: {per_epoch} for {n} "
                     "examples."
@@ -451,7 +452,9 @@ class PrivateModel(keras.Model):
         self.spending.begin(run)
         bucket = 1
         compiled = self.jit_compile or keras.backend.backend() == "jax"
-        if compiled and isinstance(self.sampling, accountants.PoissonSampling):
+        if isinstance(self.sampling, TruncatedPoisson):
+            bucket = self.sampling.physical_batch_size
+        elif compiled and isinstance(self.sampling, (PoissonSampling, RandomAllocation)):
             # XLA compiles for each shape: about six lie within the batch size's spread.
             bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(divisor))))
         return DrawnBatches(x, y, self.sampling, self._source, position, per_epoch, bucket)
