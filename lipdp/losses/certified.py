@@ -1,8 +1,9 @@
 """Losses that ask for a certified radius: cross-entropy at the logits of the worst neighbour.
 
 A network whose logit differences `z_i − z_j` have the Lipschitz constant `K` cannot change them
-by more than `r·K` within the radius `r`. What is added to the logits is held constant in the
-backward pass; a gradient through it would add to the bound.
+by more than `r·K` within the radius `r`. `K` is a constant here, held up by the projections of the
+weights. Computed from the weights and trained through, it would add to each weight's gradient
+what no bound of this package sees.
 """
 
 import math
@@ -91,13 +92,13 @@ class GloRo(_Certified):
     """
 
     def call(self, y_true, y_pred):
-        if y_pred.shape[-1] < 2:
-            raise ValueError("GloRo needs two outputs or more; got one.")
         second = ops.top_k(y_pred, 2)[0][..., 1:]
         raised = ops.concatenate([y_pred, second + self.radius * self.lipschitz], axis=-1)
         return _entropy(y_true, y_pred, raised, self.temperature)
 
     def bound(self, classes: int) -> float:
+        if classes < 2:
+            raise ValueError("GloRo needs two outputs or more; got one.")
         return math.sqrt(2.0)
 
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lipdp.losses.base import Tempered, check_number, one_hot, squeeze_labels
+from lipdp.losses.base import Tempered, beside, check_number, one_hot, squeeze_labels
 
 __all__ = [
     "BinaryCrossentropy",
@@ -97,7 +97,9 @@ class BinaryCrossentropy(Tempered):
     targets = "unit"
 
     def call(self, y_true, y_pred):
-        entropy = ops.binary_crossentropy(y_true, self.temperature * y_pred, from_logits=True)
+        entropy = ops.binary_crossentropy(
+            beside(y_true, y_pred), self.temperature * y_pred, from_logits=True
+        )
         return ops.mean(entropy, axis=-1) / self.temperature
 
     def bound(self, classes: int) -> float:
@@ -139,7 +141,7 @@ class Focal(Tempered):
 
     def call(self, y_true, y_pred):
         hot = one_hot(y_true, y_pred)
-        return focal_entropy(hot, self.temperature * y_pred, self.gamma) / self.temperature
+        return _focal_entropy(hot, self.temperature * y_pred, self.gamma) / self.temperature
 
     def bound(self, classes: int) -> float:
         return math.sqrt(2.0) * _focal_peak(self.gamma)
@@ -185,7 +187,7 @@ class LogitAnnealing(Focal):
     def call(self, y_true, y_pred):
         hot = one_hot(y_true, y_pred)
         logits = self.temperature * (y_pred - self.offset * hot)
-        return focal_entropy(hot, logits, self.gamma) / self.temperature
+        return _focal_entropy(hot, logits, self.gamma) / self.temperature
 
     def bound(self, classes: int) -> float:
         return super().bound(classes)
@@ -194,18 +196,15 @@ class LogitAnnealing(Focal):
         return {**super().get_config(), "offset": self.offset}
 
 
-def focal_entropy(hot, logits, gamma):
-    """`−(1 − p)^γ·ln p` of one-hot rows.
+def _focal_entropy(hot, logits, gamma):
+    """`−(1 − p)^γ·ln p` of one-hot rows, by the log-odds `d` of `p`.
 
-    `1 − p` is taken from the other classes' logits: no difference is left to cancel, and no power
-    of zero has an infinite slope.
+    `ln p` and `ln(1 − p)` are each a softplus of `d`: no difference cancels, which far from the
+    own class would be multiplied by `ln p`, and no power of zero has an infinite slope.
     """
-    # A shift changes no softmax; without it large logits round away what sets them apart.
-    logits = logits - ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
-    whole = ops.logsumexp(logits, axis=-1)
     others = ops.logsumexp(ops.where(hot > 0, -1e30, logits), axis=-1)
-    own = ops.sum(hot * logits, axis=-1)
-    return ops.exp(gamma * (others - whole)) * (whole - own)
+    odds = ops.sum(hot * logits, axis=-1) - others
+    return ops.exp(-gamma * ops.softplus(odds)) * ops.softplus(-odds)
 
 
 @functools.cache

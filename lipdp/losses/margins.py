@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lipdp.losses.base import BoundedLoss, check_number, one_hot
+from lipdp.losses.base import BoundedLoss, beside, check_number, one_hot
 
 __all__ = ["BinaryHKR", "BinaryKR", "MulticlassHKR", "MulticlassHinge", "MulticlassKR"]
 
@@ -206,6 +206,7 @@ class BinaryKR(BoundedLoss):
         self.prior = check_number(prior, "prior", below=1.0)
 
     def call(self, y_true, y_pred):
+        y_true = beside(y_true, y_pred)
         slope = (1.0 - y_true) / (1.0 - self.prior) - y_true / self.prior
         return ops.mean(slope * y_pred, axis=-1)
 
@@ -250,7 +251,8 @@ class BinaryHKR(BinaryKR):
         self.margin = check_number(margin, "margin", zero=True)
 
     def call(self, y_true, y_pred):
-        hinge = ops.mean(ops.relu(self.margin - (2.0 * y_true - 1.0) * y_pred), axis=-1)
+        sign = 2.0 * beside(y_true, y_pred) - 1.0
+        hinge = ops.mean(ops.relu(self.margin - sign * y_pred), axis=-1)
         return BinaryKR.call(self, y_true, y_pred) + self.alpha * hinge
 
     def bound(self, classes: int) -> float:

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from lipdp.losses.base import BoundedLoss, check_number
+from lipdp.losses.base import BoundedLoss, beside, check_number
 
 __all__ = ["CosineSimilarity"]
 
@@ -46,7 +46,7 @@ class CosineSimilarity(BoundedLoss):
         # As in the ball projection: no norm whose slope at 0 is not a number.
         square = ops.sum(ops.square(y_pred), axis=-1)
         scale = ops.rsqrt(ops.maximum(square, self.min_norm**2))
-        return -ops.sum(y_true * y_pred, axis=-1) * scale
+        return -ops.sum(beside(y_true, y_pred) * y_pred, axis=-1) * scale
 
     def bound(self, classes: int) -> float:
         return self.max_target_norm / self.min_norm
