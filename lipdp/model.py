@@ -12,31 +12,18 @@ import numpy as np
 from keras import ops
 
 import accountants
-from accountants import Budget, ShuffledEpochs, TrainingRun
+from accountants import Budget, ShuffledEpochs
 from accountants.sampling import Sampling
-from lipdp import losses, norms, steps
+from lipdp import losses, steps
 from lipdp.batches import DrawnBatch, DrawnBatches, check_data, check_weights
 from lipdp.bounds import gradient_bounds
 from lipdp.clipping import AdaptiveClip
 from lipdp.noise import ALLOCATIONS, RandomSource
 from lipdp.projections import Projection
 from lipdp.report import Report
+from lipdp.spending import Spending, Spent
 
-__all__ = ["BudgetExceeded", "Mechanism", "PrivateModel", "Spent"]
-
-
-class BudgetExceeded(RuntimeError):
-    """The next step would overspend the privacy budget; it has not run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Spent:
-    """What has been spent: an (epsilon, delta) guarantee under a neighbouring relation."""
-
-    epsilon: float
-    delta: float
-    relation: str
-    steps: int
+__all__ = ["Mechanism", "PrivateModel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +98,7 @@ class PrivateModel(keras.Model):
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self.budget = _check_budget(budget)
-        self.noise_multiplier = _check_noise(noise_multiplier, budget)
+        self.spending = Spending(budget, noise_multiplier, ledger, self._certificates)
         if not isinstance(sampling, Sampling):
             raise TypeError(
                 "`sampling` must say how batches are drawn, for instance "
@@ -127,9 +113,6 @@ class PrivateModel(keras.Model):
         _check_network(network)
         self.network = network
         self._source = RandomSource(seed)
-        self.ledger = None if ledger is None else accountants.Ledger(os.fspath(ledger))
-        self._runs = []  # what this model spent, in runs that have ended
-        self._run = None  # the one that is being paid for
         self._fits = 0
         self._paying = False
         self.mechanism = None
@@ -251,10 +234,11 @@ class PrivateModel(keras.Model):
         batches = self._prepare(x, y, steps_per_epoch, planned, sample_weight, class_weight)
         try:
             asked = len(batches) * (epochs - initial_epoch)
-            if self._run.limited:
+            run = self.spending.run
+            if run.limited:
                 warnings.warn(
-                    f"The budget allows {self._run.allowed} of the {asked} steps that were asked "
-                    "for; training will end there.",
+                    f"The budget allows {run.allowed} of the {asked} steps that were asked for; "
+                    "training will end there.",
                     stacklevel=2,
                 )
             return super().fit(
@@ -270,7 +254,7 @@ class PrivateModel(keras.Model):
                 shuffle=False,
             )
         finally:
-            self._settle()
+            self.spending.settle()
 
     def batches(
         self,
@@ -295,13 +279,13 @@ class PrivateModel(keras.Model):
             for _ in range(epochs):
                 drawn.on_epoch_begin()
                 for index in range(len(drawn)):
-                    if self._run.allowed <= self._run.paid:
+                    if self.spending.run.allowed <= self.spending.run.paid:
                         return
                     self._open_batch = drawn.draw(index)
                     yield self._open_batch
         finally:
             self._open_batch = None
-            self._settle()
+            self.spending.settle()
 
     def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
         """One private step on a batch that `batches` drew.
@@ -311,7 +295,7 @@ class PrivateModel(keras.Model):
             ValueError: the batch was drawn by somebody else, or has been used: no scheme would
                 describe what was sampled.
         """
-        self._check_left()
+        self.spending.check_left()
         if not isinstance(batch, DrawnBatch) or y is not None or batch is not self._open_batch:
             raise ValueError(
                 "train_on_batch takes the batch that `for batch in model.batches(x, y)` has just "
@@ -334,7 +318,7 @@ class PrivateModel(keras.Model):
 
         def pay_and_step(*args):
             # Paid for before it runs; every entrance of Keras comes by here.
-            self._pay()
+            self.spending.pay()
             self._paying = True
             try:
                 result = inner(*args)
@@ -342,8 +326,9 @@ class PrivateModel(keras.Model):
                 self._paying = False
             # TensorFlow returns the logs, JAX (logs, state).
             logs = result[0] if isinstance(result, tuple) else result
-            logs["epsilon"] = self._shown_epsilon()
-            if self._run.limited and self._run.paid == self._run.allowed:
+            logs["epsilon"] = self.spending.shown_epsilon()
+            run = self.spending.run
+            if run.limited and run.paid == run.allowed:
                 self.stop_training = True
             return result
 
@@ -427,18 +412,7 @@ class PrivateModel(keras.Model):
         Raises:
             ValueError: no delta, and no budget to take it from.
         """
-        if delta is None:
-            if self.budget is None:
-                raise ValueError("`delta` must be given where the model has no budget.")
-            delta = self.budget.delta
-        runs = self._spent_runs()
-        epsilon = self._epsilon(runs, delta)
-        return Spent(
-            float(epsilon),
-            float(delta),
-            getattr(epsilon, "relation", self.sampling.relations[0]),
-            sum(run.steps for run in runs),
-        )
+        return self.spending.spent(delta, self.sampling)
 
     def get_config(self):
         raise TypeError(
@@ -462,27 +436,20 @@ class PrivateModel(keras.Model):
             raise RuntimeError("Call compile(...) first: the bounds start at the loss.")
         return Report.of(self, expected_batch_size)
 
-    def _spent_runs(self):
-        if self.ledger is not None:
-            # With a run open, the file holds what it reserved; what it paid for is what counts.
-            earlier = self._run.earlier if self._run else self.ledger.runs
-        else:
-            earlier = self._runs
-        now = [self._run.spent] if self._run and self._run.paid else []
-        return [*earlier, *now]
+    @property
+    def budget(self) -> Budget | None:
+        """What may be spent."""
+        return self.spending.budget
 
-    def _epsilon(self, runs, delta):
-        """Epsilon of the runs; the randomised certificates are paid for out of delta.
+    @property
+    def noise_multiplier(self) -> float | None:
+        """Std of the noise over the sensitivity; None until it is calibrated."""
+        return self.spending.noise_multiplier
 
-        A step whose certificates hold is the mechanism that is accounted; they fail with
-        probability p in all. Then the release is (ε, δ' + (1 + e^ε)·p)-private.
-        """
-        failure = norms.FAILURE_PROBABILITY * self._certificates() * sum(r.steps for r in runs)
-        reserve = 1e-3 * delta if failure else 0.0
-        epsilon = accountants.epsilon(runs=runs, delta=delta - reserve)
-        if failure and (epsilon > 500 or (1 + math.exp(epsilon)) * failure > reserve):
-            return math.inf
-        return epsilon
+    @property
+    def ledger(self) -> accountants.Ledger | None:
+        """The file that keeps what was spent."""
+        return self.spending.ledger
 
     def _certificates(self):
         return sum(
@@ -491,33 +458,11 @@ class PrivateModel(keras.Model):
             if isinstance(v.constraint, Projection)
         )
 
-    def _accounted_delta(self):
-        return self.budget.delta * (1 - 1e-3 if self._certificates() else 1.0)
-
-    def _check_left(self):
-        """Raises `BudgetExceeded` where not one more step is within the budget."""
-        if self._run is not None:
-            if self._run.limited and self._run.paid >= self._run.allowed:
-                raise BudgetExceeded(self._exceeded())
-        elif self.budget is not None and self.noise_multiplier is not None and self._spent_runs():
-            runs = self._spent_runs()
-            more = dataclasses.replace(runs[-1], steps=runs[-1].steps + 1)
-            if self._epsilon([*runs[:-1], more], self.budget.delta) > self.budget.epsilon:
-                raise BudgetExceeded(self._exceeded())
-
-    def _exceeded(self):
-        spent = self.spent()
-        return (
-            f"The next step would overspend the budget (ε = {self.budget.epsilon:g}, "
-            f"δ = {self.budget.delta:g}); ε = {spent.epsilon:.4f} is spent in {spent.steps} steps. "
-            "It has not run."
-        )
-
     def _prepare(self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None):
         """Checks everything, calibrates, opens the run; returns the batches of an epoch."""
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
-        if self._run is not None:
+        if self.spending.run is not None:
             raise RuntimeError("This model is training already; a run has one loop at a time.")
         x, y = check_data(x, y, self.network.input_shape[1:])
         output_shape = self.network.output_shape[1:]
@@ -534,44 +479,7 @@ class PrivateModel(keras.Model):
                 )
             per_epoch = _check_count(steps_per_epoch, "steps_per_epoch")
         _check_network(self.network)
-        planned = per_epoch * epochs
-
-        prior = self._spent_runs()
-        constants = {"sampling": self.sampling, "num_examples": n}
-        if self.noise_multiplier is None:
-            if planned == 0:
-                raise ValueError("`epochs` must be above `initial_epoch`: no step is planned.")
-            try:
-                self.noise_multiplier = accountants.calibrate_noise_multiplier(
-                    epsilon=self.budget.epsilon,
-                    delta=self._accounted_delta(),
-                    steps=planned,
-                    prior=prior,
-                    **constants,
-                )
-            except ValueError as error:
-                if prior and self._epsilon(prior, self.budget.delta) >= self.budget.epsilon:
-                    raise BudgetExceeded(self._exceeded()) from error
-                raise
-        allowed = planned
-        if self.budget is not None and planned:
-            spends = self._epsilon(
-                [*prior, TrainingRun(self.noise_multiplier, steps=planned, **constants)],
-                self.budget.delta,
-            )
-            if spends > self.budget.epsilon:
-                allowed = 0
-                if not prior or self._epsilon(prior, self.budget.delta) < self.budget.epsilon:
-                    allowed = accountants.calibrate_steps(
-                        epsilon=self.budget.epsilon,
-                        delta=self._accounted_delta(),
-                        noise_multiplier=self.noise_multiplier,
-                        prior=prior,
-                        max_steps=planned,
-                        **constants,
-                    )
-            if allowed == 0:
-                raise BudgetExceeded(self._exceeded())
+        run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch)
 
         divisor = self.sampling.expected_batch_size(n)
         gradient_noise, count_noise = self.noise_multiplier, 0.0
@@ -586,40 +494,15 @@ class PrivateModel(keras.Model):
         for variable in self.network.trainable_variables:
             if isinstance(variable.constraint, Projection):
                 variable.assign(variable.constraint(variable))
-        position = (sum(run.steps for run in prior), self._fits)
+        position = (sum(earlier.steps for earlier in run.earlier), self._fits)
         self._fits += 1
-        run = TrainingRun(self.noise_multiplier, steps=0, **constants)
-        self._run = _Run(self.ledger, prior, run, allowed, allowed < planned, per_epoch)
+        self.spending.begin(run)
         bucket = 1
         compiled = self.jit_compile or keras.backend.backend() == "jax"
         if compiled and isinstance(self.sampling, accountants.PoissonSampling):
             # XLA compiles for each shape: about six lie within the batch size's spread.
             bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(divisor))))
         return DrawnBatches(x, y, self.sampling, self._source, position, per_epoch, bucket, weights)
-
-    def _pay(self):
-        if self._run is None:
-            self._check_left()
-            raise RuntimeError("Only fit, or train_on_batch within `batches`, can train.")
-        self._check_left()
-        self._run.pay()
-
-    def _settle(self):
-        if self._run is not None:
-            run, self._run = self._run, None
-            run.close()
-            if run.paid and self.ledger is None:
-                self._runs.append(run.spent)
-
-    def _shown_epsilon(self):
-        """Epsilon at the end of the epoch that is running: exact there, an upper bound before."""
-        run = self._run
-        end = min(-(-run.paid // run.per_epoch) * run.per_epoch, run.allowed)
-        if end not in run.shown:
-            delta = self.budget.delta if self.budget else 1e-5
-            spent = dataclasses.replace(run.spent, steps=end)
-            run.shown[end] = float(self._epsilon([*run.earlier, spent], delta))
-        return run.shown[end]
 
     def _check_head(self, loss):
         last = _last_layer(self.network)
@@ -629,66 +512,6 @@ class PrivateModel(keras.Model):
                 f"The network ends in a {activation.lower()}, and this loss takes logits: remove "
                 f"it from layer {last.name!r}."
             )
-
-
-class _Run:
-    """A run of steps that is being paid for."""
-
-    def __init__(self, ledger, earlier, run, allowed, limited, per_epoch):
-        self.earlier = list(earlier)
-        self.run = run
-        self.allowed = allowed  # steps that may be paid for
-        self.limited = limited  # whether that is the budget's word, or just the plan
-        self.per_epoch = per_epoch
-        self.paid = 0
-        self.shown = {}
-        self._entry = None
-        if ledger is not None:
-            self._entry = ledger.open_run(
-                noise_multiplier=run.noise_multiplier,
-                sampling=run.sampling,
-                num_examples=run.num_examples,
-                max_steps=allowed,
-            )
-
-    @property
-    def spent(self):
-        return dataclasses.replace(self.run, steps=self.paid)
-
-    def pay(self):
-        if self._entry is not None:
-            self._entry.pay()
-        self.paid += 1
-
-    def close(self):
-        if self._entry is not None:
-            self._entry.close()
-
-
-def _check_budget(budget):
-    if budget is not None and not isinstance(budget, Budget):
-        raise TypeError(f"`budget` must be lipdp.Budget(epsilon=..., delta=...); got {budget!r}.")
-    return budget
-
-
-def _check_noise(noise_multiplier, budget):
-    if noise_multiplier is None:
-        if budget is None:
-            raise ValueError(
-                "Give `budget=lipdp.Budget(epsilon, delta)`, from which the noise is calibrated, "
-                "or `noise_multiplier`."
-            )
-        return None
-    if (
-        isinstance(noise_multiplier, bool)
-        or not isinstance(noise_multiplier, (int, float, np.floating, np.integer))
-        or not 0 <= noise_multiplier < math.inf
-    ):
-        raise ValueError(
-            "`noise_multiplier` must be a finite number of at least 0 (0 is no privacy); got "
-            f"{noise_multiplier!r}."
-        )
-    return float(noise_multiplier)
 
 
 def _check_clip(clip):

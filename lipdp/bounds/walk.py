@@ -1,13 +1,14 @@
 """The walk over a network's graph: norms forwards, cotangents backwards."""
 
 import dataclasses
+import itertools
 import math
 
 import keras
 from keras import ops
 from keras.src.models.functional import Functional
 
-from lipdp.bounds.rule import Call, Scalar, UnknownLayerError, find_rule
+from lipdp.bounds.rule import Call, Rule, Scalar, UnknownLayerError, find_rule
 
 #: Every sensitivity is multiplied by it: room for the float32 rounding of forward and backward
 #: passes, which the rules, being about exact arithmetic, do not know.
@@ -48,12 +49,24 @@ class NetworkBounds:
 
 
 @dataclasses.dataclass
-class _Step:
+class Step:
+    """One call of one layer in a traced network, between numbered tensors."""
+
     operation: object
-    rule: object
+    call: Call
     inputs: list[int]
-    output: int
+    outputs: list[int]
+    rule: Rule | None = None
     xs: list = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Trace:
+    """All calls of a network, nested ones included, in the order of computation."""
+
+    steps: list[Step]
+    inputs: list[int]
+    outputs: list[int]
 
 
 def _graph(network):
@@ -78,44 +91,66 @@ def _graph(network):
     )
 
 
-def _flatten(network, inputs, steps, new_slot):
-    """Appends the steps of a network whose inputs are the slots `inputs`; returns its outputs."""
+def trace(network: keras.Model) -> Trace:
+    """The calls of a network, without their rules.
+
+    Raises:
+        TypeError, ValueError: as `network_bounds`.
+    """
+    numbers = itertools.count()
     graph = _graph(network)
-    slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            if node.is_input:
-                continue
-            operation = node.operation
-            _check_layer(operation)
-            sources = [slots[id(t)] for t in node.input_tensors]
-            if isinstance(operation, (Functional, keras.Sequential)):
-                outputs = _flatten(operation, sources, steps, new_slot)
+    inputs = [next(numbers) for _ in graph._inputs]
+    steps = []
+
+    def follow(graph, inputs):
+        slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            for node in graph._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                operation = node.operation
+                sources = [slots[id(t)] for t in node.input_tensors]
+                if isinstance(operation, (Functional, keras.Sequential)):
+                    _check_layer(operation)
+                    outputs = follow(_graph(operation), sources)
+                else:
+                    outputs = [next(numbers) for _ in node.outputs]
+                    call = Call(
+                        input_shapes=tuple(tuple(t.shape[1:]) for t in node.input_tensors),
+                        output_shape=tuple(node.outputs[0].shape[1:]),
+                        args=node.arguments.args,
+                        kwargs=node.arguments.kwargs,
+                    )
+                    steps.append(Step(operation, call, sources, outputs))
                 slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
-                continue
-            if len(node.outputs) != 1:
-                raise UnknownLayerError(
-                    f"Layer {operation.name!r} has {len(node.outputs)} outputs; rules are for "
-                    "layers with one."
-                )
-            call = Call(
-                input_shapes=tuple(tuple(t.shape[1:]) for t in node.input_tensors),
-                output_shape=tuple(node.outputs[0].shape[1:]),
-                args=node.arguments.args,
-                kwargs=node.arguments.kwargs,
-            )
-            try:
-                rule = find_rule(operation)(call)
-            except UnknownLayerError:
-                raise
-            except ValueError as error:
-                raise UnknownLayerError(
-                    f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
-                ) from error
-            target = new_slot()
-            slots[id(node.outputs[0])] = target
-            steps.append(_Step(operation, rule, sources, target))
-    return [slots[id(t)] for t in graph._outputs]
+        return [slots[id(t)] for t in graph._outputs]
+
+    _check_layer(network)
+    outputs = follow(graph, inputs)
+    return Trace(steps, inputs, outputs)
+
+
+def rule_of(step: Step) -> Rule:
+    """The rule of one call.
+
+    Raises:
+        UnknownLayerError: there is none, or none for this call.
+    """
+    operation = step.operation
+    _check_layer(operation)
+    if len(step.outputs) != 1:
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} has {len(step.outputs)} outputs; rules are for layers "
+            "with one."
+        )
+    try:
+        return find_rule(operation)(step.call)
+    except UnknownLayerError:
+        raise
+    except ValueError as error:
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
+        ) from error
 
 
 def _check_layer(layer):
@@ -164,33 +199,23 @@ def network_bounds(
         TypeError: the network is not a Sequential or functional model.
         ValueError: it has several outputs or is not built.
     """
-    graph = _graph(network)
-    _check_layer(network)
-    if len(graph._outputs) != 1:
+    traced = trace(network)
+    if len(traced.outputs) != 1:
         raise ValueError(
-            f"`network` must have one output; {network.name!r} has {len(graph._outputs)}."
+            f"`network` must have one output; {network.name!r} has {len(traced.outputs)}."
         )
-    count = 0
-
-    def new_slot():
-        nonlocal count
-        count += 1
-        return count - 1
-
-    steps: list[_Step] = []
-    inputs = [new_slot() for _ in graph._inputs]
-    (output,) = _flatten(network, inputs, steps, new_slot)
-
-    forward = dict.fromkeys(inputs, input_bound)
+    steps, (output,) = traced.steps, traced.outputs
+    forward = dict.fromkeys(traced.inputs, input_bound)
     for step in steps:
+        step.rule = rule_of(step)
         step.xs = [forward[s] for s in step.inputs]
-        forward[step.output] = step.rule.forward(step.xs)
+        forward[step.outputs[0]] = step.rule.forward(step.xs)
 
     def backwards(start):
         cotangents = {output: start}
         found = []
         for step in reversed(steps):
-            g = cotangents.get(step.output)
+            g = cotangents.get(step.outputs[0])
             if g is None:  # nothing of the loss comes through here
                 found.append((step, 0.0, [0.0] * len(step.inputs)))
                 continue
@@ -212,7 +237,7 @@ def network_bounds(
                 name=step.operation.name,
                 kind=type(step.operation).__name__,
                 inputs=step.xs,
-                output=forward[step.output],
+                output=forward[step.outputs[0]],
                 cotangent=g,
                 input_cotangents=back,
                 gradients=pairs,
@@ -224,8 +249,8 @@ def network_bounds(
         gradients=gradients,
         layers=layers,
         output=forward[output],
-        input_cotangents=[cotangents.get(s, 0.0) for s in inputs],
-        lipschitz=sum(unit.get(s, 0.0) for s in inputs),
+        input_cotangents=[cotangents.get(s, 0.0) for s in traced.inputs],
+        lipschitz=sum(unit.get(s, 0.0) for s in traced.inputs),
     )
 
 

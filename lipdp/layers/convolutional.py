@@ -5,12 +5,14 @@ from typing import Any
 
 import keras
 
-from lipdp.bounds import Call, Rule, builtin
+from lipdp.bounds import Call, Rule
+from lipdp.bounds.builtin import linear
+from lipdp.layers.projected import Projected
 from lipdp.projections import ConvBall, NormBall
 
 
 @keras.saving.register_keras_serializable("lipdp")
-class SpectralConv2D(keras.layers.Conv2D):
+class SpectralConv2D(Projected, keras.layers.Conv2D):
     """2-D convolution whose operator norm is at most 1, certified after each update.
 
     The kernel itself is projected, zero padding and stride included (see
@@ -28,6 +30,7 @@ class SpectralConv2D(keras.layers.Conv2D):
         certificate: `"reshaped"`, `"fft"` or `"auto"`, as in `lipdp.norms.conv_norm_bound`.
         activation: a Keras activation with a known constant.
         kernel_initializer: a Keras initializer; its result is projected.
+        **kwargs: as for `keras.layers.Conv2D`, but constraints.
 
     Input shape: `(batch, height, width, channels)`, all but the batch known.
     Output shape: `(batch, new_height, new_width, filters)`.
@@ -57,16 +60,15 @@ class SpectralConv2D(keras.layers.Conv2D):
             kernel_size,
             strides=strides,
             padding=padding,
-            data_format="channels_last",
             dilation_rate=dilation_rate,
             groups=groups,
             activation=activation,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,
-            bias_constraint=NormBall(bias_norm) if use_bias else None,
             **kwargs,
         )
         self.bias_norm = bias_norm
+        self.bias_constraint = NormBall(bias_norm) if use_bias else None
         self.certificate = certificate
 
     def build(self, input_shape):
@@ -80,26 +82,13 @@ class SpectralConv2D(keras.layers.Conv2D):
             certificate=self.certificate,
         )
         super().build(input_shape)
-        for variable in self.weights:  # initializers know nothing of the sets
-            variable.assign(variable.constraint(variable))
 
     def bound(self, call: Call) -> Rule:
-        return builtin.conv(self, call)
+        return linear.conv(self, call)
 
     def get_config(self) -> dict:
-        config = keras.layers.Layer.get_config(self)
         return {
-            **config,
-            "filters": self.filters,
-            "kernel_size": self.kernel_size,
-            "strides": self.strides,
-            "padding": self.padding,
-            "dilation_rate": self.dilation_rate,
-            "groups": self.groups,
-            "use_bias": self.use_bias,
+            **super().get_config(),
             "bias_norm": self.bias_norm,
             "certificate": self.certificate,
-            "activation": keras.activations.serialize(self.activation),
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
         }

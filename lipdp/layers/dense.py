@@ -5,38 +5,14 @@ from typing import Any
 
 import keras
 
-from lipdp.bounds import Call, Rule, builtin
+from lipdp.bounds import Call, Rule
+from lipdp.bounds.builtin import linear
+from lipdp.layers.projected import Projected
 from lipdp.projections import NormBall, SpectralBall
 
 
-class _BallDense(keras.layers.Dense):
-    """A Keras Dense layer with its weights in balls; subclasses say which."""
-
-    def _constrain(self, kernel_constraint, bias_norm):
-        self.kernel_constraint = kernel_constraint
-        self.bias_norm = bias_norm
-        self.bias_constraint = NormBall(bias_norm) if self.use_bias else None
-
-    def build(self, input_shape):
-        super().build(input_shape)
-        for variable in self.weights:  # initializers know nothing of the sets
-            variable.assign(variable.constraint(variable))
-
-    def get_config(self) -> dict:
-        config = keras.layers.Layer.get_config(self)
-        return {
-            **config,
-            "units": self.units,
-            "use_bias": self.use_bias,
-            "bias_norm": self.bias_norm,
-            "activation": keras.activations.serialize(self.activation),
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-        }
-
-
 @keras.saving.register_keras_serializable("lipdp")
-class SpectralDense(_BallDense):
+class SpectralDense(Projected, keras.layers.Dense):
     """Dense layer whose kernel has spectral norm at most 1, certified after each update.
 
     With `s(W) ≤ 1` and `‖b‖ ≤ bias_norm`, over `T` positions: output at most `X + √T·bias_norm`,
@@ -49,6 +25,7 @@ class SpectralDense(_BallDense):
         orthogonal: after each update also pull the singular values towards 1.
         activation: a Keras activation with a known constant.
         kernel_initializer: a Keras initializer; its result is projected.
+        **kwargs: as for `keras.layers.Dense`, but constraints.
 
     Input shape: `(batch, ..., features)`. Output shape: `(batch, ..., units)`.
 
@@ -75,17 +52,23 @@ class SpectralDense(_BallDense):
             **kwargs,
         )
         self.orthogonal = bool(orthogonal)
-        self._constrain(SpectralBall(1.0, orthogonal=self.orthogonal), bias_norm)
+        self.bias_norm = bias_norm
+        self.kernel_constraint = SpectralBall(1.0, orthogonal=self.orthogonal)
+        self.bias_constraint = NormBall(bias_norm) if use_bias else None
 
     def bound(self, call: Call) -> Rule:
-        return builtin.dense(self, call)
+        return linear.dense(self, call)
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "orthogonal": self.orthogonal}
+        return {
+            **super().get_config(),
+            "bias_norm": self.bias_norm,
+            "orthogonal": self.orthogonal,
+        }
 
 
 @keras.saving.register_keras_serializable("lipdp")
-class FrobeniusDense(_BallDense):
+class FrobeniusDense(Projected, keras.layers.Dense):
     """Dense layer whose whole kernel has Frobenius norm at most `radius`.
 
     Its projection costs one pass over the kernel, and for one output it is the spectral ball.
@@ -98,6 +81,7 @@ class FrobeniusDense(_BallDense):
         radius: radius of the ball of the kernel.
         activation: a Keras activation with a known constant.
         kernel_initializer: a Keras initializer; its result is projected.
+        **kwargs: as for `keras.layers.Dense`, but constraints.
 
     Input shape: `(batch, ..., features)`. Output shape: `(batch, ..., units)`.
 
@@ -124,10 +108,12 @@ class FrobeniusDense(_BallDense):
             **kwargs,
         )
         self.radius = radius
-        self._constrain(NormBall(radius), bias_norm)
+        self.bias_norm = bias_norm
+        self.kernel_constraint = NormBall(radius)
+        self.bias_constraint = NormBall(bias_norm) if use_bias else None
 
     def bound(self, call: Call) -> Rule:
-        return builtin.dense(self, call)
+        return linear.dense(self, call)
 
     def get_config(self) -> dict:
-        return {**super().get_config(), "radius": self.radius}
+        return {**super().get_config(), "bias_norm": self.bias_norm, "radius": self.radius}

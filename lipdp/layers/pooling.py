@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from lipdp.bounds import Call, Rule, lipschitz
-from lipdp.bounds.builtin import pool_windows
+from lipdp.bounds.builtin.pooling import pool_windows
 
 # Below this square the slope of a norm is set to zero.
 _TINY = 1e-12

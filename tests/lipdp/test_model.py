@@ -182,7 +182,7 @@ def test_poisson_draws_have_the_right_law():
         assert len(set(rows)) == len(rows)
         counts[rows] += 1
         sizes.append(len(rows))
-    model._settle()
+    model.spending.settle()
     # Each example enters with probability 1/4; sizes are binomial.
     assert abs(counts / 4000 - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 4000)
     assert abs(np.var(sizes) / (64 * 0.25 * 0.75) - 1) < 0.15

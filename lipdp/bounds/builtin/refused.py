@@ -1,0 +1,31 @@
+"""Layers that cannot be private, and what to use instead."""
+
+from keras import layers
+
+from lipdp.bounds.rule import UnknownLayerError, register
+
+_MIXES = "it mixes the examples of a batch, so one example moves the gradient of all others"
+
+
+def _refused(remedy, reason=_MIXES):
+    def rule(layer, call):
+        raise UnknownLayerError(
+            f"Layer {layer.name!r} ({type(layer).__name__}) cannot be private: {reason}. {remedy}"
+        )
+
+    return rule
+
+
+register(layers.BatchNormalization)(
+    _refused("Use lipdp.layers.Centering or BallProjection, which look at one example only.")
+)
+register(layers.Lambda)(
+    _refused(
+        "Use a layer with a rule, or register one for a class of your own.",
+        "nothing is known of what a Lambda computes",
+    )
+)
+register(layers.UnitNormalization)(
+    _refused("Use lipdp.layers.BallProjection.", "its slope at zero is unbounded")
+)
+register(layers.GaussianDropout)(_refused("Use keras.layers.Dropout.", "its factor is unbounded"))

@@ -1,0 +1,33 @@
+"""What layers with projected weights share."""
+
+from typing import Any
+
+import keras
+
+from lipdp.projections import Projection
+
+
+class Projected(keras.layers.Layer):
+    """Mixin, before a Keras layer: its weights lie in their sets from the start.
+
+    A subclass sets `kernel_constraint` and the like after `super().__init__`, or hands
+    `constraint=` to `add_weight`; they are its own business, neither arguments nor saved.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = sorted(name for name in kwargs if name.endswith("_constraint"))
+        if given:
+            raise TypeError(
+                f"{type(self).__name__} chooses the sets of its weights itself; got `{given[0]}`."
+            )
+        super().__init__(*args, **kwargs)
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        for variable in self.weights:  # initializers know nothing of the sets
+            if isinstance(variable.constraint, Projection):
+                variable.assign(variable.constraint(variable))
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        return {k: v for k, v in config.items() if not k.endswith("_constraint")}

@@ -1,0 +1,16 @@
+"""The catalogue of what is attacked: every layer and rule in many configurations.
+
+`tests/lipdp/test_attacks.py` attacks each case, `tests/lipdp/tightness.py` makes the table of the
+docs from the same results.
+"""
+
+from tests.lipdp.cases import activations, branches, example, linear, networks, pooling, shapes
+from tests.lipdp.cases.case import Case
+
+CASES: list[Case] = [
+    case
+    for family in (linear, activations, pooling, shapes, example, branches, networks)
+    for case in family.CASES
+]
+
+assert len({case.name for case in CASES}) == len(CASES), "two cases share a name"
