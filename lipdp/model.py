@@ -15,7 +15,7 @@ import accountants
 from accountants import Budget, PoissonSampling, RandomAllocation, TruncatedPoisson
 from accountants.sampling import Sampling
 from lipdp import losses, steps
-from lipdp.batches import DrawnBatch, DrawnBatches, check_data
+from lipdp.batches import DrawnBatch, DrawnBatches, check_data, check_weights
 from lipdp.bounds import gradient_bounds
 from lipdp.clipping import AdaptiveClip
 from lipdp.noise import ALLOCATIONS, RandomSource
@@ -118,14 +118,15 @@ class PrivateModel(keras.Model):
         self._paying = False
         self.mechanism = None
         self.private_loss = None
+        self.max_sample_weight = None
         self._clip_weight = None
         self.built = True
 
     # --- Keras -------------------------------------------------------------------------------
 
     def call(self, inputs, training=None):
-        # A drawn batch carries the key of its noise beside the inputs.
-        if isinstance(inputs, dict) and set(inputs) == {"inputs", "key"}:
+        # A drawn batch carries the key of its noise, and weights, beside the inputs.
+        if isinstance(inputs, dict) and {"inputs", "key"} <= set(inputs):
             inputs = inputs["inputs"]
         return self.network(inputs, training=training)
 
@@ -134,6 +135,8 @@ class PrivateModel(keras.Model):
         optimizer: str | keras.optimizers.Optimizer = "rmsprop",
         loss: str | losses.Loss | None = None,
         metrics: list | None = None,
+        weighted_metrics: list | None = None,
+        max_sample_weight: float | None = None,
         run_eagerly: bool = False,
         jit_compile: bool | str = "auto",
     ) -> None:
@@ -145,6 +148,10 @@ class PrivateModel(keras.Model):
                 `(y_true, y_pred)`. Its reduction is ignored: an example's loss is the mean over
                 its positions. Without a known gradient bound it needs a `clip`.
             metrics: Keras metrics; on training data not covered by the guarantee.
+            weighted_metrics: the same, weighted by the sample weights where `fit` is given any.
+            max_sample_weight: largest weight of an example that `fit` may be given, a public
+                constant; without it weights are refused. The bounds start at the clip times this,
+                so noise grows with it. Weights may lie between 0 and it.
             run_eagerly, jit_compile: as in Keras; `"auto"` uses XLA on JAX, and on TensorFlow
                 where there is a GPU.
 
@@ -153,6 +160,8 @@ class PrivateModel(keras.Model):
         """
         loss = losses.get(loss)
         self._check_head(loss)
+        if max_sample_weight is not None:
+            max_sample_weight = _check_weight(max_sample_weight)
         optimizer = keras.optimizers.get(optimizer)
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
@@ -170,13 +179,14 @@ class PrivateModel(keras.Model):
         super().compile(
             optimizer=optimizer,
             loss=loss,
-            # Weighted, so that the mask keeps padding out of them.
-            weighted_metrics=metrics,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
             jit_compile=jit_compile,
         )
         self.private_loss = loss
         self.loss_gradient_bound = bound
+        self.max_sample_weight = max_sample_weight
         self._make_clip()
         optimizer.build(self.network.trainable_variables)
 
@@ -193,6 +203,8 @@ class PrivateModel(keras.Model):
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int = 1,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
     ) -> keras.callbacks.History:
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
@@ -204,6 +216,10 @@ class PrivateModel(keras.Model):
             y: targets, one array `(examples, ...)`.
             epochs, verbose, callbacks, validation_*, initial_epoch: as in Keras.
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
+            sample_weight: `(examples,)`, each from 0 to compile's `max_sample_weight`, and made of
+                public knowledge or of its own example: the gradient of an example, once clipped,
+                is multiplied by its weight.
+            class_weight: `{label: weight}` of public constants; not counted in the private labels.
 
         Returns:
             Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
@@ -215,7 +231,8 @@ class PrivateModel(keras.Model):
         """
         epochs = _check_count(epochs, "epochs")
         initial_epoch = _check_count(initial_epoch, "initial_epoch", least=0)
-        batches = self._prepare(x, y, steps_per_epoch, max(0, epochs - initial_epoch))
+        planned = max(0, epochs - initial_epoch)
+        batches = self._prepare(x, y, steps_per_epoch, planned, sample_weight, class_weight)
         try:
             asked = len(batches) * (epochs - initial_epoch)
             run = self.spending.run
@@ -241,7 +258,13 @@ class PrivateModel(keras.Model):
             self.spending.settle()
 
     def batches(
-        self, x: Any, y: Any, epochs: int = 1, steps_per_epoch: int | None = None
+        self,
+        x: Any,
+        y: Any,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
     ) -> Iterator[DrawnBatch]:
         """Batches for a loop of your own: `for batch in model.batches(x, y): ...`.
 
@@ -251,7 +274,8 @@ class PrivateModel(keras.Model):
         Yields:
             `DrawnBatch`.
         """
-        drawn = self._prepare(x, y, steps_per_epoch, _check_count(epochs, "epochs"))
+        epochs = _check_count(epochs, "epochs")
+        drawn = self._prepare(x, y, steps_per_epoch, epochs, sample_weight, class_weight)
         try:
             for _ in range(epochs):
                 drawn.on_epoch_begin()
@@ -319,10 +343,33 @@ class PrivateModel(keras.Model):
             )
         return steps.backend().train_step(self, *args)
 
-    def update_metrics(self, x, y, outputs, per_example_losses, mask):
-        """Updates loss and metrics with the real examples of a batch; returns their results."""
+    def update_metrics(self, y, outputs, per_example_losses, mask, weights=None):
+        """Updates loss and metrics with the real examples of a batch; returns their results.
+
+        As in Keras, weights scale the losses, and count in `weighted_metrics` alone.
+        """
+        weighted = mask
+        if weights is not None:
+            weighted = mask * ops.cast(weights, mask.dtype)
+            per_example_losses = per_example_losses * weights
         self._loss_tracker.update_state(per_example_losses, sample_weight=mask)
-        return self.compute_metrics(x, y, outputs, sample_weight=mask)
+        metrics = self._compile_metrics
+        if metrics is not None:
+            if not metrics.built:
+                metrics.build(y, outputs)
+            # Keras would let padding into the unweighted ones.
+            for (metric,), weight in (
+                (metrics._flat_metrics, mask),
+                (metrics._flat_weighted_metrics, weighted),
+            ):
+                if metric is not None:
+                    metric.update_state(y, outputs, sample_weight=weight)
+        return self.get_metrics_result()
+
+    @property
+    def largest_weight(self) -> float:
+        """What an example can weigh at most: the bounds start at the clip times this."""
+        return 1.0 if self.max_sample_weight is None else self.max_sample_weight
 
     # --- the clip ----------------------------------------------------------------------------
 
@@ -412,7 +459,7 @@ class PrivateModel(keras.Model):
             if isinstance(v.constraint, Projection)
         )
 
-    def _prepare(self, x, y, steps_per_epoch, epochs):
+    def _prepare(self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None):
         """Checks everything, calibrates, opens the run; returns the batches of an epoch."""
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
@@ -421,6 +468,7 @@ class PrivateModel(keras.Model):
         x, y = check_data(x, y, self.network.input_shape[1:])
         output_shape = self.network.output_shape[1:]
         losses.check_targets(self.private_loss, y, output_shape)
+        weights = check_weights(sample_weight, class_weight, y, self.max_sample_weight)
         n = len(x)
         self.sampling.validate(n)
         per_epoch = self.sampling.steps_per_epoch(n)
@@ -457,19 +505,12 @@ class PrivateModel(keras.Model):
         elif compiled and isinstance(self.sampling, (PoissonSampling, RandomAllocation)):
             # XLA compiles for each shape: about six lie within the batch size's spread.
             bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(divisor))))
-        return DrawnBatches(x, y, self.sampling, self._source, position, per_epoch, bucket)
+        return DrawnBatches(x, y, self.sampling, self._source, position, per_epoch, bucket, weights)
 
     def _check_head(self, loss):
-        last = self.network.layers[-1]
+        last = _last_layer(self.network)
         activation = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
-        if activation.lower() in ("softmax", "sigmoid") and isinstance(
-            loss,
-            (
-                losses.SparseCategoricalCrossentropy,
-                losses.CategoricalCrossentropy,
-                losses.BinaryCrossentropy,
-            ),
-        ):
+        if activation.lower() in ("softmax", "sigmoid") and losses.takes_logits(loss):
             raise ValueError(
                 f"The network ends in a {activation.lower()}, and this loss takes logits: remove "
                 f"it from layer {last.name!r}."
@@ -486,6 +527,21 @@ def _check_clip(clip):
             f"`clip` must be a positive, finite number or lipdp.AdaptiveClip(...); got {clip!r}."
         )
     return float(clip), None
+
+
+def _check_weight(value):
+    number = isinstance(value, (int, float, np.floating, np.integer)) and value is not True
+    if not number or not 0 < value < math.inf:
+        raise ValueError(
+            f"`max_sample_weight` must be a positive, finite number or None; got {value!r}."
+        )
+    return float(value)
+
+
+def _last_layer(network):
+    """The layer that makes the output, also where it is the last of a model within the model."""
+    last = network.outputs[0]._keras_history.operation
+    return _last_layer(last) if isinstance(last, keras.Model) else last
 
 
 def _check_count(value, name, least=1):

@@ -58,7 +58,8 @@ class Report(Printed):
 
     Attributes:
         weights: a `WeightRow` each.
-        loss_gradient_bound: the clip at which the bounds start.
+        loss_gradient_bound: the clip, times the largest weight of an example: where the bounds
+            start.
         lipschitz: bound of the network's Lipschitz constant.
         output_bound: bound of the norm of its output.
         sensitivity: of all weights together, `√ΣΔ²`.
@@ -83,7 +84,7 @@ class Report(Printed):
     @classmethod
     def of(cls, model, expected_batch_size: float | None = None) -> "Report":
         """The report of a compiled `PrivateModel`."""
-        clip = number(model.current_clip())
+        clip = number(model.current_clip()) * model.largest_weight
         network = model.network
         variables = network.trainable_variables
         bounds = gradient_bounds(network, clip)
@@ -165,7 +166,7 @@ class Report(Printed):
                 "–" if row.noise_share is None else f"{row.noise_share:.1%}",
             )
         lines = [
-            f"loss gradient clipped at {_text(self.loss_gradient_bound)}, "
+            f"loss gradient at most {_text(self.loss_gradient_bound)}, "
             f"Lipschitz constant ≤ {_text(self.lipschitz)}, output ≤ {_text(self.output_bound)}",
             f"all weights together: Δ ≤ {_text(self.sensitivity)}; noise multiplier "
             f"{_text(self.noise_multiplier)}, expected batch size "

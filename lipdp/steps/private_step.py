@@ -6,7 +6,7 @@ from keras import ops
 
 from lipdp import norms
 from lipdp.bounds import gradient_bounds
-from lipdp.clipping import clip_rows
+from lipdp.clipping import clip_rows, weigh_rows
 from lipdp.losses import per_example
 from lipdp.noise import standard_deviations
 from lipdp.projections import certified_by
@@ -16,8 +16,9 @@ from lipdp.steps.autodiff import gradient
 def private_step(model, data, backend):
     """One private step on one drawn batch; variables are updated in place.
 
-    Forward pass, loss gradient of each example, clip of its rows, pull-back of all rows at once,
-    sum over the expected batch size plus noise, optimizer, projection.
+    Forward pass, loss gradient of each example, clip of its rows, weights of the examples,
+    pull-back of all rows at once, sum over the expected batch size plus noise, optimizer,
+    projection.
 
     Args:
         model: the `PrivateModel`.
@@ -37,10 +38,14 @@ def private_step(model, data, backend):
     losses, gradients = gradient(lambda z: per_example(model.private_loss, y, z), outputs)
     clip = model.current_clip()
     rows, within = clip_rows(gradients, clip, mask)
+    weights = None
+    if "weights" in features:
+        # Behind the clip, which would undo them, and up to the maximum that the bounds start at.
+        rows, weights = weigh_rows(rows, features["weights"], model.largest_weight)
     sums = pull_back(rows)
 
     # Read from the weights that the forward pass used, before they change.
-    bounds = gradient_bounds(network, clip, as_tensors=True)
+    bounds = gradient_bounds(network, clip * model.largest_weight, as_tensors=True)
     stds = standard_deviations(
         [bounds[v.path] for v in variables],
         [math.prod(v.shape) for v in variables],
@@ -74,7 +79,7 @@ def private_step(model, data, backend):
         fraction = (centred + noise) / divisor + 0.5
         model.move_clip(fraction)
 
-    return model.update_metrics(x, y, outputs, losses, mask)
+    return model.update_metrics(y, outputs, losses, mask, weights)
 
 
 def _together(stds):
