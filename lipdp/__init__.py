@@ -11,6 +11,7 @@ from accountants import (
 )
 from lipdp import bounds, layers, losses, models, norms, projections
 from lipdp._version import __version__
+from lipdp.augmentation import Augmentation
 from lipdp.bounds import UnknownLayerError, gradient_bounds
 from lipdp.check import check
 from lipdp.clipping import AdaptiveClip
@@ -20,6 +21,7 @@ from lipdp.spending import BudgetExceeded, Spent
 
 __all__ = [
     "AdaptiveClip",
+    "Augmentation",
     "Budget",
     "BudgetExceeded",
     "FixedSize",

@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-__all__ = ["AdaptiveClip", "clip_rows", "weigh_rows"]
+__all__ = ["AdaptiveClip", "clip_rows", "held", "weigh_rows"]
 
 
 def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
@@ -36,26 +36,30 @@ def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
     return rows, ops.reshape(within, (-1,))
 
 
-def weigh_rows(rows: Any, weights: Any, largest: float) -> tuple[Any, Any]:
-    """Multiplies each example's row by its weight, which is held in `[0, largest]`.
+def held(weights: Any, largest: float) -> Any:
+    """Weights in `[0, largest]`, whatever they were; one that is not finite becomes 0.
+
+    >>> [float(v) for v in held(ops.array([0.5, 9.0, math.nan]), 2.0)]
+    [0.5, 2.0, 0.0]
+    """
+    return ops.where(ops.isfinite(weights), ops.clip(weights, 0.0, largest), 0.0)
+
+
+def weigh_rows(rows: Any, weights: Any, largest: float) -> Any:
+    """Multiplies each example's row by its weight, `held` in `[0, largest]`.
 
     A row of norm at most `C` then has one of at most `largest·C`, whatever the weights are.
 
     Args:
         rows: `(batch, ...)`.
-        weights: `(batch,)`; one that is not finite becomes 0.
+        weights: `(batch,)`.
         largest: the declared maximum.
 
-    Returns:
-        The weighted rows, and the weights as they were used.
-
-    >>> rows, weights = weigh_rows(ops.ones((3, 1)), ops.array([0.5, 9.0, math.nan]), 2.0)
-    >>> [float(v) for v in weights], [float(v) for v in rows[:, 0]]
-    ([0.5, 2.0, 0.0], [0.5, 2.0, 0.0])
+    >>> [float(v) for v in weigh_rows(ops.ones((3, 1)), ops.array([0.5, 9.0, 1.0]), 2.0)[:, 0]]
+    [0.5, 2.0, 1.0]
     """
-    weights = ops.cast(weights, rows.dtype)
-    weights = ops.where(ops.isfinite(weights), ops.clip(weights, 0.0, largest), 0.0)
-    return rows * ops.reshape(weights, (-1,) + (1,) * (len(rows.shape) - 1)), weights
+    weights = held(ops.cast(weights, rows.dtype), largest)
+    return rows * ops.reshape(weights, (-1,) + (1,) * (len(rows.shape) - 1))
 
 
 @dataclasses.dataclass(frozen=True)

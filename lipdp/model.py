@@ -15,6 +15,7 @@ import accountants
 from accountants import Budget, PoissonSampling, RandomAllocation, TruncatedPoisson
 from accountants.sampling import Sampling
 from lipdp import losses, steps
+from lipdp.augmentation import Augmentation
 from lipdp.batches import DrawnBatch, DrawnBatches, check_data, check_weights
 from lipdp.bounds import gradient_bounds
 from lipdp.clipping import AdaptiveClip
@@ -64,6 +65,10 @@ class PrivateModel(keras.Model):
             is drawn.
         clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
             default the loss' own bound; a loss without one needs a clip.
+        augmentation: `lipdp.Augmentation(layers, views)`: random views of each example.
+        physical_batch_size: most rows that are computed at once: a drawn batch is split into
+            pieces of this size, whose gradients are summed before the noise, once. Same result,
+            less memory.
         allocation: how noise is shared over the weights: `"global"`, `"per_weight"` or
             `"least"` (least total noise).
         ledger: path of a file that keeps what was spent, across processes.
@@ -93,6 +98,8 @@ class PrivateModel(keras.Model):
         noise_multiplier: float | None = None,
         sampling: Sampling | None = None,
         clip: float | AdaptiveClip | None = None,
+        augmentation: Augmentation | None = None,
+        physical_batch_size: int | None = None,
         allocation: str = "global",
         ledger: str | os.PathLike[str] | None = None,
         seed: int | None = None,
@@ -110,6 +117,15 @@ class PrivateModel(keras.Model):
             raise ValueError(f"`allocation` must be one of {ALLOCATIONS}; got {allocation!r}.")
         self.allocation = allocation
         self.clip, self.adaptive = _check_clip(clip)
+        if augmentation is not None and not isinstance(augmentation, Augmentation):
+            raise TypeError(
+                "`augmentation` must be lipdp.Augmentation(layers, views=...); got "
+                f"{augmentation!r}."
+            )
+        self.augmentation = augmentation
+        if physical_batch_size is not None:
+            physical_batch_size = _check_count(physical_batch_size, "physical_batch_size")
+        self.physical_batch_size = physical_batch_size
 
         _check_network(network)
         self.network = network
@@ -500,7 +516,9 @@ class PrivateModel(keras.Model):
         self.spending.begin(run)
         bucket = 1
         compiled = self.jit_compile or keras.backend.backend() == "jax"
-        if isinstance(self.sampling, TruncatedPoisson):
+        if self.physical_batch_size is not None:
+            bucket = self.physical_batch_size
+        elif isinstance(self.sampling, TruncatedPoisson):
             bucket = self.sampling.physical_batch_size
         elif compiled and isinstance(self.sampling, (PoissonSampling, RandomAllocation)):
             # XLA compiles for each shape: about six lie within the batch size's spread.
