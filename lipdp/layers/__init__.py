@@ -12,6 +12,7 @@ from lipdp.layers.pooling import (
     L2NormPooling2D,
     ScaledAveragePooling2D,
 )
+from lipdp.layers.scattering import Scattering2D
 
 __all__ = [
     "BallProjection",
@@ -23,6 +24,7 @@ __all__ = [
     "GroupSort",
     "L2NormPooling2D",
     "ScaledAveragePooling2D",
+    "Scattering2D",
     "SpectralConv2D",
     "SpectralDense",
 ]
