@@ -18,6 +18,9 @@ _ROUNDING = 1.0 + 1e-6
 # π as the normalisation of the published filters has it; their coefficients are to be met.
 _PI = 3.1415
 
+# Numbers in the matrices: 1 GiB.
+_LARGEST = 2**28
+
 _PADDINGS = ("zeros", "reflect")
 
 
@@ -31,16 +34,16 @@ class Scattering2D(keras.layers.Layer):
     `K = 1 + J·L + L²·J(J−1)/2` features a position and channel.
 
     Nothing is learnt, so nothing is added to the sensitivity, and the features of a data set may
-    be computed once. Output at most `X`, cotangent at most `G`, for which the coefficients are
-    multiplied by `scale`: a stage, all convolutions of one map with their subsampling, is linear
-    and acts by itself on each set of frequencies that subsampling folds together. So the largest
-    eigenvalue of a small Gram matrix for each set (the Littlewood-Paley sum, aliasing included)
-    is the square of its norm; each wavelet is weighted by the constant of the stage behind it,
-    and the modulus between them has slope one. Divided by `scale`, the coefficients are those of
-    kymatio (Andreux et al., JMLR 2020), whose filters these are.
+    be computed once (`cached_features`). Output at most `X`, cotangent at most `G`, for which the
+    coefficients are multiplied by `scale`: a stage, all convolutions of one map with their
+    subsampling, is linear and acts by itself on each set of frequencies that subsampling folds
+    together. So the largest eigenvalue of a small Gram matrix for each set (the Littlewood-Paley
+    sum, aliasing included) is the square of its norm; each wavelet is weighted by the constant of
+    the stage behind it, and the modulus between them has slope one. Divided by `scale`, the
+    coefficients are those of kymatio (Andreux et al., JMLR 2020), whose filters these are.
 
     Time and memory are those of a few matrix products, as fits images of up to about 100 pixels
-    each way: with `n` padded pixels each way the matrices hold about `60·L·n³` numbers.
+    each way: with `n` padded pixels each way the matrices hold about `8·L·n³` numbers.
 
     Args:
         J: number of scales; a feature sees about `2^J` pixels each way.
@@ -118,6 +121,12 @@ class Scattering2D(keras.layers.Layer):
                         f"pixels of {n}. Use a smaller J or padding='zeros'."
                     )
         sizes = tuple(n + sum(m) for n, m in zip(input_shape[1:3], margins, strict=True))
+        if 8 * self.L * max(sizes) ** 3 > _LARGEST:
+            raise ValueError(
+                f"Images of {input_shape[1]} by {input_shape[2]} pixels are too large for "
+                f"Scattering2D(J={self.J}, L={self.L}), whose matrices grow with the third power "
+                "of their size. Use smaller images or crops."
+            )
         constant = _certificate(sizes, self.J, self.L, self.max_order)
         paddings = []
         for n, margin in zip(input_shape[1:3], margins, strict=True):

@@ -184,3 +184,228 @@ def test_paths():
     energy = (coefficients(layer, wave[None, ..., None]) ** 2).sum((0, 1, 2))
     first = range(1, 9)
     assert layer.paths[max(first, key=lambda k: energy[k])] == ((1, 1),)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float64", "int32"])
+def test_images_of_other_types(dtype, rng):
+    x = rng.integers(0, 255, (2, 8, 8, 1))
+    layer = Scattering2D(J=1, L=2)
+    expected = ops.convert_to_numpy(layer(x.astype("float32")))
+    np.testing.assert_array_equal(ops.convert_to_numpy(layer(x.astype(dtype))), expected)
+
+
+def test_float64(rng):
+    x = rng.standard_normal((1, 8, 8, 1))
+    layer = Scattering2D(J=2, L=2, dtype="float64")
+    expected = direct_scattering(x[0, ..., 0], J=2, L=2, max_order=2, padding="zeros")
+    found = ops.convert_to_numpy(layer(ops.convert_to_tensor(x, dtype="float64")))
+    tolerance = 1e-12 if "float64" in str(found.dtype) else 2e-6
+    np.testing.assert_allclose(found[0] / layer.scale, expected, atol=tolerance, rtol=0)
+
+
+def test_broken_examples_stay_alone(rng):
+    x = rng.standard_normal((3, 8, 8, 1)).astype("float32")
+    layer = Scattering2D(J=1, L=2)
+    expected = ops.convert_to_numpy(layer(x))
+    x[1, 2, 3] = np.nan
+    found = ops.convert_to_numpy(layer(x))
+    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+    assert np.isnan(found[1]).any()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"J": 0}, "`J` must be a positive integer; got 0"),
+        ({"J": 1.5}, "`J` must be a positive integer; got 1.5"),
+        ({"L": True}, "`L` must be a positive integer; got True"),
+        ({"max_order": 3}, "`max_order` must be 1 or 2; got 3"),
+        ({"max_order": True}, "`max_order` must be 1 or 2; got True"),
+        ({"padding": "same"}, "`padding` must be 'zeros' or 'reflect'; got 'same'"),
+    ],
+)
+def test_refused_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Scattering2D(**arguments)
+
+
+@pytest.mark.parametrize(
+    "shape, arguments, message",
+    [
+        ((8, 8), {}, "images of shape"),
+        ((None, 8, 1), {}, "all but the batch known"),
+        ((3, 8, 1), {}, "at least 4 pixels each way; got 3 by 8"),
+        ((4, 8, 1), {"padding": "reflect"}, "would reflect 4 pixels of 4"),
+        ((300, 300, 1), {}, "too large"),
+    ],
+)
+def test_refused_images(shape, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Scattering2D(**arguments).build((None, *shape))
+
+
+def test_refuses_images_of_another_size():
+    layer = Scattering2D(J=1, L=2)
+    layer(np.ones((1, 8, 8, 1), "float32"))
+    with pytest.raises(ValueError, match="expected axis 2"):
+        layer(np.ones((1, 8, 10, 1), "float32"))
+
+
+# --- its bound --------------------------------------------------------------------------------
+
+
+def stage_operator(stage):
+    """A stage of filters on real maps of the torus, as a matrix of real entries."""
+    height, width = stage[0][0].shape[1:]
+    maps = np.fft.fft2(np.eye(height * width).reshape(-1, height, width))
+    rows = []
+    for bank, stride, weight in stage:
+        y = np.fft.ifft2(maps[:, None] * bank)[..., ::stride, ::stride] * np.sqrt(weight)
+        rows += [y.real.reshape(len(maps), -1), y.imag.reshape(len(maps), -1)]
+    return np.concatenate(rows, axis=1).T
+
+
+@pytest.mark.parametrize("sizes, J, L", [((12, 8), 2, 3), ((16, 24), 3, 2), ((6, 4), 1, 4)])
+def test_norm_of_a_stage(sizes, J, L):
+    """The certificate is the exact norm of the subsampled operator, weights included."""
+    filters = scattering._Filters(sizes, J, L)
+    for resolution in range(J):
+        low = np.multiply.outer(*filters.lows[resolution])[None]
+        stage = [(low, 2 ** (J - resolution), 0.7)]
+        for j in range(resolution + (resolution > 0), J):
+            stage.append((filters.waves[resolution, j], 2 ** (j - resolution), 0.3 + j))
+        found = scattering._squared_norm(stage, 2 ** (J - resolution))
+        assert found == pytest.approx(np.linalg.norm(stage_operator(stage), 2) ** 2, rel=1e-9)
+
+
+CONFIGURATIONS = [
+    ((16, 16, 1), {"J": 2, "L": 4}, 0.9),
+    ((12, 9, 2), {"J": 1, "L": 3}, 0.9),
+    ((16, 16, 1), {"J": 2, "L": 3, "padding": "reflect"}, 0.6),  # corners alone attain the factor 2
+    ((5, 6, 3), {"J": 2, "L": 2}, 0.6),  # much of the waves lies in the margin
+    pytest.param((16, 16, 1), {"J": 3, "L": 2}, 0.7, marks=pytest.mark.slow),
+    pytest.param((28, 28, 1), {"J": 2, "L": 8}, 0.94, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("shape, arguments, attained", CONFIGURATIONS, ids=str)
+def test_bound_holds(shape, arguments, attained):
+    result = attack_bounds(Scattering2D(**arguments), shape, steps=12)
+    assert result.ratio <= ROUNDING, result
+    assert result.attained["output"] >= attained and result.attained["input"] >= attained
+
+
+def border(n, name):
+    x = np.zeros((n, n, 1))
+    if name == "corner":
+        x[:2, :2] = 1
+    elif name == "edges":
+        x[0] = x[-1] = x[:, 0] = x[:, -1] = 1
+    elif name == "pixel":
+        x[n // 2, n // 2] = 1
+    return x
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_bound_on_borders_and_frequencies(padding):
+    """Norms of features and of the Jacobian's products, from images that are extreme by design."""
+    n = 16
+    layer = Scattering2D(J=2, L=4, padding=padding)
+    index = np.arange(n)
+    waves = [
+        np.cos(2 * np.pi * (a * index[:, None] + b * index[None]) / n + phase)[..., None]
+        for a in range(0, n // 2 + 1, 2)
+        for b in range(-n // 2, n // 2 + 1, 4)
+        for phase in (0.0, 1.0)
+    ]
+    borders = [border(n, name) for name in ("zero", "corner", "edges", "pixel")]
+    x = np.stack([*borders, *waves])
+    norms = np.linalg.norm(x.reshape(len(x), -1), axis=1)
+    x = (x / np.maximum(norms, 1e-9)[:, None, None, None]).astype("float32")
+    for size in (1.0, 1e-6, 1e-25):
+        (y,), (cotangents,) = pull_back(
+            lambda x: [layer(x)],
+            [ops.convert_to_tensor(x * np.float32(size))],
+            lambda values: [ops.ones_like(values[0]) / np.sqrt(np.prod(values[0].shape[1:]))],
+        )
+        y, cotangents = (ops.convert_to_numpy(v).reshape(len(x), -1) for v in (y, cotangents))
+        assert np.linalg.norm(y, axis=1).max() <= size * ROUNDING
+        assert np.linalg.norm(cotangents, axis=1).max() <= ROUNDING
+        assert not y[0].any() and np.isfinite(cotangents).all()
+
+
+def test_behind_trainable_layers():
+    network = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.BallProjection(1.0),
+            layers.SpectralConv2D(2, 3, padding="same"),
+            Scattering2D(J=1, L=3),
+            layers.BallProjection(0.8),
+            keras.layers.Flatten(),
+            layers.SpectralDense(3),
+        ]
+    )
+    result = attack_bounds(network, steps=4)
+    assert result.ratio <= ROUNDING, result
+
+
+# --- mutants, each of which the attack must catch ----------------------------------------------
+
+
+class LargerFilters(Scattering2D):
+    """Filters that are 10 % too large."""
+
+    def _matrices(self, filters, paddings):
+        self.scale *= 1.1
+        super()._matrices(filters, paddings)
+
+    bound = Scattering2D.bound
+
+
+class NoAliasing(Scattering2D):
+    """As if subsampling folded nothing: norm 2^-J if the Littlewood-Paley sum is one."""
+
+    def _matrices(self, filters, paddings):
+        self.scale = 2.0**self.J
+        super()._matrices(filters, paddings)
+
+    bound = Scattering2D.bound
+
+
+class FreeReflection(Scattering2D):
+    """Reflection taken for an isometry."""
+
+    def _matrices(self, filters, paddings):
+        self.scale *= 2
+        super()._matrices(filters, paddings)
+
+    bound = Scattering2D.bound
+
+
+def plain_root(re, im):
+    return ops.sqrt(ops.square(re) + ops.square(im))
+
+
+def steep_root(re, im):
+    squares = ops.square(re) + ops.square(im)
+    return squares * ops.rsqrt(ops.maximum(squares, 1e-2))
+
+
+MUTANTS = {
+    "filters": (LargerFilters(J=2, L=4), (16, 16, 1)),
+    "aliasing": (NoAliasing(J=1, L=2), (20, 20, 1)),
+    "reflection": (FreeReflection(J=2, L=4, padding="reflect"), (16, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name):
+    layer, shape = MUTANTS[name]
+    assert attack_bounds(layer, shape, steps=15).ratio > 1.001
+
+
+@pytest.mark.parametrize("root", [plain_root, steep_root])
+def test_mutant_of_the_modulus_is_caught(root, monkeypatch):
+    monkeypatch.setattr(scattering, "_modulus", root)
+    assert attack_bounds(Scattering2D(J=1, L=2), (6, 6, 1), steps=10).ratio > 1.001
