@@ -18,7 +18,7 @@ def cached_features(
     network: keras.layers.Layer,
     x: Any,
     path: str | os.PathLike,
-    batch_size: int = 256,
+    batch_size: int = 64,
     progress: bool = True,
 ) -> np.ndarray:
     """Features of a data set by a layer or network, from disk where they were computed before.
@@ -35,7 +35,7 @@ def cached_features(
         network: a layer, or a model with one input and one output. Called with `training=False`.
         x: examples, `(examples, ...)`, finite numbers.
         path: the file, usually `.npy`; its directory must exist.
-        batch_size: examples computed at a time.
+        batch_size: examples computed at a time; on a CPU the scattering of large batches is slower.
         progress: whether a bar is shown while features are computed.
 
     Returns:

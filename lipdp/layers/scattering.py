@@ -11,15 +11,14 @@ from keras import ops
 
 from lipdp.bounds import Call, Rule, lipschitz
 
-# Below this square of a modulus its slope, which it has not at zero, is set to zero.
+# Below this square of a modulus the modulus and its slope, which zero lacks, are set to zero.
 _TINY = 1e-36
 # Of the scale, against the rounding of the eigenvalues and of the features themselves.
-_ROUNDING = 1.0 + 1e-6
-# π as the normalisation of the published filters has it; their coefficients are to be met.
+_ROUNDING = 1.0 + 1e-5
+# π as kymatio's filters are normalised with it.
 _PI = 3.1415
-
-# Numbers in the matrices: 1 GiB.
-_LARGEST = 2**28
+# Numbers in the matrices of a layer: 512 MiB.
+_LARGEST = 2**27
 
 _PADDINGS = ("zeros", "reflect")
 
@@ -56,8 +55,9 @@ class Scattering2D(keras.layers.Layer):
     Input shape: `(batch, height, width, channels)`, all but the batch known, height and width at
     least `2^J`. Where `2^J` does not divide them they are padded, below and to the right.
     Output shape: `(batch, ⌈height/2^J⌉, ⌈width/2^J⌉, channels·K)`. The `K` features of an input
-    channel are neighbours, in the order of `paths`: by order, then by `(j₁, θ₁, j₂, θ₂)`. So
-    groups of neighbouring channels, as group normalisation takes them, are groups of like paths.
+    channel are neighbours, in the order of `paths`: by order, then by `(j₁, θ₁, j₂, θ₂)`. Group
+    normalisation over neighbours, 27 groups for `J=2, L=8`, is then that of published recipes;
+    groups of one order and scale are `1`, then `J` times `L`, then blocks of `L` neighbours.
 
     Attributes:
         paths: for each of the `K` features `((j₁, θ₁), (j₂, θ₂))`, `((j₁, θ₁),)` or `()`. Waves
@@ -134,10 +134,10 @@ class Scattering2D(keras.layers.Layer):
             constant *= math.sqrt(matrix.sum(axis=0).max())  # how often a pixel is repeated
             paddings.append(matrix)
         self.scale = 1.0 / (constant * _ROUNDING)
-        self._matrices(_filters(sizes, self.J, self.L), paddings)
+        self._matrices(_Filters(sizes, self.J, self.L), paddings)
 
     def _matrices(self, filters, paddings):
-        """All that `call` multiplies by, for the image itself and for maps at each scale."""
+        """All that `call` multiplies by. The image is padded by its matrices; maps are whole."""
         dtype = "float64" if self.compute_dtype == "float64" else "float32"
 
         def average(resolution, paddings):
@@ -256,6 +256,7 @@ def _modulus(re, im):
 # --- filters, in float64 ----------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=8)
 class _Filters:
     """Filters of a padded size.
 
@@ -264,23 +265,16 @@ class _Filters:
             `j` on the grid that is left of every `2^resolution`-th pixel.
         lows: for each resolution the transforms of `φ` along rows and columns, whose outer
             product is that of `φ`.
-        averages: for each resolution the matrices that convolve with `φ` and sample where the
-            image is, for both axes.
     """
 
     def __init__(self, sizes, J, L):
-        self.waves, self.lows, self.averages = {}, [], []
+        self.waves, self.lows = {}, []
         for j in range(J):
             wave = np.stack([_morlet(sizes, j, theta, L) for theta in range(L)])
             for resolution in range(max(j, 1)):
                 self.waves[resolution, j] = _fold(_fold(wave, resolution, 1), resolution, 2)
         for resolution in range(J):
-            low = [_fold(_gaussian(n, J), resolution, 0) for n in sizes]
-            self.lows.append(low)
-            self.averages.append([_averaging(h, 2 ** (J - resolution)) for h in low])
-
-
-_filters = functools.lru_cache(maxsize=8)(_Filters)
+            self.lows.append([_fold(_gaussian(n, J), resolution, 0) for n in sizes])
 
 
 def _tiles(n):
@@ -298,8 +292,7 @@ def _gaussian(n, J):
 def _morlet(sizes, j, theta, L):
     """Transform of `g(u)(exp(i·ξᵀu) − β)`, `β` such that its mean is zero.
 
-    `ξ = ¾π/2^j` in direction `angle`; the Gaussian `g` has width `0.8·2^j` along it and `L/4`
-    times as much across.
+    `ξ` is `¾π/2^j` long, `g` a Gaussian of width `0.8·2^j` along it and `L/4` times as much across.
     """
     sigma, xi, slant = 0.8 * 2**j, 0.75 * math.pi / 2**j, 4.0 / L
     angle = (int(L / 2 - 1) - theta) * math.pi / L
@@ -388,7 +381,7 @@ def _wave_matrices(wave, stride, paddings):
 @functools.lru_cache(maxsize=32)
 def _certificate(sizes, J, L, max_order):
     """Lipschitz constant of the coefficients as a function of the padded image."""
-    filters = _filters(sizes, J, L)
+    filters = _Filters(sizes, J, L)
 
     def squared(resolution, orders, first):
         """Of all that is made of a map, with wavelets of scale `first` and above."""
