@@ -91,7 +91,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    common.define_flags(epsilon=3.0, delta=1e-5, batch_size=4096, epochs=30, learning_rate=8.0)
+    common.define_flags(epsilon=3.0, delta=1e-5, batch_size=4096, epochs=10, learning_rate=512.0)
     flags.DEFINE_string("data", None, "An .npz file with x_train, y_train, x_test, y_test.")
     flags.DEFINE_string("cache", None, "Folder of the features; that of the data by default.")
     flags.DEFINE_integer("scales", 2, "J of the scattering.", lower_bound=1)
