@@ -5,6 +5,7 @@ training code, and may be mixed with every Keras layer that has a rule.
 from lipdp.layers.activations import GroupSort
 from lipdp.layers.convolutional import SpectralConv2D
 from lipdp.layers.dense import FrobeniusDense, SpectralDense
+from lipdp.layers.feature_cache import cached_features
 from lipdp.layers.normalization import BallProjection, Centering, ClipGradient
 from lipdp.layers.pooling import (
     GlobalL2NormPooling2D,
@@ -12,6 +13,7 @@ from lipdp.layers.pooling import (
     L2NormPooling2D,
     ScaledAveragePooling2D,
 )
+from lipdp.layers.scattering import Scattering2D
 
 __all__ = [
     "BallProjection",
@@ -23,6 +25,8 @@ __all__ = [
     "GroupSort",
     "L2NormPooling2D",
     "ScaledAveragePooling2D",
+    "Scattering2D",
     "SpectralConv2D",
     "SpectralDense",
+    "cached_features",
 ]
