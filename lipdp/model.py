@@ -154,6 +154,7 @@ class PrivateModel(keras.Model):
         weighted_metrics: list | None = None,
         max_sample_weight: float | None = None,
         run_eagerly: bool = False,
+        steps_per_execution: int = 1,
         jit_compile: bool | str = "auto",
     ) -> None:
         """Configures training, as Keras' `compile` does.
@@ -168,6 +169,8 @@ class PrivateModel(keras.Model):
             max_sample_weight: largest weight of an example that `fit` may be given, a public
                 constant; without it weights are refused. The bounds start at the clip times this,
                 so noise grows with it. Weights may lie between 0 and it.
+            steps_per_execution: steps of `fit` that run, and are paid for, together; divides the
+                steps of an epoch.
             run_eagerly, jit_compile: as in Keras; `"auto"` uses XLA on JAX, and on TensorFlow
                 where there is a GPU.
 
@@ -198,6 +201,7 @@ class PrivateModel(keras.Model):
             metrics=metrics,
             weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
+            steps_per_execution=_check_count(steps_per_execution, "steps_per_execution"),
             jit_compile=jit_compile,
         )
         self.private_loss = loss
@@ -248,7 +252,9 @@ class PrivateModel(keras.Model):
         epochs = _check_count(epochs, "epochs")
         initial_epoch = _check_count(initial_epoch, "initial_epoch", least=0)
         planned = max(0, epochs - initial_epoch)
-        batches = self._prepare(x, y, steps_per_epoch, planned, sample_weight, class_weight)
+        batches = self._prepare(
+            x, y, steps_per_epoch, planned, sample_weight, class_weight, self.steps_per_execution
+        )
         try:
             asked = len(batches) * (epochs - initial_epoch)
             run = self.spending.run
@@ -326,6 +332,7 @@ class PrivateModel(keras.Model):
         )
 
     _open_batch = None
+    _together = 1  # steps of one call of the train function
 
     def make_train_function(self, force=False):
         if self.train_function is not None and not force:
@@ -335,7 +342,7 @@ class PrivateModel(keras.Model):
 
         def pay_and_step(*args):
             # Paid for before it runs; every entrance of Keras comes by here.
-            self.spending.pay()
+            self.spending.pay(self._together)
             self._paying = True
             try:
                 result = inner(*args)
@@ -475,7 +482,9 @@ class PrivateModel(keras.Model):
             if isinstance(v.constraint, Projection)
         )
 
-    def _prepare(self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None):
+    def _prepare(
+        self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None, together=1
+    ):
         """Checks everything, calibrates, opens the run; returns the batches of an epoch."""
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
@@ -496,7 +505,13 @@ class PrivateModel(keras.Model):
                 )
             per_epoch = _check_count(steps_per_epoch, "steps_per_epoch")
         _check_network(self.network)
-        run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch)
+        if per_epoch % together:
+            raise ValueError(
+                f"`steps_per_execution` must divide the {per_epoch} steps of an epoch, so that "
+                f"what is paid for is what runs; got {together}."
+            )
+        self._together = together
+        run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch, together)
 
         divisor = self.sampling.expected_batch_size(n)
         gradient_noise, count_noise = self.noise_multiplier, 0.0

@@ -112,9 +112,11 @@ class Spending:
 
     # --- a run --------------------------------------------------------------------------------
 
-    def plan(self, sampling: Sampling, num_examples: int, planned: int, per_epoch: int) -> "Run":
-        """A run of at most `planned` steps, as many of them as the budget allows; the first of a
-        budget without noise multiplier calibrates it. Nothing is open yet.
+    def plan(
+        self, sampling: Sampling, num_examples: int, planned: int, per_epoch: int, group: int = 1
+    ) -> "Run":
+        """A run of at most `planned` steps, as many whole groups of them as the budget allows; the
+        first of a budget without noise multiplier calibrates it. Nothing is open yet.
 
         Raises:
             BudgetExceeded: not one step is left.
@@ -139,6 +141,7 @@ class Spending:
                 raise
         run = TrainingRun(self.noise_multiplier, steps=0, **constants)
         allowed = self._allowed(prior, run, planned)
+        allowed -= allowed % group
         if planned and allowed == 0:
             raise BudgetExceeded(self._exceeded())
         return Run(prior, run, allowed, allowed < planned, per_epoch)
@@ -168,10 +171,10 @@ class Spending:
             max_steps=planned,
         )
 
-    def check_left(self) -> None:
-        """Raises `BudgetExceeded` where not one more step is within the budget."""
+    def check_left(self, steps: int = 1) -> None:
+        """Raises `BudgetExceeded` where so many more steps are not within the budget."""
         if self.run is not None:
-            if self.run.limited and self.run.paid >= self.run.allowed:
+            if self.run.limited and self.run.paid + steps > self.run.allowed:
                 raise BudgetExceeded(self._exceeded())
         elif self.budget is not None and self.noise_multiplier is not None and self.runs:
             runs = self.runs
@@ -179,17 +182,17 @@ class Spending:
             if self.epsilon([*runs[:-1], more], self.budget.delta) > self.budget.epsilon:
                 raise BudgetExceeded(self._exceeded())
 
-    def pay(self) -> None:
-        """Pays for one step, before it runs.
+    def pay(self, steps: int = 1) -> None:
+        """Pays for steps, before they run.
 
         Raises:
-            BudgetExceeded: it would overspend.
+            BudgetExceeded: they would overspend.
             RuntimeError: no run is open.
         """
-        self.check_left()
+        self.check_left(steps)
         if self.run is None:
             raise RuntimeError("Only fit, or train_on_batch within `batches`, can train.")
-        self.run.pay()
+        self.run.pay(steps)
 
     def settle(self) -> None:
         """Closes the run, if one is open."""
@@ -249,10 +252,10 @@ class Run:
     def spent(self):
         return dataclasses.replace(self.constants, steps=self.paid)
 
-    def pay(self):
+    def pay(self, steps):
         if self._entry is not None:
-            self._entry.pay()
-        self.paid += 1
+            self._entry.pay(steps)
+        self.paid += steps
 
     def close(self):
         if self._entry is not None:

@@ -623,3 +623,48 @@ def test_a_softmax_before_a_loss_of_logits_is_refused(loss, nested):
     with pytest.raises(ValueError, match="logits"):
         model.compile("sgd", loss=loss)
     model.compile("sgd", loss="mae")
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_steps_that_run_together_are_paid_together(eager):
+    x, y = data()
+    model = private(noise_multiplier=1.0, seed=2)
+    alone = private(noise_multiplier=1.0, seed=2)
+    for one, together in ((model, 2), (alone, 1)):
+        one.network.set_weights([np.ones_like(w) / 9 for w in weights(one)])
+        one.compile(
+            keras.optimizers.SGD(0.5),
+            loss="sparse_categorical_crossentropy",
+            steps_per_execution=together,
+            run_eagerly=eager,
+        )
+        one.fit(x, y, epochs=3, verbose=0)
+        assert one.spent(1e-5).steps == 12
+    for a, b in zip(weights(model), weights(alone), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_budget_holds_for_steps_that_run_together():
+    x, y = data()
+    budget = lipdp.Budget(2.0, 1e-5)
+    model = private(noise_multiplier=2.0, budget=budget, run_eagerly=True)
+    model.compile("sgd", "sparse_categorical_crossentropy", steps_per_execution=4, run_eagerly=True)
+    with pytest.warns(UserWarning, match="The budget allows"):
+        model.fit(x, y, epochs=100, verbose=0)
+    spent = model.spent()
+    assert spent.steps % 4 == 0 and spent.epsilon <= 2.0
+    with pytest.raises(lipdp.BudgetExceeded):
+        model.fit(x, y, epochs=1, verbose=0)
+    # One step at a time the rest can still be used.
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    model.fit(x, y, epochs=1, steps_per_epoch=1, verbose=0)
+    assert model.spent().steps == spent.steps + 1 and model.spent().epsilon <= 2.0
+
+
+def test_steps_together_must_divide_an_epoch():
+    model = private()
+    model.compile("sgd", "sparse_categorical_crossentropy", steps_per_execution=3)
+    with pytest.raises(ValueError, match="`steps_per_execution` must divide the 4 steps"):
+        model.fit(*data(), verbose=0)
+    with pytest.raises(ValueError, match="`steps_per_execution` must be an integer"):
+        model.compile("sgd", "sparse_categorical_crossentropy", steps_per_execution=0)
