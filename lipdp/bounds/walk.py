@@ -4,7 +4,8 @@ import dataclasses
 import math
 
 import keras
-from keras import ops
+from keras import ops, tree
+from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 
 from lipdp.bounds.rule import Call, Scalar, UnknownLayerError, find_rule
@@ -78,8 +79,12 @@ def _graph(network):
     )
 
 
-def _flatten(network, inputs, steps, new_slot):
-    """Appends the steps of a network whose inputs are the slots `inputs`; returns its outputs."""
+def _flatten(network, inputs, steps, new_slot, masked):
+    """Appends the steps of a network whose inputs are the slots `inputs`; returns its outputs.
+
+    `masked` collects the slots that may carry a Keras mask: once attached it may come through
+    every further layer, also through nested models, whose graphs do not show it.
+    """
     graph = _graph(network)
     slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
     for depth in sorted(graph._nodes_by_depth, reverse=True):
@@ -88,9 +93,13 @@ def _flatten(network, inputs, steps, new_slot):
                 continue
             operation = node.operation
             _check_layer(operation)
-            sources = [slots[id(t)] for t in node.input_tensors]
+            if all(t.dtype == "bool" for t in node.outputs):
+                _check_alignment(node)
+                continue  # no cotangent passes; who reads it must know it as a mask
+            tensors = _data_of(node, slots)
+            sources = [slots[id(t)] for t in tensors]
             if isinstance(operation, (Functional, keras.Sequential)):
-                outputs = _flatten(operation, sources, steps, new_slot)
+                outputs = _flatten(operation, sources, steps, new_slot, masked)
                 slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
                 continue
             if len(node.outputs) != 1:
@@ -99,10 +108,11 @@ def _flatten(network, inputs, steps, new_slot):
                     "layers with one."
                 )
             call = Call(
-                input_shapes=tuple(tuple(t.shape[1:]) for t in node.input_tensors),
+                input_shapes=tuple(tuple(t.shape[1:]) for t in tensors),
                 output_shape=tuple(node.outputs[0].shape[1:]),
                 args=node.arguments.args,
                 kwargs=node.arguments.kwargs,
+                masked=any(s in masked for s in sources),
             )
             try:
                 rule = find_rule(operation)(call)
@@ -112,10 +122,52 @@ def _flatten(network, inputs, steps, new_slot):
                 raise UnknownLayerError(
                     f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
                 ) from error
+            if call.masked and getattr(operation, "_call_has_mask_arg", False) and not rule.masks:
+                raise UnknownLayerError(
+                    f"Layer {operation.name!r} ({type(operation).__name__}) may be called with a "
+                    "mask, for which its bounds do not hold. Use a layer of lipdp.layers that "
+                    "knows masks, such as MaskedAveragePooling1D, or leave the mask out "
+                    "(mask_zero=False, no keras.layers.Masking)."
+                )
             target = new_slot()
             slots[id(node.outputs[0])] = target
+            if call.masked or get_keras_mask(node.outputs[0]) is not None:
+                masked.add(target)
             steps.append(_Step(operation, rule, sources, target))
     return [slots[id(t)] for t in graph._outputs]
+
+
+def _check_alignment(node):
+    # Shapes are aligned from the right: the batch axis of one mask would meet another axis.
+    if len({len(t.shape) for t in node.input_tensors}) > 1:
+        raise UnknownLayerError(
+            f"The masks that {node.operation.name!r} joins have different ranks, which would mix "
+            "the examples. Join branches of one rank, or leave out their masks."
+        )
+
+
+def _data_of(node, slots):
+    """The input tensors of a call, but for the mask that Keras hands on beside them.
+
+    Raises:
+        UnknownLayerError: another mask, which might mix examples, or a comparison's result.
+    """
+    operation = node.operation
+    attached = {id(get_keras_mask(t)) for t in node.input_tensors if id(t) in slots}
+    masks = [m for m in tree.flatten(node.arguments.kwargs.get("mask")) if m is not None]
+    if any(id(m) not in attached for m in masks):
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} is called with a `mask` of your own, which might mix the "
+            "examples. Only masks that layers attach are known: those of "
+            "Embedding(mask_zero=True) and keras.layers.Masking."
+        )
+    known = {id(m) for m in masks}
+    tensors = [t for t in node.input_tensors if id(t) not in known]
+    if any(id(t) not in slots for t in tensors):
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} reads a boolean tensor, for which there is no rule."
+        )
+    return tensors
 
 
 def _check_layer(layer):
@@ -179,7 +231,7 @@ def network_bounds(
 
     steps: list[_Step] = []
     inputs = [new_slot() for _ in graph._inputs]
-    (output,) = _flatten(network, inputs, steps, new_slot)
+    (output,) = _flatten(network, inputs, steps, new_slot, set())
 
     forward = dict.fromkeys(inputs, input_bound)
     for step in steps:

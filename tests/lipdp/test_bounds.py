@@ -245,7 +245,7 @@ REFUSED = {
     "scale that widens": (lambda: K.Rescaling([1.0, 2.0]), (3, 1), "changes the shape"),
     "lstm": (lambda: K.LSTM(3), (4, 3), "No bound is known for layer"),
     "wrapper": (lambda: K.TimeDistributed(K.Dense(2)), (4, 3), "No bound is known for layer"),
-    "embedding": (lambda: K.Embedding(5, 3), (4,), "No bound is known for layer"),
+    "embedding": (lambda: K.Embedding(5, 3), (4,), r"out of range.*Use lipdp\.layers\.Embedding"),
 }  # fmt: skip
 
 

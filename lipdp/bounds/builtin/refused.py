@@ -29,3 +29,9 @@ register(layers.UnitNormalization)(
     _refused("Use lipdp.layers.BallProjection.", "its slope at zero is unbounded")
 )
 register(layers.GaussianDropout)(_refused("Use keras.layers.Dropout.", "its factor is unbounded"))
+register(layers.Embedding)(
+    _refused(
+        "Use lipdp.layers.Embedding.",
+        "a token out of range ends the step on one backend and makes it NaN on another",
+    )
+)
