@@ -78,7 +78,7 @@ class LipschitzAttention(Projected):
         self.temperature = check_positive(temperature, "temperature")
         self.radius = check_positive(radius)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self._ball = BallProjection(radius, per_position=True)
+        self._ball = BallProjection(radius, per_position=True, dtype=self.dtype_policy)
         self.supports_masking = True
 
     def build(self, input_shape):

@@ -23,14 +23,16 @@ class LipschitzRNN(Projected):
     of steps. With `β = bias_norm` (0 without a bias):
 
     - last state: output at most `X + T·β`, cotangent at most `G`, gradients at most
-      `(T·X + T(T−1)/2·β)·G` (kernel) and `T·G` (bias).
-    - all states: `√T·X + β·√(Σ t²)`, `√T·G`, `(X·√(Σ t²) + β·√(Σ (t(t−1)/2)²))·G` and
-      `√(Σ t²)·G`, sums from 1 to `T`.
+      `(√((T−1)² + T)·X + T(T−1)/2·β)·G` (kernel) and `T·G` (bias).
+    - all states: cotangent at most `√T·G`; of the output and the gradients the coefficients of
+      `X`, `β` and `G` are the norms `√(Σ c_t²)` of those above at all `t` from 1 to `T`.
 
-    Proof idea: the kernel's gradient is `Σ_t d_t·[h_{t−1} x_t]ᵀ`, where `‖[h_{t−1} x_t]‖ ≤
-    X + (t−1)β` and a cotangent of state `s` gives `‖d_t‖ ≤ ‖g_s‖` for all `t ≤ s`; Cauchy-Schwarz
-    sums over `s`. What is far away pays for all steps between: short sequences and no bias keep
-    the noise low. Where a mask hides a step the state stays as it is, which only shortens sums.
+    Proof idea: a cotangent of state `s` gives `‖d_t‖ ≤ ‖g_s‖` at all `t ≤ s`. The kernel's
+    gradient `Σ_t d_t·[h_{t−1} x_t]ᵀ` has a part of the states, at most `Σ_{t≥2} (X + (t−1)β)·G`,
+    and one of the inputs, at most `Σ_t ‖x_t‖·G ≤ √T·X·G`. Cauchy-Schwarz sums over `s`. Long
+    sequences cost noise, a bias even more. Where a mask hides a step the state stays as it is,
+    which only shortens the sums. The steps are unrolled, so that compiling takes time in
+    proportion to them.
 
     Args:
         units: size of the state.
@@ -102,19 +104,14 @@ class LipschitzRNN(Projected):
         if self.use_bias:
             given = given + self.bias
         recurrent = self.kernel[: self.units]
-        steps = [ops.swapaxes(given, 0, 1)]
-        if mask is not None:
-            steps.append(ops.expand_dims(ops.transpose(mask), -1))
-
-        def step(state, now):
-            new = self.activation(ops.matmul(state, recurrent) + now[0])
-            if len(now) > 1:
-                new = ops.where(now[1], new, state)
-            return new, new
-
-        start = ops.zeros_like(given[:, 0])
-        last, states = ops.scan(step, start, tuple(steps))
-        return ops.swapaxes(states, 0, 1) if self.return_sequences else last
+        state = ops.zeros_like(given[:, 0])
+        states = []
+        # Unrolled: XLA has no gradient of the loop that ops.scan is on TensorFlow.
+        for t in range(x.shape[1]):
+            new = self.activation(ops.matmul(state, recurrent) + given[:, t])
+            state = new if mask is None else ops.where(mask[:, t, None], new, state)
+            states.append(state)
+        return ops.stack(states, axis=1) if self.return_sequences else state
 
     def compute_mask(self, x, mask=None):
         return mask if self.return_sequences else None
@@ -135,17 +132,18 @@ class LipschitzRNN(Projected):
                 return float(count(steps))
             return math.sqrt(sum(count(t) ** 2 for t in range(1, steps + 1)))
 
-        # A state has had t inputs and biases; the biases before each step add up, too.
-        one, own, earlier = map(over_states, (lambda t: 1, lambda t: t, lambda t: t * (t - 1) / 2))
+        one, biases = over_states(lambda t: 1), over_states(lambda t: t)
+        reads = over_states(lambda t: math.sqrt((t - 1) ** 2 + t))
+        reads_of_biases = over_states(lambda t: t * (t - 1) / 2)
 
         def gradients(x, g):
-            pairs = [(self.kernel, growth * (own * x + earlier * beta) * g)]
+            pairs = [(self.kernel, growth * (reads * x + reads_of_biases * beta) * g)]
             if self.use_bias:
-                pairs.append((self.bias, growth * own * g))
+                pairs.append((self.bias, growth * biases * g))
             return pairs
 
         return Rule(
-            forward=lambda xs: growth * (one * xs[0] + own * beta),
+            forward=lambda xs: growth * (one * xs[0] + biases * beta),
             backward=lambda xs, g: [growth * one * g],
             gradients=lambda xs, g: gradients(xs[0], g),
             note=f"the kernel is used at {steps} steps",

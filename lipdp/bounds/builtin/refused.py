@@ -35,3 +35,15 @@ register(layers.Embedding)(
         "a token out of range ends the step on one backend and makes it NaN on another",
     )
 )
+register(layers.SimpleRNN, layers.LSTM, layers.GRU)(
+    _refused(
+        "Use lipdp.layers.LipschitzRNN.",
+        "nothing bounds its recurrent weights, whose powers reach the gradients",
+    )
+)
+register(layers.MultiHeadAttention, layers.GroupQueryAttention)(
+    _refused(
+        "Use lipdp.layers.LipschitzAttention.",
+        "attention on rows of any norm has no Lipschitz constant",
+    )
+)
