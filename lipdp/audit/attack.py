@@ -58,7 +58,8 @@ def attack_bounds(
     Tried are all weights of `_weight_settings`, on each of them all examples of
     `_input_candidates`, and for each quantity an ascent over example and cotangent. The batch
     holds a second example with a zero cotangent: a cotangent that reaches it tells that examples
-    are mixed, which counts as an infinite ratio. The weights are as before afterwards.
+    are mixed, which counts as an infinite ratio. Integer inputs are tokens: all equal, all
+    different, few, random, out of range. The weights are as before afterwards.
 
     Args:
         target: a built Sequential or functional network with one output, or a layer.

@@ -122,7 +122,7 @@ def _flatten(network, inputs, steps, new_slot, masked):
                 raise UnknownLayerError(
                     f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
                 ) from error
-            if call.masked and getattr(operation, "_call_has_mask_arg", False) and not rule.masks:
+            if call.masked and _takes_masks(operation) and not rule.masks:
                 raise UnknownLayerError(
                     f"Layer {operation.name!r} ({type(operation).__name__}) may be called with a "
                     "mask, for which its bounds do not hold. Use a layer of lipdp.layers that "
@@ -135,6 +135,12 @@ def _flatten(network, inputs, steps, new_slot, masked):
                 masked.add(target)
             steps.append(_Step(operation, rule, sources, target))
     return [slots[id(t)] for t in graph._outputs]
+
+
+def _takes_masks(operation):
+    # Keras fills `mask`, or `query_mask` and the like where there are several inputs.
+    arguments = getattr(operation, "call_signature_parameters", ())
+    return any(name.endswith("mask") for name in arguments)
 
 
 def _check_alignment(node):

@@ -15,6 +15,8 @@ from lipdp.projections import _check_radius as check_positive
 
 # Instead of the scores of hidden positions; −∞ would make NaN where all are hidden.
 _HIDDEN = -1e9
+# Far from overflow, and from the score of hidden positions.
+_LARGEST = 1e6
 
 
 @keras.saving.register_keras_serializable("lipdp")
@@ -77,6 +79,11 @@ class LipschitzAttention(Projected):
         self.key_dim = key_dim
         self.temperature = check_positive(temperature, "temperature")
         self.radius = check_positive(radius)
+        if self.radius**2 / self.temperature > _LARGEST:
+            raise ValueError(
+                f"Scores reach `radius`²/`temperature`, which must be {_LARGEST:g} at most; got "
+                f"{radius}²/{temperature}."
+            )
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self._ball = BallProjection(radius, per_position=True, dtype=self.dtype_policy)
         self.supports_masking = True

@@ -9,7 +9,7 @@ import lipdp
 from lipdp import layers, steps
 from lipdp.audit import attack_bounds
 from lipdp.bounds import UnknownLayerError, gradient_bounds, network_bounds
-from lipdp.steps.autodiff import gradient
+from lipdp.steps.autodiff import gradient, pull_back
 from tests.lipdp.helpers import EAGERLY, private, weights
 
 K = keras.layers
@@ -163,6 +163,24 @@ def test_token_dense_is_dense_on_the_other_axis(rng):
     np.testing.assert_allclose(y, np.maximum(expected, 0.0), atol=1e-5)
 
 
+def test_a_shift_register_attains_the_bounds_of_all_states():
+    """Units that hand on their value: each state holds the whole of the first input."""
+    layer = layers.LipschitzRNN(4, activation="linear", use_bias=False, return_sequences=True)
+    network = keras.Sequential([keras.Input((4, 2)), layer])
+    kernel = np.eye(6, 4, k=1)
+    kernel[4, 0] = 1.0  # the first feature enters at the first unit
+    layer.kernel.assign(kernel)
+    x = np.zeros((1, 4, 2), "float32")
+    x[0, 0, 0] = 1.0
+    found = network_bounds(network, 1.0, 1.0)
+    y = array(network(x))
+    assert np.linalg.norm(y) == pytest.approx(found.output) == pytest.approx(2.0)
+    _, (slope,) = pull_back(
+        lambda v: [network(v)], [ops.convert_to_tensor(x)], lambda values: [values[0] / 2.0]
+    )
+    assert np.linalg.norm(array(slope)) == pytest.approx(found.input_cotangents[0])
+
+
 def test_bounds_of_a_recurrent_layer_without_its_projection():
     layer = layers.LipschitzRNN(4, use_bias=False, activation="linear")
     network = keras.Sequential([keras.Input((3, 2)), layers.BallProjection(1.0), layer])
@@ -184,6 +202,14 @@ class Takes(keras.layers.Layer):
 
     def bound(self, call):
         return lipdp.bounds.lipschitz()
+
+
+class TakesOfSeveral(keras.layers.Layer):
+    def call(self, x, y, x_mask=None):
+        return x + y
+
+    def bound(self, call):
+        return lipdp.bounds.builtin.branches.add(self, call)
 
 
 def test_masks_reach_the_layers():
@@ -246,6 +272,16 @@ def test_a_layer_without_a_rule_for_masks_is_refused(make):
     assert found.layers[-1].input_cotangents == [1.0]
 
 
+def test_masks_of_several_inputs_are_refused():
+    x = tokens()
+    for y in (
+        layers.Embedding(TOKENS, 4, mask_zero=True)(x),
+        sequential(layers.Embedding(TOKENS, 4, mask_zero=True))(x),
+    ):
+        with pytest.raises(UnknownLayerError, match="mask|boolean"):
+            gradient_bounds(keras.Model(x, TakesOfSeveral()(y, y)))
+
+
 def test_masks_that_might_mix_examples_are_refused():
     with pytest.raises(UnknownLayerError, match="`mask` of your own"):
         gradient_bounds(own_mask(layers.MaskedAveragePooling1D()))
@@ -290,6 +326,7 @@ def test_rules_without_a_projection(make, message):
         (lambda: layers.LipschitzAttention(1, 2.0), (4, 3), "`key_dim` must be"),
         (lambda: layers.LipschitzAttention(1, 2, temperature=0.0), (4, 3), "`temperature`"),
         (lambda: layers.LipschitzAttention(1, 2, radius=float("nan")), (4, 3), "`radius`"),
+        (lambda: layers.LipschitzAttention(1, 2, radius=1e20), (4, 3), "Scores reach"),
         (lambda: layers.LipschitzAttention(1, 2), (4,), "takes .batch, positions, features"),
         (lambda: layers.LipschitzRNN(0), (4, 3), "`units` must be"),
         (lambda: layers.LipschitzRNN(3, activation="sigmoid"), (4, 3), "`activation` must have"),
