@@ -65,7 +65,7 @@ for heads, key_dim, radius, temperature, shape, norm in ATTENTIONS:
             shape,
             tight=("output", "value_kernel", "output_kernel") if full else (),
             options={"input_bound": norm, "steps": 6},
-            slow=heads > 1,
+            slow=heads > 1 or not full,
         )
     )
 
