@@ -12,24 +12,50 @@ True
 """
 
 from accountants.accounting import Budget, Delta, Epsilon, delta, epsilon
-from accountants.calibration import calibrate_noise_multiplier, calibrate_steps
+from accountants.calibration import (
+    calibrate_batch_size,
+    calibrate_epochs,
+    calibrate_noise_multiplier,
+    calibrate_steps,
+)
 from accountants.ledger import Ledger, LedgerError
 from accountants.mechanisms import TrainingRun
-from accountants.sampling import FullBatch, PoissonSampling, Sampling, ShuffledEpochs
+from accountants.published import published_epsilon_not_a_guarantee
+from accountants.sampling import (
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    Sampling,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
+from accountants.selection import RandomTrials, search_epsilon
+from accountants.tradeoff import TradeOff, tradeoff
 
 __all__ = [
     "Budget",
     "Delta",
     "Epsilon",
+    "FixedSize",
     "FullBatch",
     "Ledger",
     "LedgerError",
     "PoissonSampling",
+    "RandomAllocation",
+    "RandomTrials",
     "Sampling",
     "ShuffledEpochs",
+    "TradeOff",
     "TrainingRun",
+    "TruncatedPoisson",
+    "calibrate_batch_size",
+    "calibrate_epochs",
     "calibrate_noise_multiplier",
     "calibrate_steps",
     "delta",
     "epsilon",
+    "published_epsilon_not_a_guarantee",
+    "search_epsilon",
+    "tradeoff",
 ]

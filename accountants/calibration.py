@@ -1,6 +1,6 @@
-"""The least noise, or the most steps, with which a run stays within a privacy budget.
+"""The least noise, the most steps or epochs, the largest batches that a privacy budget allows.
 
-Both searches evaluate `accountants.epsilon` itself, and return only what it has found within the
+All searches evaluate `accountants.epsilon` itself, and return only what it has found within the
 target: they never overshoot.
 """
 
@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Iterable
 
 from accountants import _validation
-from accountants.accounting import Accountant, Budget, GaussianCurve, check_runs
+from accountants.accounting import Accountant, Budget, check_runs
 from accountants.accounting import epsilon as spent
+from accountants.curves import GaussianCurve
 from accountants.mechanisms import TrainingRun
-from accountants.sampling import Relation, Sampling
+from accountants.sampling import PoissonSampling, Relation, Sampling
 
 # How far above the least noise multiplier the answer may lie, relatively.
 _TOLERANCE = 5e-4
@@ -120,9 +121,10 @@ def _clt_noise_multiplier(run: TrainingRun, budget: Budget) -> float:
         2 * math.sqrt(2 * budget.epsilon) + 20.0,
         rtol=1e-3,
     )
-    if run.sampling_probability == 1.0:
+    probability = run.sampling.sampling_probability(run.num_examples)
+    if probability == 1.0:
         return math.sqrt(run.participations) / shift
-    chi_square = (shift / run.sampling_probability) ** 2 / run.participations
+    chi_square = (shift / probability) ** 2 / run.participations
     return 1 / math.sqrt(math.log1p(chi_square))
 
 
@@ -172,6 +174,104 @@ def calibrate_steps(
 
     _check_prior(prior, run, budget, accountant, relation)
     return _last_within(cost, budget.epsilon, max_steps)
+
+
+def calibrate_epochs(
+    *,
+    epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    sampling: Sampling,
+    num_examples: int,
+    accountant: Accountant = "pld",
+    relation: Relation | None = None,
+    prior: Iterable[TrainingRun] = (),
+    max_epochs: int = 100_000,
+) -> int:
+    """The most whole epochs with which a run, after the `prior` ones, stays within a budget.
+
+    >>> from accountants import ShuffledEpochs
+    >>> calibrate_epochs(epsilon=6.0, delta=1e-5, noise_multiplier=4.0,
+    ...                  sampling=ShuffledEpochs(600), num_examples=60_000)
+    27
+
+    Args:
+        epsilon, delta, noise_multiplier, sampling, num_examples, accountant, relation, prior: as
+            for `calibrate_steps`.
+        max_epochs: the answer is at most this.
+
+    Returns:
+        The number of epochs, of `sampling.steps_per_epoch(num_examples)` steps each; 0 if a single
+        one overspends.
+
+    Raises:
+        TypeError, ValueError: as for `calibrate_steps`.
+    """
+    budget = Budget(epsilon, delta)
+    max_epochs = _validation.integer("max_epochs", max_epochs, minimum=0)
+    prior = check_runs("prior", prior)
+    run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
+    length = sampling.steps_per_epoch(num_examples)
+
+    def cost(epochs: int) -> float:
+        runs = (*prior, dataclasses.replace(run, steps=epochs * length))
+        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+
+    _check_prior(prior, run, budget, accountant, relation)
+    return _last_within(cost, budget.epsilon, max_epochs)
+
+
+def calibrate_batch_size(
+    *,
+    epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    epochs: int,
+    num_examples: int,
+    scheme: Callable[[int], Sampling] = PoissonSampling,
+    accountant: Accountant = "pld",
+    relation: Relation | None = None,
+    prior: Iterable[TrainingRun] = (),
+) -> int:
+    """The largest batch size with which a run of some epochs stays within a budget.
+
+    At the same noise multiplier and number of epochs larger batches cost more, and hold more
+    signal against the noise.
+
+    >>> calibrate_batch_size(epsilon=3.0, delta=1e-5, noise_multiplier=1.0, epochs=20,
+    ...                      num_examples=60_000)
+    765
+
+    Args:
+        epsilon, delta, noise_multiplier, num_examples, accountant, relation, prior: as for
+            `calibrate_steps`.
+        epochs: the number of epochs, of as many steps as the scheme says, at least 1.
+        scheme: makes the scheme from a batch size, such as `PoissonSampling`, or
+            ``lambda size: TruncatedPoisson(size, math.ceil(1.2 * size))``.
+
+    Returns:
+        A batch size that stays within the budget while the next larger one overspends (or is the
+        whole data set); 0 if even batches of one example overspend.
+
+    Raises:
+        TypeError, ValueError: as for `calibrate_steps`, or `scheme` makes no scheme.
+    """
+    budget = Budget(epsilon, delta)
+    epochs = _validation.integer("epochs", epochs, minimum=1)
+    num_examples = _validation.integer("num_examples", num_examples, minimum=1)
+    prior = check_runs("prior", prior)
+
+    def run(batch_size: int) -> TrainingRun:
+        run = TrainingRun(noise_multiplier, scheme(batch_size), num_examples, 0)
+        steps = epochs * run.sampling.steps_per_epoch(num_examples)
+        return dataclasses.replace(run, steps=steps)
+
+    def cost(batch_size: int) -> float:
+        runs = (*prior, run(batch_size))
+        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+
+    _check_prior(prior, run(1), budget, accountant, relation)
+    return _last_within(cost, budget.epsilon, num_examples)
 
 
 def _last_within(cost: Callable[[int], float], target: float, most: int) -> int:

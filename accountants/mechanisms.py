@@ -1,13 +1,11 @@
 """A training run as a mechanism: what has to be known to account for it."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accountants import _validation
+from accountants.releases import Release
 from accountants.sampling import RELATIONS, Relation, Sampling
-
-if TYPE_CHECKING:
-    import dp_accounting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,51 +51,29 @@ class TrainingRun:
         object.__setattr__(self, "steps", steps)
 
     @property
-    def sampling_probability(self) -> float:
-        """The probability with which an example enters each of its `participations`."""
-        return self.sampling.sampling_probability(self.num_examples)
-
-    @property
     def participations(self) -> int:
         """The most noisy releases in which one example may take part."""
         return self.sampling.participations(self.num_examples, self.steps)
 
-    def effective_noise_multiplier(self, relation: Relation) -> float:
-        """Standard deviation of the noise over the sensitivity of an unsampled release.
+    def release(self, relation: Relation) -> Release:
+        """The pair of distributions that dominates each of the `participations`.
+
+        The noise multiplier is in units of one contribution under every relation; what a relation
+        makes of it is in the pair. (dp_accounting's accountants disagree on that: under
+        replace-one PLD doubles the sensitivity and RDP does not.)
 
         >>> from accountants import FullBatch
-        >>> TrainingRun(3.0, FullBatch(), 100, 1).effective_noise_multiplier("replace_one")
-        1.5
+        >>> TrainingRun(4.0, FullBatch(), 100, 1).release("replace_one")
+        Gaussian(shift=0.5)
         """
         _validation.one_of("relation", relation, RELATIONS)
-        return self.noise_multiplier / (2.0 if relation == "replace_one" else 1.0)
+        return self.sampling.release(self.noise_multiplier, self.num_examples, relation)
 
-    def event(self, relation: Relation) -> "dp_accounting.DpEvent":
-        """The run as a dp_accounting event for an accountant of the add-or-remove relation.
-
-        dp_accounting's accountants disagree on what the noise multiplier of an event is measured
-        in under replace-one. So the sensitivity is put into the event, and the accountant is to be
-        left at its default relation.
-
-        >>> from accountants import FullBatch
-        >>> TrainingRun(3.0, FullBatch(), 100, 7).event("replace_one").event
-        GaussianDpEvent(noise_multiplier=1.5)
-
-        Raises:
-            ValueError: under replace-one, a Poisson sampled Gaussian has no such event.
-        """
-        import dp_accounting
-
-        gaussian = dp_accounting.GaussianDpEvent(self.effective_noise_multiplier(relation))
-        if self.sampling_probability == 1.0:
-            return dp_accounting.SelfComposedDpEvent(gaussian, self.participations)
-        if relation == "replace_one":
-            raise ValueError(
-                f"{self.sampling!r} is no add-or-remove event under relation='replace_one'; "
-                "use accountant='pld', or relation='add_or_remove_one' or 'zero_out'."
-            )
-        sampled = dp_accounting.PoissonSampledDpEvent(self.sampling_probability, gaussian)
-        return dp_accounting.SelfComposedDpEvent(sampled, self.participations)
+    def group_release(self, relation: Relation, size: int) -> Release | None:
+        """As `release`, for data sets that differ in `size` examples; None if not known."""
+        if size == 1:
+            return self.release(relation)
+        return self.sampling.group_release(self.noise_multiplier, self.num_examples, relation, size)
 
     def joined(self, other: "TrainingRun") -> "TrainingRun":
         """This run and its continuation `other` as one run; both must be equal but for `steps`.

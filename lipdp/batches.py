@@ -9,11 +9,18 @@ from typing import Any
 import keras
 import numpy as np
 
-from accountants import FullBatch, PoissonSampling, ShuffledEpochs
+from accountants import (
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
 from accountants.sampling import Sampling
 from lipdp.noise import RandomSource
 
-__all__ = ["DrawnBatch", "DrawnBatches", "check_data"]
+__all__ = ["DrawnBatch", "DrawnBatches", "check_data", "check_weights"]
 
 
 @dataclasses.dataclass
@@ -25,16 +32,21 @@ class DrawnBatch:
         targets: `(rows, ...)`.
         mask: `(rows,)` float32, 1 for examples, 0 for padding.
         key: uint32 `(4,)`, the key of the step's noise.
+        weights: `(rows,)` float32, or None where every example weighs 1.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
     key: np.ndarray
+    weights: np.ndarray | None = None
 
     def as_data(self) -> tuple:
-        """What Keras' loops hand to `train_step`; the key travels with the inputs."""
-        return ({"inputs": self.inputs, "key": self.key}, self.targets, self.mask)
+        """What Keras' loops hand to `train_step`; key and weights travel with the inputs."""
+        features = {"inputs": self.inputs, "key": self.key}
+        if self.weights is not None:
+            features["weights"] = self.weights
+        return (features, self.targets, self.mask)
 
 
 def check_data(x: Any, y: Any, input_shape: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
@@ -79,6 +91,91 @@ def check_data(x: Any, y: Any, input_shape: Sequence[int | None]) -> tuple[np.nd
     return x, y
 
 
+def check_weights(
+    sample_weight: Any, class_weight: dict[int, float] | None, y: np.ndarray, largest: float | None
+) -> np.ndarray | None:
+    """The weight of each example, or None where none are given.
+
+    What an example weighs may depend on public knowledge and on the example itself. Weights that
+    are counted in the private data, as "balanced" class weights are, change with every label:
+    no maximum of theirs makes the guarantee hold.
+
+    Args:
+        sample_weight: `(examples,)`, from 0 to `largest`.
+        class_weight: weight of each class; 1 for a class that is missing, as in Keras.
+        y: targets, as `check_data` returns them.
+        largest: the maximum that `compile` declared.
+
+    Returns:
+        A float32 array `(examples,)`, or None.
+
+    Raises:
+        TypeError: not an array of numbers, or not a dict.
+        ValueError: no maximum is declared, both kinds are given, a weight is out of range, or the
+            targets have no classes.
+
+    >>> check_weights(None, {1: 2.0}, np.array([0, 1, 1]), 2.0)
+    array([1., 2., 2.], dtype=float32)
+    """
+    if sample_weight is None and class_weight is None:
+        return None
+    if sample_weight is not None and class_weight is not None:
+        raise ValueError("`sample_weight` and `class_weight` cannot both be given.")
+    name = "class_weight" if sample_weight is None else "sample_weight"
+    if largest is None:
+        raise ValueError(
+            f"`{name}` needs a public maximum: compile(..., max_sample_weight=2.0), say. One "
+            "example moves a gradient up to that many times further, and the noise grows with it. "
+            "Weights may come from public knowledge, or each from its own example; class weights "
+            "computed from the private labels (class counts, 'balanced') are not covered by the "
+            "guarantee."
+        )
+    if sample_weight is not None:
+        weights = _as_array(sample_weight, name).astype("float64")
+        if weights.shape != y.shape[:1]:
+            raise ValueError(
+                f"`sample_weight` must hold one number for each of the {len(y)} examples; got "
+                f"shape {weights.shape}."
+            )
+    else:
+        weights = _class_weights(class_weight, y)
+    # Written so that NaN is refused.
+    if not ((weights >= 0) & (weights <= largest)).all():
+        raise ValueError(
+            f"`{name}` must lie between 0 and `max_sample_weight` = {largest:g}; got weights from "
+            f"{weights.min()} to {weights.max()}"
+            + (" (a class that is not named weighs 1)." if sample_weight is None else ".")
+        )
+    return weights.astype("float32")
+
+
+def _class_weights(class_weight, y):
+    if not isinstance(class_weight, dict):
+        raise TypeError(
+            "`class_weight` must be a dict of public constants, label: weight; got "
+            f"{class_weight!r}. Weights that balance the classes of the private data are not "
+            "covered by the guarantee."
+        )
+    labels = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if labels.ndim == 2 and np.allclose(labels.sum(axis=1), 1.0, atol=1e-3):
+        labels = labels.argmax(axis=1)
+    if labels.ndim != 1 or (labels != np.floor(labels)).any():
+        raise ValueError(
+            "`class_weight` needs one label, or one distribution over the classes, an example; "
+            f"got targets of shape {y.shape}. Give `sample_weight` instead."
+        )
+    weights = np.ones(len(labels))
+    for label, weight in class_weight.items():
+        try:
+            weights[labels == int(label)] = float(weight)
+        except (TypeError, ValueError):
+            raise TypeError(
+                "`class_weight` must be a dict of public constants, label: weight; got "
+                f"{label!r}: {weight!r}."
+            ) from None
+    return weights
+
+
 def _as_array(value, name):
     array = value
     if keras.ops.is_tensor(array):
@@ -111,6 +208,7 @@ class DrawnBatches(keras.utils.PyDataset):
         position: integers that set these draws apart from all others of the source.
         steps: steps an epoch.
         bucket: rows are padded to a multiple of this, so that few shapes occur.
+        weights: `(examples,)`, or None where every example weighs 1.
     """
 
     def __init__(
@@ -122,16 +220,17 @@ class DrawnBatches(keras.utils.PyDataset):
         position: Sequence[int],
         steps: int,
         bucket: int = 1,
+        weights: np.ndarray | None = None,
     ) -> None:
         super().__init__()
-        self.x, self.y = x, y
+        self.x, self.y, self.weights = x, y, weights
         self.sampling = sampling
         self.source = source
         self.position = tuple(position)
         self.steps = steps
         self.bucket = bucket
         self.epoch = 0
-        self._orders = {}
+        self._drawn = {}
         self._lock = threading.Lock()
 
     def __len__(self):
@@ -151,30 +250,52 @@ class DrawnBatches(keras.utils.PyDataset):
         size = max(1, -(-len(rows) // self.bucket) * self.bucket)
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0
+        weights = None if self.weights is None else _take(self.weights, rows, size)
         return DrawnBatch(
-            _take(self.x, rows, size), _take(self.y, rows, size), mask, self.source.key(*place)
+            _take(self.x, rows, size),
+            _take(self.y, rows, size),
+            mask,
+            self.source.key(*place),
+            weights,
         )
 
     def _rows(self, place, epoch, index):
-        n = len(self.x)
-        if isinstance(self.sampling, FullBatch):
+        """Which examples step `index` takes, exactly as the scheme's accounting wants them drawn.
+
+        Raises:
+            TypeError: the scheme is none of those that are drawn here.
+        """
+        n, sampling = len(self.x), self.sampling
+        if isinstance(sampling, FullBatch):
             return np.arange(n)
-        if isinstance(self.sampling, PoissonSampling):
+        if isinstance(sampling, (PoissonSampling, TruncatedPoisson, FixedSize)):
             generator = self.source.generator(*place)
-            # A binomial number of distinct examples is what n independent coins give.
-            count = generator.binomial(n, self.sampling.sampling_probability(n))
+            if isinstance(sampling, FixedSize):
+                count = sampling.batch_size
+            else:
+                # A binomial number of distinct examples is what n independent coins give.
+                count = generator.binomial(n, sampling.sampling_probability(n))
+            if isinstance(sampling, TruncatedPoisson):
+                count = min(count, sampling.physical_batch_size)
             return np.sort(generator.choice(n, count, replace=False, shuffle=False))
-        if isinstance(self.sampling, ShuffledEpochs):
-            # One permutation an epoch, also where a loop prefetches from several threads: with two
-            # an example could take part twice.
-            with self._lock:
-                if epoch not in self._orders:
-                    order = self.source.generator(*self.position, epoch).permutation(n)
-                    self._orders = {epoch - 1: self._orders.get(epoch - 1), epoch: order}
-                order = self._orders[epoch]
-            size = self.sampling.batch_size
+        if isinstance(sampling, ShuffledEpochs):
+            order = self._of_epoch(epoch, lambda generator: generator.permutation(n))
+            size = sampling.batch_size
             return order[index * size : (index + 1) * size]
-        raise TypeError(f"No batches can be drawn as {self.sampling!r} says.")
+        if isinstance(sampling, RandomAllocation):
+            steps = self._of_epoch(epoch, lambda generator: generator.integers(self.steps, size=n))
+            return np.flatnonzero(steps == index)
+        raise TypeError(f"No batches can be drawn as {sampling!r} says.")
+
+    def _of_epoch(self, epoch, draw):
+        """What is drawn once an epoch; also where a loop prefetches from several threads. With two
+        draws an example could take part twice.
+        """
+        with self._lock:
+            if epoch not in self._drawn:
+                drawn = draw(self.source.generator(*self.position, epoch))
+                self._drawn = {epoch - 1: self._drawn.get(epoch - 1), epoch: drawn}
+            return self._drawn[epoch]
 
 
 def _take(values, rows, size):

@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-__all__ = ["AdaptiveClip", "clip_rows"]
+__all__ = ["AdaptiveClip", "clip_rows", "held", "weigh_rows"]
 
 
 def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
@@ -30,10 +30,36 @@ def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
     # Divided by its largest entry first, a row's squares do not overflow.
     scale = ops.maximum(ops.max(ops.abs(rows), axis=axes, keepdims=True), 1e-30)
     norms = scale * ops.sqrt(ops.sum(ops.square(rows / scale), axis=axes, keepdims=True))
-    mask = ops.reshape(ops.cast(mask, rows.dtype), (-1,) + (1,) * len(axes))
+    mask = ops.reshape(ops.cast(ops.greater(mask, 0), rows.dtype), (-1,) + (1,) * len(axes))
     rows = rows * (mask * ops.minimum(1.0, clip / ops.maximum(norms, 1e-30)))
     within = mask * ops.cast(norms <= clip, rows.dtype)
     return rows, ops.reshape(within, (-1,))
+
+
+def held(weights: Any, largest: float) -> Any:
+    """Weights in `[0, largest]`, whatever they were; one that is not finite becomes 0.
+
+    >>> [float(v) for v in held(ops.array([0.5, 9.0, math.nan]), 2.0)]
+    [0.5, 2.0, 0.0]
+    """
+    return ops.where(ops.isfinite(weights), ops.clip(weights, 0.0, largest), 0.0)
+
+
+def weigh_rows(rows: Any, weights: Any, largest: float) -> Any:
+    """Multiplies each example's row by its weight, `held` in `[0, largest]`.
+
+    A row of norm at most `C` then has one of at most `largest·C`, whatever the weights are.
+
+    Args:
+        rows: `(batch, ...)`.
+        weights: `(batch,)`.
+        largest: the declared maximum.
+
+    >>> [float(v) for v in weigh_rows(ops.ones((3, 1)), ops.array([0.5, 9.0, 1.0]), 2.0)[:, 0]]
+    [0.5, 2.0, 1.0]
+    """
+    weights = held(ops.cast(weights, rows.dtype), largest)
+    return rows * ops.reshape(weights, (-1,) + (1,) * (len(rows.shape) - 1))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,31 +12,19 @@ import numpy as np
 from keras import ops
 
 import accountants
-from accountants import Budget, ShuffledEpochs, TrainingRun
+from accountants import Budget, PoissonSampling, RandomAllocation, TruncatedPoisson
 from accountants.sampling import Sampling
-from lipdp import losses, norms, steps
-from lipdp.batches import DrawnBatch, DrawnBatches, check_data
+from lipdp import losses, steps
+from lipdp.augmentation import Augmentation
+from lipdp.batches import DrawnBatch, DrawnBatches, check_data, check_weights
 from lipdp.bounds import gradient_bounds
 from lipdp.clipping import AdaptiveClip
 from lipdp.noise import ALLOCATIONS, RandomSource
 from lipdp.projections import Projection
 from lipdp.report import Report
+from lipdp.spending import Spending, Spent
 
-__all__ = ["BudgetExceeded", "Mechanism", "PrivateModel", "Spent"]
-
-
-class BudgetExceeded(RuntimeError):
-    """The next step would overspend the privacy budget; it has not run."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Spent:
-    """What has been spent: an (epsilon, delta) guarantee under a neighbouring relation."""
-
-    epsilon: float
-    delta: float
-    relation: str
-    steps: int
+__all__ = ["Mechanism", "PrivateModel"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,10 +60,15 @@ class PrivateModel(keras.Model):
             `BallProjection` in front. It stays an ordinary Keras model: save and serve that one.
         budget: `lipdp.Budget(epsilon, delta)`.
         noise_multiplier: std of the noise over the sensitivity.
-        sampling: how batches are drawn: `lipdp.PoissonSampling(batch_size)`, `FullBatch()` or
-            `ShuffledEpochs(batch_size)`.
+        sampling: how batches are drawn: `lipdp.PoissonSampling(batch_size)`, `TruncatedPoisson`,
+            `FixedSize`, `RandomAllocation`, `ShuffledEpochs` or `FullBatch`, each accounted as it
+            is drawn.
         clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
             default the loss' own bound; a loss without one needs a clip.
+        augmentation: `lipdp.Augmentation(layers, views)`: random views of each example.
+        physical_batch_size: most rows that are computed at once: a drawn batch is split into
+            pieces of this size, whose gradients are summed before the noise, once. Same result,
+            less memory.
         allocation: how noise is shared over the weights: `"global"`, `"per_weight"` or
             `"least"` (least total noise).
         ledger: path of a file that keeps what was spent, across processes.
@@ -105,14 +98,15 @@ class PrivateModel(keras.Model):
         noise_multiplier: float | None = None,
         sampling: Sampling | None = None,
         clip: float | AdaptiveClip | None = None,
+        augmentation: Augmentation | None = None,
+        physical_batch_size: int | None = None,
         allocation: str = "global",
         ledger: str | os.PathLike[str] | None = None,
         seed: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name=name)
-        self.budget = _check_budget(budget)
-        self.noise_multiplier = _check_noise(noise_multiplier, budget)
+        self.spending = Spending(budget, noise_multiplier, ledger, self._certificates)
         if not isinstance(sampling, Sampling):
             raise TypeError(
                 "`sampling` must say how batches are drawn, for instance "
@@ -123,25 +117,32 @@ class PrivateModel(keras.Model):
             raise ValueError(f"`allocation` must be one of {ALLOCATIONS}; got {allocation!r}.")
         self.allocation = allocation
         self.clip, self.adaptive = _check_clip(clip)
+        if augmentation is not None and not isinstance(augmentation, Augmentation):
+            raise TypeError(
+                "`augmentation` must be lipdp.Augmentation(layers, views=...); got "
+                f"{augmentation!r}."
+            )
+        self.augmentation = augmentation
+        if physical_batch_size is not None:
+            physical_batch_size = _check_count(physical_batch_size, "physical_batch_size")
+        self.physical_batch_size = physical_batch_size
 
         _check_network(network)
         self.network = network
         self._source = RandomSource(seed)
-        self.ledger = None if ledger is None else accountants.Ledger(os.fspath(ledger))
-        self._runs = []  # what this model spent, in runs that have ended
-        self._run = None  # the one that is being paid for
         self._fits = 0
         self._paying = False
         self.mechanism = None
         self.private_loss = None
+        self.max_sample_weight = None
         self._clip_weight = None
         self.built = True
 
     # --- Keras -------------------------------------------------------------------------------
 
     def call(self, inputs, training=None):
-        # A drawn batch carries the key of its noise beside the inputs.
-        if isinstance(inputs, dict) and set(inputs) == {"inputs", "key"}:
+        # A drawn batch carries the key of its noise, and weights, beside the inputs.
+        if isinstance(inputs, dict) and {"inputs", "key"} <= set(inputs):
             inputs = inputs["inputs"]
         return self.network(inputs, training=training)
 
@@ -150,6 +151,8 @@ class PrivateModel(keras.Model):
         optimizer: str | keras.optimizers.Optimizer = "rmsprop",
         loss: str | losses.Loss | None = None,
         metrics: list | None = None,
+        weighted_metrics: list | None = None,
+        max_sample_weight: float | None = None,
         run_eagerly: bool = False,
         jit_compile: bool | str = "auto",
     ) -> None:
@@ -161,6 +164,10 @@ class PrivateModel(keras.Model):
                 `(y_true, y_pred)`. Its reduction is ignored: an example's loss is the mean over
                 its positions. Without a known gradient bound it needs a `clip`.
             metrics: Keras metrics; on training data not covered by the guarantee.
+            weighted_metrics: the same, weighted by the sample weights where `fit` is given any.
+            max_sample_weight: largest weight of an example that `fit` may be given, a public
+                constant; without it weights are refused. The bounds start at the clip times this,
+                so noise grows with it. Weights may lie between 0 and it.
             run_eagerly, jit_compile: as in Keras; `"auto"` uses XLA on JAX, and on TensorFlow
                 where there is a GPU.
 
@@ -169,6 +176,8 @@ class PrivateModel(keras.Model):
         """
         loss = losses.get(loss)
         self._check_head(loss)
+        if max_sample_weight is not None:
+            max_sample_weight = _check_weight(max_sample_weight)
         optimizer = keras.optimizers.get(optimizer)
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
@@ -186,13 +195,14 @@ class PrivateModel(keras.Model):
         super().compile(
             optimizer=optimizer,
             loss=loss,
-            # Weighted, so that the mask keeps padding out of them.
-            weighted_metrics=metrics,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
             jit_compile=jit_compile,
         )
         self.private_loss = loss
         self.loss_gradient_bound = bound
+        self.max_sample_weight = max_sample_weight
         self._make_clip()
         optimizer.build(self.network.trainable_variables)
 
@@ -209,6 +219,8 @@ class PrivateModel(keras.Model):
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int = 1,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
     ) -> keras.callbacks.History:
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
@@ -220,6 +232,10 @@ class PrivateModel(keras.Model):
             y: targets, one array `(examples, ...)`.
             epochs, verbose, callbacks, validation_*, initial_epoch: as in Keras.
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
+            sample_weight: `(examples,)`, each from 0 to compile's `max_sample_weight`, and made of
+                public knowledge or of its own example: the gradient of an example, once clipped,
+                is multiplied by its weight.
+            class_weight: `{label: weight}` of public constants; not counted in the private labels.
 
         Returns:
             Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
@@ -231,13 +247,15 @@ class PrivateModel(keras.Model):
         """
         epochs = _check_count(epochs, "epochs")
         initial_epoch = _check_count(initial_epoch, "initial_epoch", least=0)
-        batches = self._prepare(x, y, steps_per_epoch, max(0, epochs - initial_epoch))
+        planned = max(0, epochs - initial_epoch)
+        batches = self._prepare(x, y, steps_per_epoch, planned, sample_weight, class_weight)
         try:
             asked = len(batches) * (epochs - initial_epoch)
-            if self._run.limited:
+            run = self.spending.run
+            if run.limited:
                 warnings.warn(
-                    f"The budget allows {self._run.allowed} of the {asked} steps that were asked "
-                    "for; training will end there.",
+                    f"The budget allows {run.allowed} of the {asked} steps that were asked for; "
+                    "training will end there.",
                     stacklevel=2,
                 )
             return super().fit(
@@ -253,10 +271,16 @@ class PrivateModel(keras.Model):
                 shuffle=False,
             )
         finally:
-            self._settle()
+            self.spending.settle()
 
     def batches(
-        self, x: Any, y: Any, epochs: int = 1, steps_per_epoch: int | None = None
+        self,
+        x: Any,
+        y: Any,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
     ) -> Iterator[DrawnBatch]:
         """Batches for a loop of your own: `for batch in model.batches(x, y): ...`.
 
@@ -266,18 +290,19 @@ class PrivateModel(keras.Model):
         Yields:
             `DrawnBatch`.
         """
-        drawn = self._prepare(x, y, steps_per_epoch, _check_count(epochs, "epochs"))
+        epochs = _check_count(epochs, "epochs")
+        drawn = self._prepare(x, y, steps_per_epoch, epochs, sample_weight, class_weight)
         try:
             for _ in range(epochs):
                 drawn.on_epoch_begin()
                 for index in range(len(drawn)):
-                    if self._run.allowed <= self._run.paid:
+                    if self.spending.run.allowed <= self.spending.run.paid:
                         return
                     self._open_batch = drawn.draw(index)
                     yield self._open_batch
         finally:
             self._open_batch = None
-            self._settle()
+            self.spending.settle()
 
     def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
         """One private step on a batch that `batches` drew.
@@ -287,7 +312,7 @@ class PrivateModel(keras.Model):
             ValueError: the batch was drawn by somebody else, or has been used: no scheme would
                 describe what was sampled.
         """
-        self._check_left()
+        self.spending.check_left()
         if not isinstance(batch, DrawnBatch) or y is not None or batch is not self._open_batch:
             raise ValueError(
                 "train_on_batch takes the batch that `for batch in model.batches(x, y)` has just "
@@ -310,7 +335,7 @@ class PrivateModel(keras.Model):
 
         def pay_and_step(*args):
             # Paid for before it runs; every entrance of Keras comes by here.
-            self._pay()
+            self.spending.pay()
             self._paying = True
             try:
                 result = inner(*args)
@@ -318,8 +343,9 @@ class PrivateModel(keras.Model):
                 self._paying = False
             # TensorFlow returns the logs, JAX (logs, state).
             logs = result[0] if isinstance(result, tuple) else result
-            logs["epsilon"] = self._shown_epsilon()
-            if self._run.limited and self._run.paid == self._run.allowed:
+            logs["epsilon"] = self.spending.shown_epsilon()
+            run = self.spending.run
+            if run.limited and run.paid == run.allowed:
                 self.stop_training = True
             return result
 
@@ -333,10 +359,33 @@ class PrivateModel(keras.Model):
             )
         return steps.backend().train_step(self, *args)
 
-    def update_metrics(self, x, y, outputs, per_example_losses, mask):
-        """Updates loss and metrics with the real examples of a batch; returns their results."""
+    def update_metrics(self, y, outputs, per_example_losses, mask, weights=None):
+        """Updates loss and metrics with the real examples of a batch; returns their results.
+
+        As in Keras, weights scale the losses, and count in `weighted_metrics` alone.
+        """
+        weighted = mask
+        if weights is not None:
+            weighted = mask * ops.cast(weights, mask.dtype)
+            per_example_losses = per_example_losses * weights
         self._loss_tracker.update_state(per_example_losses, sample_weight=mask)
-        return self.compute_metrics(x, y, outputs, sample_weight=mask)
+        metrics = self._compile_metrics
+        if metrics is not None:
+            if not metrics.built:
+                metrics.build(y, outputs)
+            # Keras would let padding into the unweighted ones.
+            for (metric,), weight in (
+                (metrics._flat_metrics, mask),
+                (metrics._flat_weighted_metrics, weighted),
+            ):
+                if metric is not None:
+                    metric.update_state(y, outputs, sample_weight=weight)
+        return self.get_metrics_result()
+
+    @property
+    def largest_weight(self) -> float:
+        """What an example can weigh at most: the bounds start at the clip times this."""
+        return 1.0 if self.max_sample_weight is None else self.max_sample_weight
 
     # --- the clip ----------------------------------------------------------------------------
 
@@ -380,18 +429,7 @@ class PrivateModel(keras.Model):
         Raises:
             ValueError: no delta, and no budget to take it from.
         """
-        if delta is None:
-            if self.budget is None:
-                raise ValueError("`delta` must be given where the model has no budget.")
-            delta = self.budget.delta
-        runs = self._spent_runs()
-        epsilon = self._epsilon(runs, delta)
-        return Spent(
-            float(epsilon),
-            float(delta),
-            getattr(epsilon, "relation", self.sampling.relations[0]),
-            sum(run.steps for run in runs),
-        )
+        return self.spending.spent(delta, self.sampling)
 
     def get_config(self):
         raise TypeError(
@@ -415,27 +453,20 @@ class PrivateModel(keras.Model):
             raise RuntimeError("Call compile(...) first: the bounds start at the loss.")
         return Report.of(self, expected_batch_size)
 
-    def _spent_runs(self):
-        if self.ledger is not None:
-            # With a run open, the file holds what it reserved; what it paid for is what counts.
-            earlier = self._run.earlier if self._run else self.ledger.runs
-        else:
-            earlier = self._runs
-        now = [self._run.spent] if self._run and self._run.paid else []
-        return [*earlier, *now]
+    @property
+    def budget(self) -> Budget | None:
+        """What may be spent."""
+        return self.spending.budget
 
-    def _epsilon(self, runs, delta):
-        """Epsilon of the runs; the randomised certificates are paid for out of delta.
+    @property
+    def noise_multiplier(self) -> float | None:
+        """Std of the noise over the sensitivity; None until it is calibrated."""
+        return self.spending.noise_multiplier
 
-        A step whose certificates hold is the mechanism that is accounted; they fail with
-        probability p in all. Then the release is (ε, δ' + (1 + e^ε)·p)-private.
-        """
-        failure = norms.FAILURE_PROBABILITY * self._certificates() * sum(r.steps for r in runs)
-        reserve = 1e-3 * delta if failure else 0.0
-        epsilon = accountants.epsilon(runs=runs, delta=delta - reserve)
-        if failure and (epsilon > 500 or (1 + math.exp(epsilon)) * failure > reserve):
-            return math.inf
-        return epsilon
+    @property
+    def ledger(self) -> accountants.Ledger | None:
+        """The file that keeps what was spent."""
+        return self.spending.ledger
 
     def _certificates(self):
         return sum(
@@ -444,86 +475,28 @@ class PrivateModel(keras.Model):
             if isinstance(v.constraint, Projection)
         )
 
-    def _accounted_delta(self):
-        return self.budget.delta * (1 - 1e-3 if self._certificates() else 1.0)
-
-    def _check_left(self):
-        """Raises `BudgetExceeded` where not one more step is within the budget."""
-        if self._run is not None:
-            if self._run.limited and self._run.paid >= self._run.allowed:
-                raise BudgetExceeded(self._exceeded())
-        elif self.budget is not None and self.noise_multiplier is not None and self._spent_runs():
-            runs = self._spent_runs()
-            more = dataclasses.replace(runs[-1], steps=runs[-1].steps + 1)
-            if self._epsilon([*runs[:-1], more], self.budget.delta) > self.budget.epsilon:
-                raise BudgetExceeded(self._exceeded())
-
-    def _exceeded(self):
-        spent = self.spent()
-        return (
-            f"The next step would overspend the budget (ε = {self.budget.epsilon:g}, "
-            f"δ = {self.budget.delta:g}); ε = {spent.epsilon:.4f} is spent in {spent.steps} steps. "
-            "It has not run."
-        )
-
-    def _prepare(self, x, y, steps_per_epoch, epochs):
+    def _prepare(self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None):
         """Checks everything, calibrates, opens the run; returns the batches of an epoch."""
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
-        if self._run is not None:
+        if self.spending.run is not None:
             raise RuntimeError("This model is training already; a run has one loop at a time.")
         x, y = check_data(x, y, self.network.input_shape[1:])
         output_shape = self.network.output_shape[1:]
         losses.check_targets(self.private_loss, y, output_shape)
+        weights = check_weights(sample_weight, class_weight, y, self.max_sample_weight)
         n = len(x)
         self.sampling.validate(n)
         per_epoch = self.sampling.steps_per_epoch(n)
         if steps_per_epoch is not None:
-            if isinstance(self.sampling, ShuffledEpochs):
+            if self.sampling.participations(n, per_epoch) == 1 < per_epoch:
                 raise ValueError(
                     f"`steps_per_epoch` is fixed by {self.sampling!r}: {per_epoch} for {n} "
                     "examples."
                 )
             per_epoch = _check_count(steps_per_epoch, "steps_per_epoch")
         _check_network(self.network)
-        planned = per_epoch * epochs
-
-        prior = self._spent_runs()
-        constants = {"sampling": self.sampling, "num_examples": n}
-        if self.noise_multiplier is None:
-            if planned == 0:
-                raise ValueError("`epochs` must be above `initial_epoch`: no step is planned.")
-            try:
-                self.noise_multiplier = accountants.calibrate_noise_multiplier(
-                    epsilon=self.budget.epsilon,
-                    delta=self._accounted_delta(),
-                    steps=planned,
-                    prior=prior,
-                    **constants,
-                )
-            except ValueError as error:
-                if prior and self._epsilon(prior, self.budget.delta) >= self.budget.epsilon:
-                    raise BudgetExceeded(self._exceeded()) from error
-                raise
-        allowed = planned
-        if self.budget is not None and planned:
-            spends = self._epsilon(
-                [*prior, TrainingRun(self.noise_multiplier, steps=planned, **constants)],
-                self.budget.delta,
-            )
-            if spends > self.budget.epsilon:
-                allowed = 0
-                if not prior or self._epsilon(prior, self.budget.delta) < self.budget.epsilon:
-                    allowed = accountants.calibrate_steps(
-                        epsilon=self.budget.epsilon,
-                        delta=self._accounted_delta(),
-                        noise_multiplier=self.noise_multiplier,
-                        prior=prior,
-                        max_steps=planned,
-                        **constants,
-                    )
-            if allowed == 0:
-                raise BudgetExceeded(self._exceeded())
+        run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch)
 
         divisor = self.sampling.expected_batch_size(n)
         gradient_noise, count_noise = self.noise_multiplier, 0.0
@@ -538,116 +511,28 @@ class PrivateModel(keras.Model):
         for variable in self.network.trainable_variables:
             if isinstance(variable.constraint, Projection):
                 variable.assign(variable.constraint(variable))
-        position = (sum(run.steps for run in prior), self._fits)
+        position = (sum(earlier.steps for earlier in run.earlier), self._fits)
         self._fits += 1
-        run = TrainingRun(self.noise_multiplier, steps=0, **constants)
-        self._run = _Run(self.ledger, prior, run, allowed, allowed < planned, per_epoch)
+        self.spending.begin(run)
         bucket = 1
         compiled = self.jit_compile or keras.backend.backend() == "jax"
-        if compiled and isinstance(self.sampling, accountants.PoissonSampling):
+        if self.physical_batch_size is not None:
+            bucket = self.physical_batch_size
+        elif isinstance(self.sampling, TruncatedPoisson):
+            bucket = self.sampling.physical_batch_size
+        elif compiled and isinstance(self.sampling, (PoissonSampling, RandomAllocation)):
             # XLA compiles for each shape: about six lie within the batch size's spread.
             bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(divisor))))
-        return DrawnBatches(x, y, self.sampling, self._source, position, per_epoch, bucket)
-
-    def _pay(self):
-        if self._run is None:
-            self._check_left()
-            raise RuntimeError("Only fit, or train_on_batch within `batches`, can train.")
-        self._check_left()
-        self._run.pay()
-
-    def _settle(self):
-        if self._run is not None:
-            run, self._run = self._run, None
-            run.close()
-            if run.paid and self.ledger is None:
-                self._runs.append(run.spent)
-
-    def _shown_epsilon(self):
-        """Epsilon at the end of the epoch that is running: exact there, an upper bound before."""
-        run = self._run
-        end = min(-(-run.paid // run.per_epoch) * run.per_epoch, run.allowed)
-        if end not in run.shown:
-            delta = self.budget.delta if self.budget else 1e-5
-            spent = dataclasses.replace(run.spent, steps=end)
-            run.shown[end] = float(self._epsilon([*run.earlier, spent], delta))
-        return run.shown[end]
+        return DrawnBatches(x, y, self.sampling, self._source, position, per_epoch, bucket, weights)
 
     def _check_head(self, loss):
-        last = self.network.layers[-1]
+        last = _last_layer(self.network)
         activation = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
-        if activation.lower() in ("softmax", "sigmoid") and isinstance(
-            loss,
-            (
-                losses.SparseCategoricalCrossentropy,
-                losses.CategoricalCrossentropy,
-                losses.BinaryCrossentropy,
-            ),
-        ):
+        if activation.lower() in ("softmax", "sigmoid") and losses.takes_logits(loss):
             raise ValueError(
                 f"The network ends in a {activation.lower()}, and this loss takes logits: remove "
                 f"it from layer {last.name!r}."
             )
-
-
-class _Run:
-    """A run of steps that is being paid for."""
-
-    def __init__(self, ledger, earlier, run, allowed, limited, per_epoch):
-        self.earlier = list(earlier)
-        self.run = run
-        self.allowed = allowed  # steps that may be paid for
-        self.limited = limited  # whether that is the budget's word, or just the plan
-        self.per_epoch = per_epoch
-        self.paid = 0
-        self.shown = {}
-        self._entry = None
-        if ledger is not None:
-            self._entry = ledger.open_run(
-                noise_multiplier=run.noise_multiplier,
-                sampling=run.sampling,
-                num_examples=run.num_examples,
-                max_steps=allowed,
-            )
-
-    @property
-    def spent(self):
-        return dataclasses.replace(self.run, steps=self.paid)
-
-    def pay(self):
-        if self._entry is not None:
-            self._entry.pay()
-        self.paid += 1
-
-    def close(self):
-        if self._entry is not None:
-            self._entry.close()
-
-
-def _check_budget(budget):
-    if budget is not None and not isinstance(budget, Budget):
-        raise TypeError(f"`budget` must be lipdp.Budget(epsilon=..., delta=...); got {budget!r}.")
-    return budget
-
-
-def _check_noise(noise_multiplier, budget):
-    if noise_multiplier is None:
-        if budget is None:
-            raise ValueError(
-                "Give `budget=lipdp.Budget(epsilon, delta)`, from which the noise is calibrated, "
-                "or `noise_multiplier`."
-            )
-        return None
-    if (
-        isinstance(noise_multiplier, bool)
-        or not isinstance(noise_multiplier, (int, float, np.floating, np.integer))
-        or not 0 <= noise_multiplier < math.inf
-    ):
-        raise ValueError(
-            "`noise_multiplier` must be a finite number of at least 0 (0 is no privacy); got "
-            f"{noise_multiplier!r}."
-        )
-    return float(noise_multiplier)
 
 
 def _check_clip(clip):
@@ -660,6 +545,21 @@ def _check_clip(clip):
             f"`clip` must be a positive, finite number or lipdp.AdaptiveClip(...); got {clip!r}."
         )
     return float(clip), None
+
+
+def _check_weight(value):
+    number = isinstance(value, (int, float, np.floating, np.integer)) and value is not True
+    if not number or not 0 < value < math.inf:
+        raise ValueError(
+            f"`max_sample_weight` must be a positive, finite number or None; got {value!r}."
+        )
+    return float(value)
+
+
+def _last_layer(network):
+    """The layer that makes the output, also where it is the last of a model within the model."""
+    last = network.outputs[0]._keras_history.operation
+    return _last_layer(last) if isinstance(last, keras.Model) else last
 
 
 def _check_count(value, name, least=1):

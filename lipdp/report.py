@@ -8,7 +8,23 @@ from keras import ops
 from lipdp.bounds import gradient_bounds, network_bounds
 from lipdp.noise import standard_deviations
 
-__all__ = ["Report", "WeightRow"]
+__all__ = ["Printed", "Report", "WeightRow"]
+
+
+class Printed:
+    """Mixin: what rich shows, as text."""
+
+    def to_text(self, width: int = 110) -> str:
+        """The same as text, without colours."""
+        from rich.console import Console
+
+        console = Console(width=width, no_color=True, force_terminal=False, legacy_windows=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+    def __str__(self) -> str:
+        return self.to_text()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +53,13 @@ class WeightRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Report(Printed):
     """Sensitivities of a network and the noise they call for.
 
     Attributes:
         weights: a `WeightRow` each.
-        loss_gradient_bound: the clip at which the bounds start.
+        loss_gradient_bound: the clip, times the largest weight of an example: where the bounds
+            start.
         lipschitz: bound of the network's Lipschitz constant.
         output_bound: bound of the norm of its output.
         sensitivity: of all weights together, `√ΣΔ²`.
@@ -67,7 +84,7 @@ class Report:
     @classmethod
     def of(cls, model, expected_batch_size: float | None = None) -> "Report":
         """The report of a compiled `PrivateModel`."""
-        clip = _number(model.current_clip())
+        clip = number(model.current_clip()) * model.largest_weight
         network = model.network
         variables = network.trainable_variables
         bounds = gradient_bounds(network, clip)
@@ -98,8 +115,8 @@ class Report:
                     weight=variable.path,
                     layer=calls[0].kind,
                     shape=tuple(variable.shape),
-                    input_bound=max(_number(x) for c in calls for x in c.inputs),
-                    cotangent_bound=max(_number(c.cotangent) for c in calls),
+                    input_bound=max(number(x) for c in calls for x in c.inputs),
+                    cotangent_bound=max(number(c.cotangent) for c in calls),
                     sensitivity=bounds[variable.path],
                     noise_std=std,
                     noise_share=(std**2 * math.prod(variable.shape) / total**2) if total else None,
@@ -109,8 +126,8 @@ class Report:
         return cls(
             weights=tuple(rows),
             loss_gradient_bound=clip,
-            lipschitz=_number(walk.lipschitz),
-            output_bound=_number(walk.output),
+            lipschitz=number(walk.lipschitz),
+            output_bound=number(walk.output),
             sensitivity=math.sqrt(sum(b * b for b in bounds.values())),
             noise_multiplier=model.noise_multiplier,
             expected_batch_size=divisor,
@@ -149,7 +166,7 @@ class Report:
                 "–" if row.noise_share is None else f"{row.noise_share:.1%}",
             )
         lines = [
-            f"loss gradient clipped at {_text(self.loss_gradient_bound)}, "
+            f"loss gradient at most {_text(self.loss_gradient_bound)}, "
             f"Lipschitz constant ≤ {_text(self.lipschitz)}, output ≤ {_text(self.output_bound)}",
             f"all weights together: Δ ≤ {_text(self.sensitivity)}; noise multiplier "
             f"{_text(self.noise_multiplier)}, expected batch size "
@@ -160,20 +177,8 @@ class Report:
             lines.append(f"spent so far: ε = {_text(self.epsilon)} at δ = {self.delta:g}")
         return Group(table, Text("\n".join(lines)))
 
-    def to_text(self, width: int = 110) -> str:
-        """The report as text."""
-        from rich.console import Console
 
-        console = Console(width=width, no_color=True, force_terminal=False, legacy_windows=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-    def __str__(self) -> str:
-        return self.to_text()
-
-
-def _number(value):
+def number(value):
     return float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else float(value)
 
 

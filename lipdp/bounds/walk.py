@@ -1,6 +1,7 @@
 """The walk over a network's graph: norms forwards, cotangents backwards."""
 
 import dataclasses
+import itertools
 import math
 
 import keras
@@ -8,7 +9,7 @@ from keras import ops, tree
 from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 
-from lipdp.bounds.rule import Call, Scalar, UnknownLayerError, find_rule
+from lipdp.bounds.rule import Call, Rule, Scalar, UnknownLayerError, find_rule
 
 #: Every sensitivity is multiplied by it: room for the float32 rounding of forward and backward
 #: passes, which the rules, being about exact arithmetic, do not know.
@@ -49,12 +50,24 @@ class NetworkBounds:
 
 
 @dataclasses.dataclass
-class _Step:
+class Step:
+    """One call of one layer in a traced network, between numbered tensors."""
+
     operation: object
-    rule: object
+    call: Call
     inputs: list[int]
-    output: int
+    outputs: list[int]
+    rule: Rule | None = None
     xs: list = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Trace:
+    """All calls of a network, nested ones included, in the order of computation."""
+
+    steps: list[Step]
+    inputs: list[int]
+    outputs: list[int]
 
 
 def _graph(network):
@@ -79,62 +92,85 @@ def _graph(network):
     )
 
 
-def _flatten(network, inputs, steps, new_slot, masked):
-    """Appends the steps of a network whose inputs are the slots `inputs`; returns its outputs.
+def trace(network: keras.Model) -> Trace:
+    """The calls of a network, without their rules.
 
-    `masked` collects the slots that may carry a Keras mask: once attached it may come through
-    every further layer, also through nested models, whose graphs do not show it.
+    Raises:
+        TypeError, ValueError: as `network_bounds`.
+        UnknownLayerError: a mask that might mix examples.
     """
+    numbers = itertools.count()
     graph = _graph(network)
-    slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            if node.is_input:
-                continue
-            operation = node.operation
-            _check_layer(operation)
-            if all(t.dtype == "bool" for t in node.outputs):
-                _check_alignment(node)
-                continue  # no cotangent passes; who reads it must know it as a mask
-            tensors = _data_of(node, slots)
-            sources = [slots[id(t)] for t in tensors]
-            if isinstance(operation, (Functional, keras.Sequential)):
-                outputs = _flatten(operation, sources, steps, new_slot, masked)
+    inputs = [next(numbers) for _ in graph._inputs]
+    steps = []
+    # Tensors that may carry a Keras mask: once attached it may come through every further layer,
+    # also through nested models, whose graphs do not show it.
+    masked = set()
+
+    def follow(graph, inputs):
+        slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
+        for depth in sorted(graph._nodes_by_depth, reverse=True):
+            for node in graph._nodes_by_depth[depth]:
+                if node.is_input:
+                    continue
+                operation = node.operation
+                if all(t.dtype == "bool" for t in node.outputs):
+                    _check_alignment(node)
+                    continue  # no cotangent passes; who reads it must know it as a mask
+                tensors = _data_of(node, slots)
+                sources = [slots[id(t)] for t in tensors]
+                if isinstance(operation, (Functional, keras.Sequential)):
+                    _check_layer(operation)
+                    outputs = follow(_graph(operation), sources)
+                else:
+                    outputs = [next(numbers) for _ in node.outputs]
+                    call = Call(
+                        input_shapes=tuple(tuple(t.shape[1:]) for t in tensors),
+                        output_shape=tuple(node.outputs[0].shape[1:]),
+                        args=node.arguments.args,
+                        kwargs=node.arguments.kwargs,
+                        masked=any(s in masked for s in sources),
+                    )
+                    if call.masked or any(get_keras_mask(t) is not None for t in node.outputs):
+                        masked.update(outputs)
+                    steps.append(Step(operation, call, sources, outputs))
                 slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
-                continue
-            if len(node.outputs) != 1:
-                raise UnknownLayerError(
-                    f"Layer {operation.name!r} has {len(node.outputs)} outputs; rules are for "
-                    "layers with one."
-                )
-            call = Call(
-                input_shapes=tuple(tuple(t.shape[1:]) for t in tensors),
-                output_shape=tuple(node.outputs[0].shape[1:]),
-                args=node.arguments.args,
-                kwargs=node.arguments.kwargs,
-                masked=any(s in masked for s in sources),
-            )
-            try:
-                rule = find_rule(operation)(call)
-            except UnknownLayerError:
-                raise
-            except ValueError as error:
-                raise UnknownLayerError(
-                    f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
-                ) from error
-            if call.masked and _takes_masks(operation) and not rule.masks:
-                raise UnknownLayerError(
-                    f"Layer {operation.name!r} ({type(operation).__name__}) may be called with a "
-                    "mask, for which its bounds do not hold. Use a layer of lipdp.layers that "
-                    "knows masks, such as MaskedAveragePooling1D, or leave the mask out "
-                    "(mask_zero=False, no keras.layers.Masking)."
-                )
-            target = new_slot()
-            slots[id(node.outputs[0])] = target
-            if call.masked or get_keras_mask(node.outputs[0]) is not None:
-                masked.add(target)
-            steps.append(_Step(operation, rule, sources, target))
-    return [slots[id(t)] for t in graph._outputs]
+        return [slots[id(t)] for t in graph._outputs]
+
+    _check_layer(network)
+    outputs = follow(graph, inputs)
+    return Trace(steps, inputs, outputs)
+
+
+def rule_of(step: Step) -> Rule:
+    """The rule of one call.
+
+    Raises:
+        UnknownLayerError: there is none, or none for this call.
+    """
+    operation = step.operation
+    _check_layer(operation)
+    if len(step.outputs) != 1:
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} has {len(step.outputs)} outputs; rules are for layers "
+            "with one."
+        )
+    try:
+        rule = find_rule(operation)(step.call)
+    except UnknownLayerError:
+        raise
+    except ValueError as error:
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
+        ) from error
+    if step.call.masked and _takes_masks(operation) and not rule.masks:
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} ({type(operation).__name__}) may be called with a mask, for "
+            "which its bounds do not hold. Use a layer of lipdp.layers that knows masks, such as "
+            "MaskedAveragePooling1D, or leave the mask out (mask_zero=False, no "
+            "keras.layers.Masking)."
+        )
+    return rule
 
 
 def _takes_masks(operation):
@@ -222,33 +258,23 @@ def network_bounds(
         TypeError: the network is not a Sequential or functional model.
         ValueError: it has several outputs or is not built.
     """
-    graph = _graph(network)
-    _check_layer(network)
-    if len(graph._outputs) != 1:
+    traced = trace(network)
+    if len(traced.outputs) != 1:
         raise ValueError(
-            f"`network` must have one output; {network.name!r} has {len(graph._outputs)}."
+            f"`network` must have one output; {network.name!r} has {len(traced.outputs)}."
         )
-    count = 0
-
-    def new_slot():
-        nonlocal count
-        count += 1
-        return count - 1
-
-    steps: list[_Step] = []
-    inputs = [new_slot() for _ in graph._inputs]
-    (output,) = _flatten(network, inputs, steps, new_slot, set())
-
-    forward = dict.fromkeys(inputs, input_bound)
+    steps, (output,) = traced.steps, traced.outputs
+    forward = dict.fromkeys(traced.inputs, input_bound)
     for step in steps:
+        step.rule = rule_of(step)
         step.xs = [forward[s] for s in step.inputs]
-        forward[step.output] = step.rule.forward(step.xs)
+        forward[step.outputs[0]] = step.rule.forward(step.xs)
 
     def backwards(start):
         cotangents = {output: start}
         found = []
         for step in reversed(steps):
-            g = cotangents.get(step.output)
+            g = cotangents.get(step.outputs[0])
             if g is None:  # nothing of the loss comes through here
                 found.append((step, 0.0, [0.0] * len(step.inputs)))
                 continue
@@ -270,7 +296,7 @@ def network_bounds(
                 name=step.operation.name,
                 kind=type(step.operation).__name__,
                 inputs=step.xs,
-                output=forward[step.output],
+                output=forward[step.outputs[0]],
                 cotangent=g,
                 input_cotangents=back,
                 gradients=pairs,
@@ -282,8 +308,8 @@ def network_bounds(
         gradients=gradients,
         layers=layers,
         output=forward[output],
-        input_cotangents=[cotangents.get(s, 0.0) for s in inputs],
-        lipschitz=sum(unit.get(s, 0.0) for s in inputs),
+        input_cotangents=[cotangents.get(s, 0.0) for s in traced.inputs],
+        lipschitz=sum(unit.get(s, 0.0) for s in traced.inputs),
     )
 
 

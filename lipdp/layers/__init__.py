@@ -6,6 +6,7 @@ from lipdp.layers.activations import GroupSort
 from lipdp.layers.attention import LipschitzAttention
 from lipdp.layers.convolutional import SpectralConv2D
 from lipdp.layers.dense import FrobeniusDense, SpectralDense
+from lipdp.layers.feature_cache import cached_features
 from lipdp.layers.normalization import BallProjection, Centering, ClipGradient
 from lipdp.layers.pooling import (
     GlobalL2NormPooling2D,
@@ -14,6 +15,7 @@ from lipdp.layers.pooling import (
     ScaledAveragePooling2D,
 )
 from lipdp.layers.recurrent import LipschitzRNN
+from lipdp.layers.scattering import Scattering2D
 from lipdp.layers.sequences import (
     Embedding,
     EmbeddingBag,
@@ -38,7 +40,9 @@ __all__ = [
     "MaskedAveragePooling1D",
     "PositionalEmbedding",
     "ScaledAveragePooling2D",
+    "Scattering2D",
     "SpectralConv2D",
     "SpectralDense",
     "TokenDense",
+    "cached_features",
 ]

@@ -21,6 +21,16 @@ def pull_back(network, x):
     return outputs, lambda cotangent: pull(cotangent)[0]
 
 
+def accumulate(part, arrays, size):
+    """`part` of `size` rows at a time: sums are added up, what has a row an example is joined."""
+    sums, rows = None, []
+    for start in range(0, len(arrays[0]), size):
+        added, joined = part(*(a[start : start + size] for a in arrays))
+        sums = added if sums is None else [a + b for a, b in zip(sums, added, strict=True)]
+        rows.append(joined)
+    return sums, tuple(jax.numpy.concatenate(r) for r in zip(*rows, strict=True))
+
+
 def normal(key, stream, shape):
     """Standard normal draws: a function of a 128-bit key (uint32, `(4,)`) and a stream."""
     key = jax.random.wrap_key_data(key, impl="rbg")

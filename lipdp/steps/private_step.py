@@ -6,7 +6,7 @@ from keras import ops
 
 from lipdp import norms
 from lipdp.bounds import gradient_bounds
-from lipdp.clipping import clip_rows
+from lipdp.clipping import clip_rows, held, weigh_rows
 from lipdp.losses import per_example
 from lipdp.noise import standard_deviations
 from lipdp.projections import certified_by
@@ -16,31 +16,36 @@ from lipdp.steps.autodiff import gradient
 def private_step(model, data, backend):
     """One private step on one drawn batch; variables are updated in place.
 
-    Forward pass, loss gradient of each example, clip of its rows, pull-back of all rows at once,
-    sum over the expected batch size plus noise, optimizer, projection.
+    Forward pass, loss gradient of each example, clip of its rows, weights of the examples,
+    pull-back of all rows at once, sum over the expected batch size plus noise, optimizer,
+    projection.
 
     Args:
         model: the `PrivateModel`.
         data: what `DrawnBatch.as_data` gives.
-        backend: the backend's module: `pull_back`, `normal`, `compiled`.
+        backend: the backend's module: `pull_back`, `accumulate`, `normal`, `compiled`.
 
     Returns:
         The metrics' results.
     """
     features, y, mask = data
-    x, key = features["inputs"], features["key"]
+    x, key, weights = features["inputs"], features["key"], features.get("weights")
     network, mechanism = model.network, model.mechanism
     divisor = mechanism.expected_batch_size
     variables = network.trainable_variables
-
-    outputs, pull_back = backend.pull_back(network, x)
-    losses, gradients = gradient(lambda z: per_example(model.private_loss, y, z), outputs)
     clip = model.current_clip()
-    rows, within = clip_rows(gradients, clip, mask)
-    sums = pull_back(rows)
+
+    def part(x, y, mask, weights=None):
+        return _gradient_sums(model, backend, clip, x, y, mask, weights)
+
+    rows = [x, y, mask] if weights is None else [x, y, mask, weights]
+    if model.physical_batch_size is None:
+        sums, (outputs, losses, within) = part(*rows)
+    else:
+        sums, (outputs, losses, within) = backend.accumulate(part, rows, model.physical_batch_size)
 
     # Read from the weights that the forward pass used, before they change.
-    bounds = gradient_bounds(network, clip, as_tensors=True)
+    bounds = gradient_bounds(network, clip * model.largest_weight, as_tensors=True)
     stds = standard_deviations(
         [bounds[v.path] for v in variables],
         [math.prod(v.shape) for v in variables],
@@ -74,7 +79,32 @@ def private_step(model, data, backend):
         fraction = (centred + noise) / divisor + 0.5
         model.move_clip(fraction)
 
-    return model.update_metrics(x, y, outputs, losses, mask)
+    if weights is not None:
+        weights = held(weights, model.largest_weight)
+    return model.update_metrics(y, outputs, losses, mask, weights)
+
+
+def _gradient_sums(model, backend, clip, x, y, mask, weights):
+    """Sum of the clipped examples' gradients, one tensor a weight; and outputs, losses and
+    indicators of rows within the clip, one row an example.
+    """
+    views = model.augmentation
+    targets = y
+    if views is not None:
+        x, targets, mask = views(x), views.repeated(y), views.repeated(mask)
+    outputs, pull_back = backend.pull_back(model.network, x)
+    losses, gradients = gradient(lambda z: per_example(model.private_loss, targets, z), outputs)
+    rows, within = clip_rows(gradients, clip, mask)
+    if weights is not None:
+        # Behind the clip, which would undo them, and up to the maximum that the bounds start at.
+        weights = weights if views is None else views.repeated(weights)
+        rows = weigh_rows(rows, weights, model.largest_weight)
+    if views is not None:
+        # The mean of an example's views is within the bound, as each of them is.
+        rows = rows * (1.0 / views.views)
+        outputs = outputs[:: views.views]
+        losses, within = views.averaged(losses), views.averaged(within)
+    return pull_back(rows), (outputs, losses, within)
 
 
 def _together(stds):

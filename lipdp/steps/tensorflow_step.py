@@ -27,6 +27,28 @@ def pull_back(network, x):
     return outputs, pull
 
 
+def accumulate(part, arrays, size):
+    """`part` of `size` rows at a time: sums are added up, what has a row an example is joined."""
+    pieces = tf.shape(arrays[0])[0] // size
+    added, joined = part(*(a[:size] for a in arrays))
+    arrays_of = [tf.TensorArray(r.dtype, pieces, infer_shape=False) for r in joined]
+    rows = [a.write(0, r) for a, r in zip(arrays_of, joined, strict=True)]
+
+    def body(i, sums, rows):
+        added, joined = part(*(a[i * size : (i + 1) * size] for a in arrays))
+        sums = [a + b for a, b in zip(sums, added, strict=True)]
+        return i + 1, sums, [a.write(i, r) for a, r in zip(rows, joined, strict=True)]
+
+    # One piece after the other: in parallel they would need the memory of the whole batch.
+    _, sums, rows = tf.while_loop(
+        lambda i, sums, rows: i < pieces, body, [1, added, rows], parallel_iterations=1
+    )
+    whole = [
+        tf.ensure_shape(r.concat(), (None, *j.shape[1:])) for r, j in zip(rows, joined, strict=True)
+    ]
+    return sums, tuple(whole)
+
+
 def normal(key, stream, shape):
     """Standard normal draws: a function of a 128-bit key (uint32, `(4,)`) and a stream."""
     seed = tf.bitcast(tf.reshape(tf.cast(key, tf.uint32), (2, 2)), tf.int64)

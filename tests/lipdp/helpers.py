@@ -47,19 +47,21 @@ def private(
     loss="sparse_categorical_crossentropy",
     optimizer=None,
     run_eagerly=EAGERLY,
+    compile=None,
     **kwargs,
 ):
     """A compiled PrivateModel; Poisson batches of 16 and noise 1 unless told otherwise.
 
     On TensorFlow steps run eagerly, which saves seconds of tracing for each model; on JAX it is
-    compiling that is faster.
+    compiling that is faster. `compile` holds further arguments of that method.
     """
     kwargs.setdefault("sampling", lipdp.PoissonSampling(16))
     if "budget" not in kwargs:
         kwargs.setdefault("noise_multiplier", 1.0)
     model = lipdp.PrivateModel(network or dense_network(), **kwargs)
     optimizer = keras.optimizers.SGD(0.5) if optimizer is None else optimizer
-    model.compile(optimizer, loss=loss, metrics=["accuracy"], run_eagerly=run_eagerly)
+    arguments = {"metrics": ["accuracy"], "run_eagerly": run_eagerly, **(compile or {})}
+    model.compile(optimizer, loss=loss, **arguments)
     return model
 
 

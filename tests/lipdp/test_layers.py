@@ -41,6 +41,7 @@ LAYERS = {
     "l2 pooling": (layers.L2NormPooling2D(3, strides=2, padding="same"), (5, 5, 2)),
     "average pooling": (layers.ScaledAveragePooling2D((2, 1)), (4, 4, 2)),
     "global l2 pooling": (layers.GlobalL2NormPooling2D(), (4, 4, 2)),
+    "scattering": (layers.Scattering2D(1, L=2, padding="reflect"), (7, 6, 2)),
     "global average pooling": (layers.GlobalScaledAveragePooling2D(), (4, 4, 2)),
 }
 

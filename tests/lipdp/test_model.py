@@ -182,7 +182,7 @@ def test_poisson_draws_have_the_right_law():
         assert len(set(rows)) == len(rows)
         counts[rows] += 1
         sizes.append(len(rows))
-    model._settle()
+    model.spending.settle()
     # Each example enters with probability 1/4; sizes are binomial.
     assert abs(counts / 4000 - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 4000)
     assert abs(np.var(sizes) / (64 * 0.25 * 0.75) - 1) < 0.15
@@ -326,6 +326,153 @@ def test_report_adds_up():
     assert "kernel" in text and "Δ" in text and f"{report.epsilon:.4g}" in text
 
 
+# --- weights of examples ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_weights_reach_losses_and_metrics_as_in_keras(run_eagerly):
+    x, y = data(20)
+    weight = np.random.default_rng(0).uniform(0, 3, 20)
+    weight[:3] = 0.0
+    settings = dict(
+        metrics=["accuracy", keras.metrics.SparseCategoricalAccuracy(name="plain")],
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="weighted")],
+    )
+    model = private(
+        sampling=lipdp.FullBatch(),
+        noise_multiplier=0.0,
+        optimizer=keras.optimizers.SGD(0.0),
+        run_eagerly=run_eagerly,
+        compile=dict(max_sample_weight=3.0, **settings),
+    )
+    plain = keras.models.clone_model(model.network)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    plain.compile("sgd", loss, run_eagerly=True, **settings)
+    plain.set_weights(model.network.get_weights())
+    logs = []
+    for batch in model.batches(x, y, sample_weight=weight):
+        # Padding of 5 rows stays out.
+        batch.inputs = np.concatenate([batch.inputs, np.ones((5, 6), "float32")])
+        batch.targets = np.concatenate([batch.targets, np.zeros(5, int)])
+        batch.mask = np.concatenate([batch.mask, np.zeros(5, "float32")])
+        batch.weights = np.concatenate([batch.weights, np.full(5, 2.0, "float32")])
+        logs.append(model.train_on_batch(batch, return_dict=True))
+    expected = plain.evaluate(
+        x, y, sample_weight=weight, batch_size=20, verbose=0, return_dict=True
+    )
+    assert set(expected) == {"loss", "accuracy", "plain", "weighted"} <= set(logs[0])
+    for name, value in expected.items():
+        assert float(logs[0][name]) == pytest.approx(value, rel=1e-5), name
+    evaluated = model.evaluate(
+        x, y, sample_weight=weight, batch_size=20, verbose=0, return_dict=True
+    )
+    for name, value in expected.items():
+        assert evaluated[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_class_weights_are_sample_weights():
+    x, y = data()
+
+    def train(network=None, **weights):
+        keras.utils.set_random_seed(1)
+        model = private(seed=3, compile=dict(max_sample_weight=2.0))
+        history = model.fit(x, y, epochs=2, verbose=0, validation_data=(x, y), **weights)
+        assert {"val_loss", "val_accuracy"} <= set(history.history)
+        return weights_of(model)
+
+    weights_of = weights
+    by_class = train(class_weight={0: 0.25, 2: 2.0})
+    by_example = train(sample_weight=np.choose(y, [0.25, 1.0, 2.0]))
+    plain = train()
+    for a, b in zip(by_class, by_example, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert any((a != b).any() for a, b in zip(by_class, plain, strict=True))
+
+
+def test_class_weights_of_rows_and_of_distributions():
+    expected = np.array([1.0, 3.0, 1.0], "float32")
+    for y in (np.array([0, 1, 2]), np.array([[0], [1], [2]]), np.eye(3)):
+        got = lipdp.batches.check_weights(None, {1: 3.0}, y, 3.0)
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        (dict(sample_weight=np.ones(63)), ValueError, "64 examples"),
+        (dict(sample_weight=np.ones((64, 2))), ValueError, r"\(64, 2\)"),
+        (dict(sample_weight=np.full(64, 2.1)), ValueError, "max_sample_weight"),
+        (dict(sample_weight=np.full(64, -0.1)), ValueError, "between 0 and"),
+        (dict(sample_weight=np.full(64, np.nan)), ValueError, "between 0 and"),
+        (dict(sample_weight=np.full(64, np.inf)), ValueError, "between 0 and"),
+        (dict(sample_weight=["a"] * 64), TypeError, "sample_weight"),
+        (dict(sample_weight="balanced"), TypeError, "sample_weight"),
+        (dict(class_weight="balanced"), TypeError, "not covered"),
+        (dict(class_weight=[1.0, 2.0, 1.0]), TypeError, "dict"),
+        (dict(class_weight={0: 2.5}), ValueError, "max_sample_weight"),
+        (dict(class_weight={0: None}), TypeError, "0: None"),
+        (dict(class_weight={0: float("nan")}), ValueError, "between 0 and"),
+        (dict(class_weight={0: 1.0}, sample_weight=np.ones(64)), ValueError, "both"),
+    ],
+)
+def test_weights_that_are_refused_cost_nothing(arguments, error, message):
+    model = private(budget=BUDGET, compile=dict(max_sample_weight=2.0))
+    with pytest.raises(error, match=message):
+        model.fit(*data(), verbose=0, **arguments)
+    with pytest.raises(error, match=message):
+        next(iter(model.batches(*data(), **arguments)))
+    assert model.spent().steps == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [dict(sample_weight=np.ones(64)), dict(class_weight={0: 1.0})]
+)
+def test_weights_without_a_declared_maximum_are_refused(arguments):
+    with pytest.raises(ValueError, match="max_sample_weight=.*not covered"):
+        private().fit(*data(), verbose=0, **arguments)
+
+
+def test_class_weights_need_classes():
+    model = private(
+        dense_network(classes=2), loss="mae", clip=1.0, compile=dict(max_sample_weight=1.0)
+    )
+    x, _ = data()
+    with pytest.raises(ValueError, match="sample_weight"):
+        model.fit(x, np.full((64, 2), 0.7), verbose=0, class_weight={0: 0.5})
+
+
+@pytest.mark.parametrize("largest", [0, -1.0, float("inf"), float("nan"), "2", True])
+def test_maxima_that_are_refused(largest):
+    with pytest.raises(ValueError, match="max_sample_weight"):
+        private(compile=dict(max_sample_weight=largest))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "multiclass_kr",
+        "multiclass_hkr",
+        "focal",
+        "logit_annealing",
+        "emma",
+        "gloro",
+    ],
+)
+def test_losses_by_name(loss):
+    model = private(loss=loss)
+    history = model.fit(*data(), epochs=1, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+    assert model.loss_gradient_bound == lipdp.losses.gradient_bound(model.private_loss, (3,))
+
+
+@pytest.mark.parametrize("loss", ["binary_kr", "binary_hkr", "binary_crossentropy", "mae", "hinge"])
+def test_losses_of_one_output_by_name(loss):
+    x, y = data(classes=2)
+    model = private(dense_network(classes=1), loss=loss, compile=dict(metrics=None))
+    history = model.fit(x, y, epochs=1, verbose=0, validation_data=(x, y))
+    assert np.isfinite(history.history["val_loss"]).all()
+
+
 # --- bad input ----------------------------------------------------------------------------------
 
 
@@ -453,10 +600,26 @@ def test_compile_refuses_what_it_cannot_bound():
         model.compile("sgd", loss={"a": "mse"})
     with pytest.raises(TypeError):
         model.compile("sgd", loss="mse", loss_weights=[2.0])
-    softmax = lipdp.PrivateModel(
-        network_with(activation="sigmoid", outputs=1),
-        noise_multiplier=1.0,
-        sampling=lipdp.PoissonSampling(16),
-    )
+    with pytest.raises(ValueError, match="names .*gloro"):
+        model.compile("sgd", loss="glorious")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "binary_crossentropy",
+        "focal",
+        "gloro",
+        keras.losses.BinaryCrossentropy(from_logits=True),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_softmax_before_a_loss_of_logits_is_refused(loss, nested):
+    network = network_with(activation="sigmoid", outputs=2)
+    if nested:
+        inputs = keras.Input((6,))
+        network = keras.Model(inputs, network(inputs))
+    model = lipdp.PrivateModel(network, noise_multiplier=1.0, sampling=lipdp.PoissonSampling(16))
     with pytest.raises(ValueError, match="logits"):
-        softmax.compile("sgd", loss="binary_crossentropy")
+        model.compile("sgd", loss=loss)
+    model.compile("sgd", loss="mae")

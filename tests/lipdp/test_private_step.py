@@ -15,10 +15,10 @@ from tests.lipdp.helpers import conv_network, data, dense_network, private, weig
 BATCH = 16
 
 
-def one_step(model, x, y, mask=None):
+def one_step(model, x, y, mask=None, sample_weight=None):
     """Change of the weights by one step on exactly these rows."""
     before = weights(model)
-    for batch in model.batches(x, y, steps_per_epoch=1):
+    for batch in model.batches(x, y, steps_per_epoch=1, sample_weight=sample_weight):
         if mask is not None:
             batch.mask = np.asarray(mask, "float32")
         model.train_on_batch(batch)
@@ -265,6 +265,82 @@ def test_padding_changes_nothing():
     padded = [b - a for a, b in zip(start, network.get_weights(), strict=True)]
     for a, b in zip(plain, padded, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip", [None, 0.1, lipdp.AdaptiveClip(initial=0.1)])
+def test_weights_multiply_the_clipped_rows_and_no_more(clip):
+    x, y = data(BATCH)
+    network = unconstrained(dense_network())
+    start = network.get_weights()
+
+    def moves(weights=None, mask=None, largest=3.0):
+        network.set_weights(start)
+        model = quiet(network, clip=clip, compile=dict(max_sample_weight=largest))
+        return one_step(model, x, y, mask, sample_weight=weights), model
+
+    plain, _ = moves()
+    doubled, _ = moves(np.full(BATCH, 2.0))
+    for a, b in zip(plain, doubled, strict=True):
+        np.testing.assert_allclose(2 * a, b, atol=1e-6)
+    # An example that weighs 3 moves the sum up to 3 times as far as its clip, never further.
+    chosen = np.arange(BATCH) == 2
+    with_it, model = moves(np.where(chosen, 3.0, 0.5))
+    without, _ = moves(np.where(chosen, 0.0, 0.5))
+    masked, _ = moves(np.where(chosen, 3.0, 0.5), mask=~chosen)
+    network.set_weights(start)
+    bounds = lipdp.gradient_bounds(network, min(model.clip or 0.1, 1.5) * 3.0)
+    if clip is None:
+        bounds = lipdp.gradient_bounds(network, model.loss_gradient_bound * 3.0)
+    for path, a, b, c in zip(bounds, with_it, without, masked, strict=True):
+        np.testing.assert_allclose(b, c, atol=1e-6)
+        assert 0 < np.linalg.norm(a - b) <= bounds[path] / BATCH * (1 + 1e-5)
+    last = network.trainable_variables[-1].path  # of the bias, attained where the clip cuts
+    if clip is not None:
+        assert np.linalg.norm(with_it[-1] - without[-1]) >= 0.99 * bounds[last] / BATCH
+
+
+def test_weights_changed_behind_the_check_are_held_in_their_range():
+    x, y = data(BATCH)
+    network = unconstrained(dense_network())
+    start = network.get_weights()
+    moves = []
+    for largest, written in ((2.0, np.full(BATCH, 2.0)), (2.0, np.full(BATCH, 1e6))):
+        network.set_weights(start)
+        model = quiet(network, compile=dict(max_sample_weight=largest))
+        for batch in model.batches(x, y, steps_per_epoch=1):
+            batch.weights = written.astype("float32")
+            model.train_on_batch(batch)
+        moves.append([b - a for a, b in zip(start, network.get_weights(), strict=True)])
+    network.set_weights(start)
+    undeclared = quiet(network)
+    for batch in undeclared.batches(x, y, steps_per_epoch=1):
+        batch.weights = np.full(BATCH, 7.0, "float32")
+        batch.mask = np.full(BATCH, 7.0, "float32")
+        undeclared.train_on_batch(batch)
+    moves.append([2 * (b - a) for a, b in zip(start, network.get_weights(), strict=True)])
+    for other in moves[1:]:
+        for a, b in zip(moves[0], other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_noise_grows_with_the_declared_weight():
+    plain, weighted = private(), private(compile=dict(max_sample_weight=4.0))
+    for a, b in zip(plain.report(BATCH).weights, weighted.report(BATCH).weights, strict=True):
+        assert b.sensitivity == pytest.approx(4 * a.sensitivity)
+        assert b.noise_std == pytest.approx(4 * a.noise_std)
+    # And the noise that is drawn is that of the report.
+    network = unconstrained(dense_network(40, hidden=80))
+    model = private(
+        network,
+        noise_multiplier=1.7,
+        sampling=lipdp.FullBatch(),
+        optimizer=keras.optimizers.SGD(1.0),
+        compile=dict(max_sample_weight=4.0),
+    )
+    stds = [row.noise_std for row in model.report(BATCH).weights]
+    moves = one_step(model, *data(BATCH, (40,)), np.zeros(BATCH))
+    for move, std in zip(moves, stds, strict=True):
+        assert abs(move.std() / std - 1.0) < 5 / math.sqrt(2 * move.size)
 
 
 def test_normal_draws_are_normal_and_streams_differ():

@@ -1,0 +1,434 @@
+"""Commands: what a run costs, what a budget allows, what a ledger says.
+
+`COMMANDS` maps each name to a function of an argument list (the command's name first, as in
+``sys.argv``), which returns an exit code, and to a line of help; other programs can mount them.
+Bad flags are explained on stderr, with exit code 2.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from accountants import _validation
+from accountants.accounting import ACCOUNTANTS, Budget, epsilon
+from accountants.calibration import (
+    calibrate_batch_size,
+    calibrate_epochs,
+    calibrate_noise_multiplier,
+    calibrate_steps,
+)
+from accountants.ledger import Ledger, LedgerEntry, LedgerError
+from accountants.mechanisms import TrainingRun
+from accountants.sampling import (
+    RELATIONS,
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    Sampling,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
+
+_SAMPLING = (
+    "poisson",
+    "truncated_poisson",
+    "fixed_size",
+    "shuffled_epochs",
+    "random_allocation",
+    "full_batch",
+)
+
+
+class _UsageError(Exception):
+    """Flags that make no sense together."""
+
+
+class _Flags(flags.FlagValues):
+    """The flags of one command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flags.DEFINE_bool("json", False, "Print one JSON object.", flag_values=self)
+        flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=self)
+
+    def number(self, name: str, help: str, default: float | None = None) -> None:
+        flags.DEFINE_float(name, default, help, flag_values=self)
+
+    def integer(self, name: str, help: str, default: int | None = None) -> None:
+        flags.DEFINE_integer(name, default, help, flag_values=self)
+
+    def one_of(self, name: str, values: Sequence[str], help: str, default: str | None) -> None:
+        flags.DEFINE_enum(name, default, list(values), help, flag_values=self)
+
+    def accounting(self) -> None:
+        self.number("delta", "Delta; well below 1 / num_examples.")
+        self.one_of("accountant", ACCOUNTANTS, "How to account.", "pld")
+        self.one_of(
+            "relation",
+            RELATIONS,
+            "What neighbouring data sets differ by; by default the first that the sampling has.",
+            None,
+        )
+
+    def mechanism(self) -> None:
+        self.number("noise_multiplier", "Standard deviation of the noise over the sensitivity.")
+        self.integer("num_examples", "Size of the data set.")
+        self.one_of("sampling", _SAMPLING, "How batches are drawn.", "poisson")
+        self.number("batch_size", "Examples of a batch (expected ones, where they vary).")
+        self.integer("physical_batch_size", "Most examples of a batch of truncated_poisson.")
+        self.integer("steps_per_epoch", "Steps of an epoch of random_allocation.")
+        self.integer("steps", "Number of steps.")
+        self.integer("epochs", "Number of epochs, instead of steps.")
+
+    def needed(self, name: str) -> Any:
+        value = self[name].value
+        if value is None:
+            raise _UsageError(f"--{name} is needed.")
+        return value
+
+    def refuse(self, *names: str, reason: str) -> None:
+        for name in names:
+            if self[name].value is not None:
+                raise _UsageError(f"--{name} cannot be given {reason}.")
+
+
+def _batch_size(values: _Flags) -> float:
+    size = values.needed("batch_size")
+    return int(size) if math.isfinite(size) and size == int(size) else size
+
+
+def _sampling(values: _Flags) -> Sampling:
+    name = values.sampling
+    own = {"truncated_poisson": ["physical_batch_size"], "random_allocation": ["steps_per_epoch"]}
+    for other, names in own.items():
+        if other != name:
+            values.refuse(*names, reason=f"with --sampling={name}")
+    if name == "full_batch" or name == "random_allocation":
+        values.refuse("batch_size", reason=f"with --sampling={name}")
+    if name == "full_batch":
+        return FullBatch()
+    if name == "random_allocation":
+        return RandomAllocation(values.needed("steps_per_epoch"))
+    if name == "truncated_poisson":
+        return TruncatedPoisson(_batch_size(values), values.needed("physical_batch_size"))
+    kinds = {
+        "poisson": PoissonSampling,
+        "fixed_size": FixedSize,
+        "shuffled_epochs": ShuffledEpochs,
+    }
+    return kinds[name](_batch_size(values))
+
+
+def _steps(values: _Flags, sampling: Sampling, num_examples: int) -> int:
+    if (values.steps is None) == (values.epochs is None):
+        raise _UsageError("one of --steps and --epochs is needed.")
+    if values.steps is not None:
+        return values.steps
+    epochs = _validation.integer("epochs", values.epochs, minimum=0)
+    return epochs * sampling.steps_per_epoch(num_examples)
+
+
+def _write(values: _Flags, record: dict[str, Any], text: str) -> None:
+    print(json.dumps(_finite(record)) if values.json else text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: it is written as the string "inf"."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+# --- epsilon --------------------------------------------------------------------------------------
+
+
+def _epsilon_flags() -> _Flags:
+    values = _Flags()
+    values.accounting()
+    values.mechanism()
+    values.integer("group_size", "How many examples may differ.", 1)
+    return values
+
+
+def _epsilon(values: _Flags, arguments: list[str]) -> None:
+    _none(arguments)
+    delta = values.needed("delta")
+    sampling, num_examples = _sampling(values), values.needed("num_examples")
+    run = TrainingRun(
+        values.needed("noise_multiplier"),
+        sampling,
+        num_examples,
+        _steps(values, sampling, num_examples),
+    )
+    found = epsilon(
+        runs=[run],
+        delta=delta,
+        accountant=values.accountant,
+        relation=values.relation,
+        group_size=values.group_size,
+    )
+    record = {
+        "epsilon": float(found),
+        "delta": delta,
+        "relation": found.relation,
+        "accountant": found.accountant,
+        "group_size": found.group_size,
+        "run": run.to_dict(),
+    }
+    group = f" for groups of {found.group_size}" if found.group_size > 1 else ""
+    text = (
+        f"epsilon = {float(found):.6g} at delta = {delta:g}{group}, under {found.relation}, "
+        f"by {found.accountant}: {run.steps} steps of {run.sampling!r}"
+    )
+    _write(values, record, text)
+
+
+# --- calibrate ------------------------------------------------------------------------------------
+
+_SOLVE_FOR = ("noise_multiplier", "steps", "epochs", "batch_size")
+
+
+def _calibrate_flags() -> _Flags:
+    values = _Flags()
+    values.number("epsilon", "Epsilon of the budget.")
+    values.accounting()
+    values.mechanism()
+    values.one_of("solve_for", _SOLVE_FOR, "What to find.", "noise_multiplier")
+    return values
+
+
+def _calibrate(values: _Flags, arguments: list[str]) -> None:
+    _none(arguments)
+    unknown = values.solve_for
+    values.refuse(unknown, reason="as it is what is searched for (--solve_for)")
+    common = {
+        "epsilon": values.needed("epsilon"),
+        "delta": values.needed("delta"),
+        "num_examples": values.needed("num_examples"),
+        "accountant": values.accountant,
+        "relation": values.relation,
+    }
+    found: float
+    if unknown == "batch_size":
+        values.refuse("steps", reason="with --solve_for=batch_size; give --epochs")
+        if values.sampling not in ("poisson", "fixed_size", "shuffled_epochs"):
+            raise _UsageError(
+                "--solve_for=batch_size is for --sampling=poisson, fixed_size or shuffled_epochs, "
+                f"got {values.sampling}."
+            )
+        values.refuse(
+            "physical_batch_size", "steps_per_epoch", reason=f"with --sampling={values.sampling}"
+        )
+        kinds = {
+            "poisson": PoissonSampling,
+            "fixed_size": FixedSize,
+            "shuffled_epochs": ShuffledEpochs,
+        }
+        found = calibrate_batch_size(
+            **common,
+            noise_multiplier=values.needed("noise_multiplier"),
+            epochs=values.needed("epochs"),
+            scheme=kinds[values.sampling],
+        )
+    else:
+        sampling = _sampling(values)
+        common["sampling"] = sampling
+        if unknown == "noise_multiplier":
+            steps = _steps(values, sampling, common["num_examples"])
+            found = calibrate_noise_multiplier(**common, steps=steps)
+        else:
+            values.refuse("steps", "epochs", reason=f"with --solve_for={unknown}")
+            search = calibrate_steps if unknown == "steps" else calibrate_epochs
+            found = search(**common, noise_multiplier=values.needed("noise_multiplier"))
+    budget = {"epsilon": common["epsilon"], "delta": common["delta"]}
+    text = (
+        f"{unknown} = {found:.6g}" if isinstance(found, float) else f"{unknown} = {found}"
+    ) + f" for epsilon = {budget['epsilon']:g} at delta = {budget['delta']:g}"
+    _write(values, {unknown: found, **budget}, text)
+
+
+# --- ledger ---------------------------------------------------------------------------------------
+
+
+def _ledger_flags() -> _Flags:
+    values = _Flags()
+    values.number("epsilon", "Epsilon of a budget, to see what is left of it.")
+    values.accounting()
+    values["delta"].value = values["delta"].default = 1e-5
+    return values
+
+
+def _ledger(values: _Flags, arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise _UsageError(f"one PATH is needed, got {len(arguments)}.")
+    delta = values.needed("delta")
+    budget = None if values.epsilon is None else Budget(values.epsilon, delta)
+    how = {"accountant": values.accountant, "relation": values.relation}
+    ledger = Ledger(arguments[0])
+    entries = ledger.entries
+    if values.relation is None and entries:
+        # The relation that all runs share, also for the epsilons of the earlier ones.
+        how["relation"] = epsilon(runs=[entry.run for entry in entries], delta=delta).relation
+    rows = []
+    for index, entry in enumerate(entries):
+        so_far = [earlier.run for earlier in entries[: index + 1]]
+        rows.append((entry, float(epsilon(runs=so_far, delta=delta, **how))))
+    spent = rows[-1][1] if rows else 0.0
+    record: dict[str, Any] = {
+        "path": ledger.path,
+        "steps": sum(entry.run.steps for entry in entries),
+        "delta": delta,
+        "epsilon": spent,
+        "relation": how["relation"],
+        "runs": [
+            {
+                "run_id": entry.run_id,
+                "time": entry.time,
+                "settled": entry.settled,
+                **entry.run.to_dict(),
+                "epsilon_so_far": so_far,
+            }
+            for entry, so_far in rows
+        ],
+    }
+    lines = [_line(entry, so_far) for entry, so_far in rows] or ["no runs"]
+    under = f", under {how['relation']}" if rows else ""
+    lines.append(f"spent: epsilon = {spent:.6g} at delta = {delta:g}{under}")
+    if budget is not None:
+        left = max(0.0, budget.epsilon - spent)
+        record["budget"] = {"epsilon": budget.epsilon, "left": left}
+        lines.append(f"left of epsilon = {budget.epsilon:g}: {left:.6g}")
+        if rows:
+            more = _more_steps(entries, budget, how)
+            record["budget"]["more_steps_like_the_last_run"] = more
+            lines.append(f"more steps like those of the last run: {more}")
+    _write(values, record, "\n".join(lines))
+
+
+def _line(entry: LedgerEntry, so_far: float) -> str:
+    run = entry.run
+    state = "" if entry.settled else "  (not settled: what it reserved is charged)"
+    return (
+        f"{entry.time}  {entry.run_id}  {run.steps} steps, noise {run.noise_multiplier:g}, "
+        f"{run.sampling!r} of {run.num_examples}  epsilon so far {so_far:.6g}{state}"
+    )
+
+
+def _more_steps(entries: list[LedgerEntry], budget: Budget, how: dict[str, Any]) -> int:
+    last = entries[-1].run
+    runs = [entry.run for entry in entries]
+    if epsilon(runs=runs, delta=budget.delta, **how) > budget.epsilon:
+        return 0
+    return calibrate_steps(
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        noise_multiplier=last.noise_multiplier,
+        sampling=last.sampling,
+        num_examples=last.num_examples,
+        prior=runs,
+        **how,
+    )
+
+
+# --- how commands are run -------------------------------------------------------------------------
+
+
+def _none(arguments: list[str]) -> None:
+    if arguments:
+        raise _UsageError(f"only flags are taken, got {' '.join(arguments)!r}.")
+
+
+def _command(
+    name: str,
+    usage: str,
+    make_flags: Callable[[], _Flags],
+    run: Callable[[_Flags, list[str]], None],
+) -> Callable[[Sequence[str]], int]:
+    def command(argv: Sequence[str]) -> int:
+        values = make_flags()
+        try:
+            _, *arguments = values([name, *argv[1:]])
+            if values.help:
+                print(_help(usage, values))
+            else:
+                run(values, arguments)
+        except (flags.Error, _UsageError, TypeError, ValueError) as error:
+            print(f"{name}: {error}\nTry {name} --help.", file=sys.stderr)
+            return 2
+        except (LedgerError, OSError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return command
+
+
+def _help(usage: str, values: _Flags) -> str:
+    lines = [usage, ""]
+    for name in sorted(values):
+        flag = values[name]
+        if name != flag.name:  # a short name
+            continue
+        choices = f" One of {', '.join(flag.parser.enum_values)}." if _choices(flag) else ""
+        default = "" if flag.default in (None, False) else f" By default {flag.default}."
+        lines.append(f"  --{name}: {flag.help.split(': ', 1)[-1]}{choices}{default}")
+    return "\n".join(lines)
+
+
+def _choices(flag: flags.Flag) -> bool:
+    return hasattr(flag.parser, "enum_values")
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "epsilon": (
+        _command(
+            "epsilon",
+            "epsilon --delta=... --noise_multiplier=... --num_examples=... --batch_size=... "
+            "--steps=...\n\nThe epsilon of a training run.",
+            _epsilon_flags,
+            _epsilon,
+        ),
+        "the epsilon of a training run",
+    ),
+    "calibrate": (
+        _command(
+            "calibrate",
+            "calibrate --epsilon=... --delta=... --solve_for=... and the rest of the run\n\n"
+            "The least noise, or the most steps, epochs or examples a batch, within a budget.",
+            _calibrate_flags,
+            _calibrate,
+        ),
+        "the least noise, or the most steps, epochs or examples a batch, within a budget",
+    ),
+    "ledger": (
+        _command(
+            "ledger",
+            "ledger PATH [--epsilon=... --delta=...]\n\n"
+            "What ran when, epsilon over time, and what is left of a budget.",
+            _ledger_flags,
+            _ledger,
+        ),
+        "what ran when, epsilon over time, and what is left of a budget",
+    ),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command that ``argv[1]`` names; returns its exit code."""
+    wanted = argv[1] if len(argv) > 1 else None
+    if wanted in COMMANDS:
+        return COMMANDS[wanted][0](argv[1:])
+    lines = ["python -m accountants COMMAND [flags]", ""]
+    lines += [f"  {name}: {line}" for name, (_, line) in COMMANDS.items()]
+    asked = wanted in ("--help", "-h", "help")
+    if not asked and wanted is not None:
+        lines.insert(0, f"no command is named {wanted!r}.")
+    print("\n".join(lines), file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2

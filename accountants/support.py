@@ -1,0 +1,68 @@
+"""Which scheme is accounted under which relation and by which accountant: found out by asking."""
+
+from accountants.accounting import ACCOUNTANTS, epsilon
+from accountants.mechanisms import TrainingRun
+from accountants.releases import Gaussian
+from accountants.sampling import (
+    RELATIONS,
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
+
+_EXAMPLES = (
+    PoissonSampling(10),
+    TruncatedPoisson(10, 20),
+    FixedSize(10),
+    ShuffledEpochs(10),
+    RandomAllocation(10),
+    FullBatch(),
+)
+
+
+def table() -> str:
+    """The table of `docs/accounting.md`, in Markdown.
+
+    Every cell is computed: a combination is supported if an epsilon comes out.
+
+    >>> print(table())  # doctest: +ELLIPSIS
+    | scheme | relation | pld | rdp | zcdp, exact | what is accounted | source |
+    ...
+    """
+    lines = [
+        "| scheme | relation | pld | rdp | zcdp, exact | what is accounted | source |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for sampling in _EXAMPLES:
+        run = TrainingRun(2.0, sampling, num_examples=100, steps=10)
+        for relation in RELATIONS:
+            supported = {
+                accountant: _is_supported(run, relation, accountant) for accountant in ACCOUNTANTS
+            }
+            assert supported["zcdp"] == supported["exact"]
+            name = type(sampling).__name__
+            if not any(supported.values()):
+                lines.append(f"| `{name}` | `{relation}` | – | – | – | refused | |")
+                continue
+            release = run.release(relation)
+            per = "epoch" if run.participations < run.steps else "step"
+            if isinstance(release, Gaussian):
+                what = f"one unsampled Gaussian a{'n' * (per == 'epoch')} {per}"
+            else:
+                what = f"`releases.{type(release).__name__}`, one a{'n' * (per == 'epoch')} {per}"
+            marks = " | ".join(
+                "yes" if supported[accountant] else "–" for accountant in ("pld", "rdp", "exact")
+            )
+            lines.append(f"| `{name}` | `{relation}` | {marks} | {what} | {release.source} |")
+    return "\n".join(lines)
+
+
+def _is_supported(run: TrainingRun, relation: str, accountant: str) -> bool:
+    try:
+        epsilon(runs=[run], delta=1e-5, relation=relation, accountant=accountant)  # type: ignore[arg-type]
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,41 @@
+"""Losses with a known bound on their gradient, and the gradient bound of Keras' own.
+
+The gradient in question is that of one example's loss with respect to the network's output; where
+an example has several positions its loss is their mean.
+"""
+
+from lipdp.losses.base import BoundedLoss
+from lipdp.losses.bounds import Loss, check_targets, get, gradient_bound, per_example, takes_logits
+from lipdp.losses.certified import EMMA, GloRo
+from lipdp.losses.entropies import (
+    BinaryCrossentropy,
+    CategoricalCrossentropy,
+    Focal,
+    LogitAnnealing,
+    SparseCategoricalCrossentropy,
+)
+from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
+from lipdp.losses.similarity import CosineSimilarity
+
+__all__ = [
+    "BinaryCrossentropy",
+    "BinaryHKR",
+    "BinaryKR",
+    "BoundedLoss",
+    "CategoricalCrossentropy",
+    "CosineSimilarity",
+    "EMMA",
+    "Focal",
+    "GloRo",
+    "LogitAnnealing",
+    "Loss",
+    "MulticlassHKR",
+    "MulticlassHinge",
+    "MulticlassKR",
+    "SparseCategoricalCrossentropy",
+    "check_targets",
+    "get",
+    "gradient_bound",
+    "per_example",
+    "takes_logits",
+]

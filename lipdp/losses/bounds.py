@@ -1,0 +1,282 @@
+"""What the private step asks of a loss: its gradient bound, its values one by one, its targets."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import losses as keras_losses
+from keras import ops
+
+from lipdp.losses.base import BoundedLoss, beside
+from lipdp.losses.certified import EMMA, GloRo
+from lipdp.losses.entropies import (
+    BinaryCrossentropy,
+    CategoricalCrossentropy,
+    Focal,
+    LogitAnnealing,
+    SparseCategoricalCrossentropy,
+)
+from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
+from lipdp.losses.similarity import CosineSimilarity
+
+__all__ = ["Loss", "check_targets", "get", "gradient_bound", "per_example", "takes_logits"]
+
+
+Loss = keras.losses.Loss | Callable[[Any, Any], Any]
+
+_OWN = (
+    SparseCategoricalCrossentropy,
+    CategoricalCrossentropy,
+    BinaryCrossentropy,
+    Focal,
+    LogitAnnealing,
+    EMMA,
+    GloRo,
+    MulticlassHinge,
+    MulticlassKR,
+    MulticlassHKR,
+    BinaryKR,
+    BinaryHKR,
+    CosineSimilarity,
+)
+# Keras' losses that treat examples one by one, and what their targets are.
+_KERAS = {
+    keras_losses.SparseCategoricalCrossentropy: "labels",
+    keras_losses.CategoricalCrossentropy: "simplex",
+    keras_losses.CategoricalHinge: "simplex",
+    keras_losses.BinaryCrossentropy: "unit",
+    keras_losses.Hinge: "signs",
+    keras_losses.SquaredHinge: "signs",
+    keras_losses.MeanAbsoluteError: "values",
+    keras_losses.Huber: "values",
+    keras_losses.LogCosh: "values",
+    keras_losses.MeanSquaredError: "values",
+    keras_losses.Poisson: "values",
+    keras_losses.KLDivergence: "values",
+}
+_KERAS_HINGES = (keras_losses.Hinge, keras_losses.SquaredHinge)
+
+
+def gradient_bound(loss: Loss, output_shape: Sequence[int]) -> float:
+    """Bound of the norm of one example's loss gradient with respect to the network's output.
+
+    It holds for targets as the loss wants them; the private step clips at it, so that it also
+    holds for all others. Of Keras' own: cross-entropies on logits and the categorical hinge √2,
+    and over `C` outputs the mean absolute error, the hinge, log-cosh and the binary cross-entropy
+    on logits `1/√C`, Huber's loss `delta/√C`.
+
+    Args:
+        loss: a loss of this module, or a Keras one (on logits).
+        output_shape: shape of the network's output for one example, classes last.
+
+    Returns:
+        A float; infinite for a loss whose gradient is unbounded or unknown.
+
+    Raises:
+        ValueError: the loss was made for another number of outputs.
+
+    >>> gradient_bound(keras.losses.MeanSquaredError(), (1,))
+    inf
+    """
+    classes, positions = output_shape[-1], math.prod(output_shape[:-1])
+    one = 1.0 + 1e-6  # room for the rounding of the loss gradient itself
+    if isinstance(loss, BoundedLoss):
+        # A subclass that changes the loss alone is not believed.
+        believed = _definer(loss, "call") is _definer(loss, "bound")
+        bound = loss.bound(classes) if believed else math.inf
+    else:
+        bound = _keras_bound(loss, classes)
+    return bound * one / math.sqrt(positions)
+
+
+def _definer(loss, method):
+    return next(kind for kind in type(loss).__mro__ if method in vars(kind))
+
+
+def _keras_bound(loss, classes):
+    kind = type(loss)
+    if kind is keras_losses.CategoricalHinge:
+        return math.sqrt(2.0)
+    if kind in (keras_losses.SparseCategoricalCrossentropy, keras_losses.CategoricalCrossentropy):
+        plain = loss.from_logits and getattr(loss, "axis", -1) == -1
+        return math.sqrt(2.0) if plain else math.inf
+    # In the mean over the outputs each has a slope of at most 1, or delta.
+    if kind in (keras_losses.MeanAbsoluteError, keras_losses.Hinge, keras_losses.LogCosh):
+        return 1.0 / math.sqrt(classes)
+    if kind is keras_losses.BinaryCrossentropy:
+        plain = loss.from_logits and loss.axis == -1
+        return 1.0 / math.sqrt(classes) if plain else math.inf
+    if kind is keras_losses.Huber:
+        # Keras keeps delta with the arguments of the function that the loss wraps.
+        return loss._fn_kwargs["delta"] / math.sqrt(classes)
+    return math.inf
+
+
+def takes_logits(loss: Loss) -> bool:
+    """Whether the loss has a softmax or sigmoid of its own, or wants outputs without bounds.
+
+    >>> takes_logits(keras.losses.BinaryCrossentropy(from_logits=True)), takes_logits(BinaryKR())
+    (True, False)
+    """
+    return bool(getattr(loss, "takes_logits", getattr(loss, "from_logits", False)))
+
+
+_BY_NAME = {
+    "sparse_categorical_crossentropy": SparseCategoricalCrossentropy,
+    "categorical_crossentropy": CategoricalCrossentropy,
+    "binary_crossentropy": BinaryCrossentropy,
+    "focal": Focal,
+    "logit_annealing": LogitAnnealing,
+    "emma": EMMA,
+    "gloro": GloRo,
+    "multiclass_hinge": MulticlassHinge,
+    "multiclass_kr": MulticlassKR,
+    "multiclass_hkr": MulticlassHKR,
+    "binary_kr": BinaryKR,
+    "binary_hkr": BinaryHKR,
+    "cosine_similarity": CosineSimilarity,
+    "categorical_hinge": keras_losses.CategoricalHinge,
+    "hinge": keras_losses.Hinge,
+    "huber": keras_losses.Huber,
+    "log_cosh": keras_losses.LogCosh,
+    "mean_absolute_error": keras_losses.MeanAbsoluteError,
+    "mae": keras_losses.MeanAbsoluteError,
+    "mean_squared_error": keras_losses.MeanSquaredError,
+    "mse": keras_losses.MeanSquaredError,
+}
+
+
+def get(loss: str | Loss) -> Loss:
+    """The loss that `compile(loss=...)` names.
+
+    The names of cross-entropies mean those on logits: a network that ends in a softmax would
+    hide from the bound how steep it is. Keras' other names are accepted too; what they name has
+    no known bound.
+
+    Raises:
+        ValueError: an unknown name, or none.
+        TypeError: not a name, a loss or a function `(y_true, y_pred) -> per-example losses`.
+
+    >>> type(get("binary_crossentropy")).__name__
+    'BinaryCrossentropy'
+    """
+    accepted = f"one of the names {', '.join(_BY_NAME)}, a keras.losses.Loss or a function"
+    if loss is None:
+        raise ValueError(f"`loss` must be given: {accepted}.")
+    if isinstance(loss, str):
+        if loss in _BY_NAME:
+            return _BY_NAME[loss]()
+        try:
+            return keras.losses.get(loss)
+        except ValueError:
+            raise ValueError(f"`loss` must be {accepted}; got {loss!r}.") from None
+    if isinstance(loss, keras.losses.Loss) or (callable(loss) and not isinstance(loss, type)):
+        return loss
+    raise TypeError(
+        f"`loss` must be {accepted}; got {loss if isinstance(loss, type) else type(loss)}. "
+        "Several losses or outputs are not supported."
+    )
+
+
+def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
+    """Loss of each example, of shape `(batch,)`, whatever the loss' `reduction`.
+
+    A loss that is not known to treat examples one by one is called with batches of one: no
+    loss can mix them.
+
+    Args:
+        loss: a Keras loss or a function `(y_true, y_pred)`.
+        y_true: targets, `(batch, ...)`.
+        y_pred: outputs, `(batch, ...)`.
+
+    >>> y, z = ops.array([0, 1]), ops.zeros((2, 2))
+    >>> [round(float(v), 3) for v in per_example(SparseCategoricalCrossentropy(), y, z)]
+    [0.693, 0.693]
+    """
+    function = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    targets = _targets(loss)
+    if targets != "labels":
+        y_true = beside(ops.cast(y_true, y_pred.dtype), y_pred)
+    if type(loss) in _KERAS_HINGES:
+        y_true = _as_signs(y_true)
+    if type(loss) in (*_OWN, *_KERAS):
+        values = function(y_true, y_pred)
+    else:
+        values = ops.vectorized_map(
+            lambda pair: ops.mean(function(pair[0][None], pair[1][None])), (y_true, y_pred)
+        )
+    return ops.mean(ops.reshape(values, (ops.shape(values)[0], -1)), axis=1)
+
+
+def _as_signs(y_true):
+    """Labels in {0, 1} as {−1, 1}, example by example.
+
+    Keras' hinges look at the whole batch to tell the two apart, so that one example's label could
+    change what the others' mean. What comes out of here they leave alone.
+    """
+    axes = tuple(range(1, len(y_true.shape)))
+    binary = ops.logical_or(ops.equal(y_true, 0), ops.equal(y_true, 1))
+    return ops.where(ops.all(binary, axis=axes, keepdims=True), 2.0 * y_true - 1.0, y_true)
+
+
+def _targets(loss):
+    if isinstance(loss, BoundedLoss):
+        return loss.targets
+    return _KERAS.get(type(loss))
+
+
+def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> None:
+    """Refuses targets the loss cannot mean.
+
+    Args:
+        loss: as in `gradient_bound`.
+        y: NumPy targets, `(examples, ...)`.
+        output_shape: shape of the network's output for one example.
+
+    Raises:
+        ValueError: labels out of range, rows outside the simplex or longer than the loss allows,
+            values outside [0, 1] or [−1, 1], numbers that are not finite, or a shape that does
+            not fit.
+    """
+    classes = output_shape[-1]
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        raise ValueError("`y` holds NaN or infinite values.")
+    targets = _targets(loss)
+    if targets is None:
+        return
+    if targets == "labels":
+        shape = y.shape[1:-1] if y.ndim > len(output_shape) and y.shape[-1] == 1 else y.shape[1:]
+        if tuple(shape) != tuple(output_shape[:-1]):
+            raise ValueError(
+                f"`y` must hold one label for each of the positions {tuple(output_shape[:-1])} of "
+                f"an example; got shape {y.shape}."
+            )
+        if y.size and (y.min() < 0 or y.max() >= classes or (y != np.floor(y)).any()):
+            raise ValueError(
+                f"`y` must hold integer labels from 0 to {classes - 1}, one less than the outputs "
+                f"of the network; got values from {y.min()} to {y.max()}."
+            )
+        return
+    # A shape that is merely broadcast could set one example's target beside another's output.
+    if y.shape[1:] != tuple(output_shape) and y.shape[1:] + (1,) != tuple(output_shape):
+        raise ValueError(
+            f"`y` must have the shape of the outputs, {tuple(output_shape)}, for each example; "
+            f"got shape {y.shape}."
+        )
+    least = {"simplex": 0, "unit": 0, "signs": -1}.get(targets, -math.inf)
+    most = 1 if math.isfinite(least) else math.inf
+    if y.size and (y.min() < least or y.max() > most):
+        raise ValueError(
+            f"`y` must lie in [{least}, {most}]; got values from {y.min()} to {y.max()}."
+        )
+    if targets == "simplex" and not np.allclose(y.sum(axis=-1), 1.0, atol=1e-3):
+        raise ValueError("`y` must hold distributions: the sum over the last axis must be 1.")
+    if targets == "ball" and y.size:
+        longest = np.sqrt(np.sum(np.square(y.astype("float64")), axis=-1)).max()
+        if longest > loss.max_target_norm * (1 + 1e-6):
+            raise ValueError(
+                "`y` must hold rows of norm at most `max_target_norm` of the loss, "
+                f"{loss.max_target_norm:g}; got a norm of {longest:.6g}."
+            )
