@@ -592,7 +592,8 @@ def _check_network(network):
         )
     if getattr(network, "inputs", None) and all(n is not None for n in network.input_shape[1:]):
         # `add_loss` shows only in a call; the walk below then finds what it left.
-        network(ops.zeros((1, *network.input_shape[1:])), training=True)
+        probe = ops.zeros((1, *network.input_shape[1:]), dtype=network.inputs[0].dtype)
+        network(probe, training=True)
     gradient_bounds(network, 1.0)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")

@@ -45,22 +45,25 @@ def _rounding(*sides):
     return 1.0 + _ROUNDING * max(1.0, max(sides) / 1024)
 
 
-def euclidean_norm(x: Tensor) -> Tensor:
+def euclidean_norm(x: Tensor, axis: int | None = None) -> Tensor:
     """Euclidean (Frobenius) norm of a tensor, rounded up.
 
     Args:
         x: tensor of any shape.
+        axis: the axis of the norm; by default all of them.
 
     Returns:
-        A scalar tensor; infinite for entries above 1e37.
+        A scalar tensor, or one without the axis; infinite for entries above 1e37.
 
     >>> float(euclidean_norm(ops.array([3.0, 4.0]))) >= 5.0
     True
     """
-    scale = ops.max(ops.abs(x))  # keeps the squares away from overflow and underflow
+    # Divided by the largest entry the squares neither overflow nor underflow.
+    scale = ops.max(ops.abs(x), axis=axis, keepdims=True)
     safe = ops.where(scale > 0, scale, ops.ones_like(scale))
-    norm = scale * ops.sqrt(ops.sum(ops.square(x / safe))) * _rounding(1)
-    return ops.where(scale > _HUGE, math.inf, norm)
+    squares = ops.sum(ops.square(x / safe), axis=axis, keepdims=True)
+    norm = ops.where(scale > _HUGE, math.inf, scale * ops.sqrt(squares) * _rounding(1))
+    return ops.squeeze(norm, axis)
 
 
 def spectral_norm_bound(kernel: Tensor, gap: float = _GAP) -> Tensor:

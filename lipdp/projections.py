@@ -16,7 +16,7 @@ from keras import ops
 
 from lipdp import norms
 
-__all__ = ["ConvBall", "NormBall", "Projection", "SpectralBall", "certified_by"]
+__all__ = ["ConvBall", "NormBall", "Projection", "RowBall", "SpectralBall", "certified_by"]
 
 # Sides from which on a block of probes is cheaper than products of whole matrices.
 _LARGE = 256
@@ -88,6 +88,21 @@ class NormBall(Projection):
     def __call__(self, w: Any) -> Any:
         w = _read(w)
         return _shrink(w, norms.euclidean_norm(w) * (1 + 1e-6), self.radius)
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class RowBall(Projection):
+    """A Euclidean ball for each row: every vector along the last axis has norm at most `radius`.
+
+    >>> w = RowBall(1.0)(ops.array([[3.0, 4.0], [0.0, 0.5]]))
+    >>> [round(float(v), 4) for v in ops.reshape(w, (-1,))]
+    [0.6, 0.8, 0.0, 0.5]
+    """
+
+    def __call__(self, w: Any) -> Any:
+        w = _read(w)
+        bounds = norms.euclidean_norm(w, axis=-1) * (1 + 1e-6)
+        return _shrink(w, ops.expand_dims(bounds, -1), self.radius)
 
 
 @keras.saving.register_keras_serializable("lipdp")

@@ -58,7 +58,8 @@ def attack_bounds(
     Tried are all weights of `_weight_settings`, on each of them all examples of
     `_input_candidates`, and for each quantity an ascent over example and cotangent. The batch
     holds a second example with a zero cotangent: a cotangent that reaches it tells that examples
-    are mixed, which counts as an infinite ratio. The weights are as before afterwards.
+    are mixed, which counts as an infinite ratio. Integer inputs are tokens: all equal, all
+    different, few, random, out of range. The weights are as before afterwards.
 
     Args:
         target: a built Sequential or functional network with one output, or a layer.
@@ -114,7 +115,8 @@ def _network_of(layer, input_shape):
     if input_shape is None:
         raise ValueError(f"`input_shape` is needed to attack layer {layer.name!r}.")
     several = isinstance(input_shape, list)
-    inputs = [keras.Input(shape) for shape in (input_shape if several else [input_shape])]
+    dtype = "int32" if isinstance(layer, keras.layers.Embedding) else None
+    inputs = [keras.Input(s, dtype=dtype) for s in (input_shape if several else [input_shape])]
     return keras.Model(inputs, layer(inputs if several else inputs[0]))
 
 
@@ -143,14 +145,33 @@ def _patterns(shape, random):
     return {name: _scaled(a, 1.0) for name, a in arrays.items()}
 
 
-def _input_candidates(shapes, radius, random):
+def _tokens(shape, random):
+    """Integers under the names of `_patterns`: all equal, all different, few, out of range."""
+    order = np.arange(math.prod(shape)).reshape(shape)
+    return {
+        "constant": np.ones(shape),
+        "negative": -np.ones(shape),
+        "corner": (order == 0) * 1.0,
+        "centre": np.full(shape, 1e9),
+        "channel": np.where(order % 2, 1.0, 1e9),
+        "alternating": order % 2,
+        "wave": order,
+        "random": random.integers(0, 1 + order.size, shape),
+        "positive": np.minimum(order, 1 + order % 3),
+    }
+
+
+def _input_candidates(shapes, integers, radius, random):
     """One example's inputs. Without a radius also all that a ball projection must stand."""
-    patterns = [_patterns(shape, random) for shape in shapes]
+    patterns = [
+        (_tokens if i else _patterns)(s, random) for s, i in zip(shapes, integers, strict=True)
+    ]
     scales = (radius, radius / 30) if math.isfinite(radius) else (1.0, 1e-20, 1e20)
     yield [np.zeros(shape) for shape in shapes]
     for name in patterns[0]:
         for scale in scales:
-            yield [p[name] * scale for p in patterns]
+            pairs = zip(patterns, integers, strict=True)
+            yield [p[name] if integer else p[name] * scale for p, integer in pairs]
     if not math.isfinite(radius):
         for broken in (np.nan, np.inf, -np.inf, 3e38):
             yield [np.full(shape, broken) for shape in shapes]
@@ -218,6 +239,7 @@ class _Search:
         self.random = random
         self.variables = network.trainable_variables
         self.shapes = [tuple(t.shape[1:]) for t in network.inputs]
+        self.integers = ["int" in t.dtype for t in network.inputs]
         self.output_shape = tuple(network.outputs[0].shape[1:])
         further = [f"input_{i}" for i in range(1, len(self.shapes))]
         self.names = ["output", "input", *further, *(v.path for v in self.variables)]
@@ -306,7 +328,7 @@ class _Search:
         """All candidates on the present weights, then the ascent of each quantity."""
         patterns = _patterns(self.output_shape, self.random)
         cotangents = [patterns[n] * self.cotangent for n in ("random", "constant")]
-        for inputs in _input_candidates(self.shapes, self.radius, self.random):
+        for inputs in _input_candidates(self.shapes, self.integers, self.radius, self.random):
             for g in cotangents:
                 self.evaluate(inputs, g)
         for quantity in range(len(self.names)) if steps else ():

@@ -16,7 +16,7 @@ from typing import Any
 from keras import ops
 
 from lipdp import norms
-from lipdp.projections import ConvBall, NormBall, SpectralBall
+from lipdp.projections import ConvBall, NormBall, RowBall, SpectralBall
 
 Scalar = Any  # float or scalar tensor
 
@@ -29,12 +29,15 @@ class UnknownLayerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a layer in a network: its shapes (without batch) and other arguments."""
+    """One call of a layer in a network: its shapes (without batch), other arguments, and whether
+    an input may carry a Keras mask.
+    """
 
     input_shapes: tuple[tuple[int | None, ...], ...]
     output_shape: tuple[int | None, ...]
     args: tuple = ()
     kwargs: dict = dataclasses.field(default_factory=dict)
+    masked: bool = False
 
     @property
     def input_shape(self):
@@ -69,12 +72,14 @@ class Rule:
         backward: `([X, ...], G) -> [cotangent bound of each input]`.
         gradients: `([X, ...], G) -> [(variable, bound of its gradient), ...]`.
         note: where the bound comes from or is loose, for the report.
+        masks: whether the bounds hold for every Keras mask that the layer may be called with.
     """
 
     forward: Callable[[Sequence[Scalar]], Scalar]
     backward: Callable[[Sequence[Scalar], Scalar], Sequence[Scalar]]
     gradients: Callable[[Sequence[Scalar], Scalar], Sequence[tuple]] = lambda xs, g: ()
     note: str = ""
+    masks: bool = False
 
 
 def lipschitz(
@@ -172,6 +177,14 @@ def matrix_norm(variable, matrix=None):
     if isinstance(constraint, (SpectralBall, NormBall)):
         return constraint.radius
     return norms.spectral_norm_bound(variable if matrix is None else matrix)
+
+
+def row_norm(variable):
+    """Bound of the Euclidean norm of each row of a weight."""
+    constraint = getattr(variable, "constraint", None)
+    if isinstance(constraint, (RowBall, NormBall)):
+        return constraint.radius
+    return ops.max(norms.euclidean_norm(variable, axis=-1))
 
 
 def vector_norm(variable):

@@ -5,7 +5,8 @@ import itertools
 import math
 
 import keras
-from keras import ops
+from keras import ops, tree
+from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 
 from lipdp.bounds.rule import Call, Rule, Scalar, UnknownLayerError, find_rule
@@ -96,11 +97,15 @@ def trace(network: keras.Model) -> Trace:
 
     Raises:
         TypeError, ValueError: as `network_bounds`.
+        UnknownLayerError: a mask that might mix examples.
     """
     numbers = itertools.count()
     graph = _graph(network)
     inputs = [next(numbers) for _ in graph._inputs]
     steps = []
+    # Tensors that may carry a Keras mask: once attached it may come through every further layer,
+    # also through nested models, whose graphs do not show it.
+    masked = set()
 
     def follow(graph, inputs):
         slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
@@ -109,18 +114,25 @@ def trace(network: keras.Model) -> Trace:
                 if node.is_input:
                     continue
                 operation = node.operation
-                sources = [slots[id(t)] for t in node.input_tensors]
+                if all(t.dtype == "bool" for t in node.outputs):
+                    _check_alignment(node)
+                    continue  # no cotangent passes; who reads it must know it as a mask
+                tensors = _data_of(node, slots)
+                sources = [slots[id(t)] for t in tensors]
                 if isinstance(operation, (Functional, keras.Sequential)):
                     _check_layer(operation)
                     outputs = follow(_graph(operation), sources)
                 else:
                     outputs = [next(numbers) for _ in node.outputs]
                     call = Call(
-                        input_shapes=tuple(tuple(t.shape[1:]) for t in node.input_tensors),
+                        input_shapes=tuple(tuple(t.shape[1:]) for t in tensors),
                         output_shape=tuple(node.outputs[0].shape[1:]),
                         args=node.arguments.args,
                         kwargs=node.arguments.kwargs,
+                        masked=any(s in masked for s in sources),
                     )
+                    if call.masked or any(get_keras_mask(t) is not None for t in node.outputs):
+                        masked.update(outputs)
                     steps.append(Step(operation, call, sources, outputs))
                 slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
         return [slots[id(t)] for t in graph._outputs]
@@ -144,13 +156,60 @@ def rule_of(step: Step) -> Rule:
             "with one."
         )
     try:
-        return find_rule(operation)(step.call)
+        rule = find_rule(operation)(step.call)
     except UnknownLayerError:
         raise
     except ValueError as error:
         raise UnknownLayerError(
             f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
         ) from error
+    if step.call.masked and _takes_masks(operation) and not rule.masks:
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} ({type(operation).__name__}) may be called with a mask, for "
+            "which its bounds do not hold. Use a layer of lipdp.layers that knows masks, such as "
+            "MaskedAveragePooling1D, or leave the mask out (mask_zero=False, no "
+            "keras.layers.Masking)."
+        )
+    return rule
+
+
+def _takes_masks(operation):
+    # Keras fills `mask`, or `query_mask` and the like where there are several inputs.
+    arguments = getattr(operation, "call_signature_parameters", ())
+    return any(name.endswith("mask") for name in arguments)
+
+
+def _check_alignment(node):
+    # Shapes are aligned from the right: the batch axis of one mask would meet another axis.
+    if len({len(t.shape) for t in node.input_tensors}) > 1:
+        raise UnknownLayerError(
+            f"The masks that {node.operation.name!r} joins have different ranks, which would mix "
+            "the examples. Join branches of one rank, or leave out their masks."
+        )
+
+
+def _data_of(node, slots):
+    """The input tensors of a call, but for the mask that Keras hands on beside them.
+
+    Raises:
+        UnknownLayerError: another mask, which might mix examples, or a comparison's result.
+    """
+    operation = node.operation
+    attached = {id(get_keras_mask(t)) for t in node.input_tensors if id(t) in slots}
+    masks = [m for m in tree.flatten(node.arguments.kwargs.get("mask")) if m is not None]
+    if any(id(m) not in attached for m in masks):
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} is called with a `mask` of your own, which might mix the "
+            "examples. Only masks that layers attach are known: those of "
+            "Embedding(mask_zero=True) and keras.layers.Masking."
+        )
+    known = {id(m) for m in masks}
+    tensors = [t for t in node.input_tensors if id(t) not in known]
+    if any(id(t) not in slots for t in tensors):
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} reads a boolean tensor, for which there is no rule."
+        )
+    return tensors
 
 
 def _check_layer(layer):

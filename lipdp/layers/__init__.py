@@ -3,6 +3,7 @@ training code, and may be mixed with every Keras layer that has a rule.
 """
 
 from lipdp.layers.activations import GroupSort
+from lipdp.layers.attention import LipschitzAttention
 from lipdp.layers.convolutional import SpectralConv2D
 from lipdp.layers.dense import FrobeniusDense, SpectralDense
 from lipdp.layers.feature_cache import cached_features
@@ -13,20 +14,35 @@ from lipdp.layers.pooling import (
     L2NormPooling2D,
     ScaledAveragePooling2D,
 )
+from lipdp.layers.recurrent import LipschitzRNN
 from lipdp.layers.scattering import Scattering2D
+from lipdp.layers.sequences import (
+    Embedding,
+    EmbeddingBag,
+    MaskedAveragePooling1D,
+    PositionalEmbedding,
+    TokenDense,
+)
 
 __all__ = [
     "BallProjection",
     "Centering",
     "ClipGradient",
+    "Embedding",
+    "EmbeddingBag",
     "FrobeniusDense",
     "GlobalL2NormPooling2D",
     "GlobalScaledAveragePooling2D",
     "GroupSort",
     "L2NormPooling2D",
+    "LipschitzAttention",
+    "LipschitzRNN",
+    "MaskedAveragePooling1D",
+    "PositionalEmbedding",
     "ScaledAveragePooling2D",
     "Scattering2D",
     "SpectralConv2D",
     "SpectralDense",
+    "TokenDense",
     "cached_features",
 ]

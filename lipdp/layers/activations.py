@@ -36,6 +36,7 @@ class GroupSort(keras.layers.Layer):
         if not isinstance(n, int) or n < 2:
             raise ValueError(f"`n` must be an integer of at least 2; got {n!r}.")
         self.n = n
+        self.supports_masking = True
 
     def build(self, input_shape):
         if input_shape[-1] % self.n:

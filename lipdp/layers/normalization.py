@@ -41,6 +41,7 @@ class BallProjection(keras.layers.Layer):
         super().__init__(**kwargs)
         self.radius = check_radius(radius)
         self.per_position = bool(per_position)
+        self.supports_masking = True
 
     def build(self, input_shape):
         if self.per_position and len(input_shape) < 2:
@@ -147,6 +148,7 @@ class ClipGradient(keras.layers.Layer):
     def __init__(self, clip_norm: float, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.clip_norm = check_radius(clip_norm, "clip_norm")
+        self.supports_masking = True
 
     def call(self, x):
         radius = self.clip_norm

@@ -243,9 +243,9 @@ REFUSED = {
     ),
     "bicubic": (lambda: K.UpSampling2D(2, interpolation="bicubic"), (4, 4, 1), "bicubic"),
     "scale that widens": (lambda: K.Rescaling([1.0, 2.0]), (3, 1), "changes the shape"),
-    "lstm": (lambda: K.LSTM(3), (4, 3), "No bound is known for layer"),
+    "lstm": (lambda: K.LSTM(3), (4, 3), r"recurrent weights.*Use lipdp\.layers\.LipschitzRNN"),
     "wrapper": (lambda: K.TimeDistributed(K.Dense(2)), (4, 3), "No bound is known for layer"),
-    "embedding": (lambda: K.Embedding(5, 3), (4,), "No bound is known for layer"),
+    "embedding": (lambda: K.Embedding(5, 3), (4,), r"out of range.*Use lipdp\.layers\.Embedding"),
 }  # fmt: skip
 
 

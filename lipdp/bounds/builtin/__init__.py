@@ -7,7 +7,17 @@ from lipdp.bounds.builtin import (
     pooling,
     refused,
     scaling,
+    sequences,
     shapes,
 )
 
-__all__ = ["activations", "branches", "linear", "pooling", "refused", "scaling", "shapes"]
+__all__ = [
+    "activations",
+    "branches",
+    "linear",
+    "pooling",
+    "refused",
+    "scaling",
+    "sequences",
+    "shapes",
+]

@@ -29,3 +29,21 @@ register(layers.UnitNormalization)(
     _refused("Use lipdp.layers.BallProjection.", "its slope at zero is unbounded")
 )
 register(layers.GaussianDropout)(_refused("Use keras.layers.Dropout.", "its factor is unbounded"))
+register(layers.Embedding)(
+    _refused(
+        "Use lipdp.layers.Embedding.",
+        "a token out of range ends the step on one backend and makes it NaN on another",
+    )
+)
+register(layers.SimpleRNN, layers.LSTM, layers.GRU)(
+    _refused(
+        "Use lipdp.layers.LipschitzRNN.",
+        "nothing bounds its recurrent weights, whose powers reach the gradients",
+    )
+)
+register(layers.MultiHeadAttention, layers.GroupQueryAttention)(
+    _refused(
+        "Use lipdp.layers.LipschitzAttention.",
+        "attention on rows of any norm has no Lipschitz constant",
+    )
+)

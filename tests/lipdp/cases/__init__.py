@@ -4,12 +4,30 @@
 docs from the same results.
 """
 
-from tests.lipdp.cases import activations, branches, example, linear, networks, pooling, shapes
+from tests.lipdp.cases import (
+    activations,
+    branches,
+    example,
+    linear,
+    networks,
+    pooling,
+    sequences,
+    shapes,
+)
 from tests.lipdp.cases.case import Case
 
 CASES: list[Case] = [
     case
-    for family in (linear, activations, pooling, shapes, example, branches, networks)
+    for family in (
+        linear,
+        activations,
+        pooling,
+        shapes,
+        example,
+        branches,
+        sequences,
+        networks,
+    )
     for case in family.CASES
 ]
 
