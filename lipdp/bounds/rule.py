@@ -29,12 +29,15 @@ class UnknownLayerError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a layer in a network: its shapes (without batch) and other arguments."""
+    """One call of a layer in a network: its shapes (without batch), other arguments, and whether
+    a mask may reach it.
+    """
 
     input_shapes: tuple[tuple[int | None, ...], ...]
     output_shape: tuple[int | None, ...]
     args: tuple = ()
     kwargs: dict = dataclasses.field(default_factory=dict)
+    masked: bool = False
 
     @property
     def input_shape(self):

@@ -5,6 +5,7 @@ import math
 
 import keras
 from keras import ops
+from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 
 from lipdp.bounds.rule import Call, Scalar, UnknownLayerError, find_rule
@@ -78,8 +79,11 @@ def _graph(network):
     )
 
 
-def _flatten(network, inputs, steps, new_slot):
-    """Appends the steps of a network whose inputs are the slots `inputs`; returns its outputs."""
+def _flatten(network, inputs, steps, new_slot, masked=False):
+    """Appends the steps of a network whose inputs are the slots `inputs`; returns its outputs.
+
+    Masks travel beside tensors, into nested models, too; there `masked` tells of one.
+    """
     graph = _graph(network)
     slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
     for depth in sorted(graph._nodes_by_depth, reverse=True):
@@ -89,8 +93,13 @@ def _flatten(network, inputs, steps, new_slot):
             operation = node.operation
             _check_layer(operation)
             sources = [slots[id(t)] for t in node.input_tensors]
+            masks = [get_keras_mask(t) for t in node.input_tensors]
+            has_mask = (
+                masked or any(m is not None for m in masks) or "mask" in node.arguments.kwargs
+            )
             if isinstance(operation, (Functional, keras.Sequential)):
-                outputs = _flatten(operation, sources, steps, new_slot)
+                sources = sources[: len(_graph(operation)._inputs)]  # behind them come masks
+                outputs = _flatten(operation, sources, steps, new_slot, has_mask)
                 slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
                 continue
             if len(node.outputs) != 1:
@@ -103,6 +112,7 @@ def _flatten(network, inputs, steps, new_slot):
                 output_shape=tuple(node.outputs[0].shape[1:]),
                 args=node.arguments.args,
                 kwargs=node.arguments.kwargs,
+                masked=has_mask,
             )
             try:
                 rule = find_rule(operation)(call)

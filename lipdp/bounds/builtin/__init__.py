@@ -4,10 +4,20 @@ from lipdp.bounds.builtin import (
     activations,
     branches,
     linear,
+    normalization,
     pooling,
     refused,
     scaling,
     shapes,
 )
 
-__all__ = ["activations", "branches", "linear", "pooling", "refused", "scaling", "shapes"]
+__all__ = [
+    "activations",
+    "branches",
+    "linear",
+    "normalization",
+    "pooling",
+    "refused",
+    "scaling",
+    "shapes",
+]
