@@ -94,9 +94,8 @@ def _flatten(network, inputs, steps, new_slot, masked=False):
             _check_layer(operation)
             sources = [slots[id(t)] for t in node.input_tensors]
             masks = [get_keras_mask(t) for t in node.input_tensors]
-            has_mask = (
-                masked or any(m is not None for m in masks) or "mask" in node.arguments.kwargs
-            )
+            masks.append(node.arguments.kwargs.get("mask"))
+            has_mask = masked or any(m is not None for m in masks)
             if isinstance(operation, (Functional, keras.Sequential)):
                 sources = sources[: len(_graph(operation)._inputs)]  # behind them come masks
                 outputs = _flatten(operation, sources, steps, new_slot, has_mask)

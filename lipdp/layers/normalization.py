@@ -181,10 +181,11 @@ class FlooredNormalization(keras.layers.Layer):
         self.center = bool(center)
 
     def build(self, input_shape):
-        if len(input_shape) < 2 or input_shape[-1] % self.groups:
+        shape = input_shape[1:]
+        if not shape or None in shape or shape[-1] % self.groups:
             raise ValueError(
-                f"FlooredNormalization(groups={self.groups}) needs a number of channels that "
-                f"{self.groups} divides; got an input of shape {tuple(input_shape)}."
+                f"FlooredNormalization(groups={self.groups}) needs known sizes and a number of "
+                f"channels that {self.groups} divides; got shape {tuple(input_shape)}."
             )
 
     def call(self, x):

@@ -41,12 +41,12 @@ class InvertibleDownSampling2D(_Sampling2D):
     """
 
     def build(self, input_shape):
-        if len(input_shape) != 4 or any(
-            n % b for n, b in zip(input_shape[1:3], self.block_size, strict=True)
-        ):
+        known = len(input_shape) == 4 and None not in input_shape[1:]
+        if not known or any(n % b for n, b in zip(input_shape[1:3], self.block_size, strict=True)):
             raise ValueError(
                 f"InvertibleDownSampling2D(block_size={self.block_size}) needs maps (batch, "
-                f"height, width, channels) which blocks tile; got shape {tuple(input_shape)}."
+                "height, width, channels) of known sizes which blocks tile; got shape "
+                f"{tuple(input_shape)}."
             )
 
     def call(self, x):
@@ -85,11 +85,12 @@ class InvertibleUpSampling2D(_Sampling2D):
     """
 
     def build(self, input_shape):
-        if len(input_shape) != 4 or input_shape[-1] % math.prod(self.block_size):
+        known = len(input_shape) == 4 and None not in input_shape[1:]
+        if not known or input_shape[-1] % math.prod(self.block_size):
             raise ValueError(
                 f"InvertibleUpSampling2D(block_size={self.block_size}) needs maps (batch, height, "
-                f"width, channels) with a number of channels that {math.prod(self.block_size)} "
-                f"divides; got shape {tuple(input_shape)}."
+                "width, channels) of known sizes with a number of channels that "
+                f"{math.prod(self.block_size)} divides; got shape {tuple(input_shape)}."
             )
 
     def call(self, x):

@@ -338,6 +338,7 @@ def operation(function, *shapes):
     (lambda x: ops.tile(x, (2, 1)), [(3,)]),
     (lambda x: ops.tile(x, 2), [(3,)]),
     (lambda x: ops.take(x, [0, 0], axis=0), [(3,)]),
+    (lambda x: ops.take(x, [0, 3], axis=1), [(3,)]),
     (lambda x: ops.take(x, ops.cast(x, "int32"), axis=1), [(3,)]),
     (lambda x: ops.cast(x, "float16"), [(3,)]),
     (lambda x: ops.clip(x, 0.0, np.ones((2, 1, 3), "float32")), [(1, 3)]),

@@ -205,13 +205,13 @@ def where(operation, call):
     constants = [a for a in operands if not isinstance(a, keras.KerasTensor)]
     if len(operands) != 2 or len({len(a.shape) for a in tensors}) > 1:
         raise ValueError("where(condition, x1, x2) needs operands of one rank")
-    if not isinstance(condition, keras.KerasTensor):
-        constants, used = [*constants, condition], [True] * len(tensors)
+    weights = _broadcasts(call)
+    if isinstance(condition, keras.KerasTensor):
+        weights[0] = 0.0
     else:
-        used = [False] + [True] * (len(tensors) - 1)
+        fitting(condition, call.output_shape)
     constants = [fitting(c, call.output_shape) for c in constants]
     offset = root_of_squares([spread_norm(c, call.output_shape) for c in constants])
-    weights = [r if u else 0.0 for r, u in zip(_broadcasts(call), used, strict=True)]
 
     def forward(xs):
         values = [w * x for w, x in zip(weights, xs, strict=True) if w]

@@ -113,11 +113,11 @@ def take(operation, call):
     if isinstance(indices, keras.KerasTensor):
         raise ValueError("indices that are computed have no rule; give constants")
     _check_axes(operation.axis, len(call.input_shape) + 1)
-    length = call.input_shape[operation.axis % (len(call.input_shape) + 1) - 1]
+    length = size((call.input_shape[operation.axis % (len(call.input_shape) + 1) - 1],))
     indices = np.asarray(indices)
-    if indices.dtype.kind not in "iu" or indices.size == 0:
-        raise ValueError(f"indices must be integers; got {indices!r}")
-    return lipschitz(math.sqrt(np.bincount(indices.ravel() % size((length,))).max()))
+    if indices.dtype.kind not in "iu" or not ((-length <= indices) & (indices < length)).all():
+        raise ValueError(f"indices must be integers in [{-length}, {length}); got {indices!r}")
+    return lipschitz(math.sqrt(np.bincount(indices.ravel() % length, minlength=1).max()))
 
 
 @register(keras_ops.numpy.Pad)

@@ -80,7 +80,7 @@ for cls, size, shape in [
     (K.AdaptiveAveragePooling1D, 5, (7, 1)),
     (K.AdaptiveAveragePooling1D, 2, (4, 1)),
     (K.AdaptiveAveragePooling2D, 3, (5, 6, 2)),
-    (K.AdaptiveAveragePooling2D, (1, 4), (4, 7, 1)),
+    (K.AdaptiveAveragePooling2D, (2, 4), (4, 7, 1)),
     (K.AdaptiveAveragePooling3D, 2, (3, 4, 5, 1)),
     (K.AdaptiveMaxPooling1D, 3, (7, 2)),
     (K.AdaptiveMaxPooling1D, 2, (4, 1)),

@@ -58,7 +58,20 @@ TIGHT = {
     "Rescaling: -2, offset": (lambda: K.Rescaling(-2.0, offset=1.0), (2, 3)),
     "Rescaling: arrays": (lambda: K.Rescaling([1.0, 3.0], offset=[0.0, 2.0]), (3, 2)),
 }
-CASES = [Case(name, make, shape, BOTH) for name, (make, shape) in TIGHT.items()]
+# Where the offset and the widest channel are not attained together, or the ascent ends early.
+PARTLY = dict.fromkeys(
+    ["Normalization: inverse", "Resizing: nearest", "Resizing: lanczos5"], ("input",)
+)
+CASES = [
+    Case(
+        name,
+        make,
+        shape,
+        PARTLY.get(name, BOTH),
+        options={"steps": 12 if name.startswith(("Resizing", "UpSampling2D")) else 4},
+    )
+    for name, (make, shape) in TIGHT.items()
+]
 for training in (False, True):
     for name, (make, shape) in {
         "Dropout: 0.4": (lambda: K.Dropout(0.4), (6,)),
