@@ -13,8 +13,9 @@ from lipdp.projections import _check_radius as check_radius
 
 # Entries of larger magnitude are clipped to it before a norm is taken.
 _HUGE = 1e37
-# A floor below this part of the largest entry would have a square that underflows.
-_SMALLEST_FLOOR = 1e-18
+# Of the largest entry; the slope of rsqrt would overflow at the square of a smaller floor, and
+# what is left of entries by centering is far above it, or rounding.
+_SMALLEST_FLOOR = 1e-10
 
 
 def _finite(x):

@@ -89,7 +89,7 @@ for slopes in (0.0, 0.3, -0.9, 1.7):
                     keras.initializers.Constant(slopes), shared_axes=shared
                 ),
                 shape,
-                ("alpha", "input"),
+                ("alpha", "input") if len(shape) < 3 else ("input",),
                 slow=slopes == -0.9,
             )
         )
