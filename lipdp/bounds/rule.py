@@ -132,6 +132,11 @@ def register(*classes: type) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def has_rule(layer: Any) -> bool:
+    """Whether `find_rule` knows the layer's class."""
+    return type(layer) in _RULES or "bound" in vars(type(layer))
+
+
 def find_rule(layer: Any) -> Callable[[Call], Rule]:
     """The function `call -> Rule` of a layer.
 

@@ -9,7 +9,7 @@ from keras import ops, tree
 from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 
-from lipdp.bounds.rule import Call, Rule, Scalar, UnknownLayerError, find_rule
+from lipdp.bounds.rule import Call, Rule, Scalar, UnknownLayerError, find_rule, has_rule
 
 #: Every sensitivity is multiplied by it: room for the float32 rounding of forward and backward
 #: passes, which the rules, being about exact arithmetic, do not know.
@@ -114,7 +114,9 @@ def trace(network: keras.Model) -> Trace:
                 if node.is_input:
                     continue
                 operation = node.operation
-                if all(t.dtype == "bool" for t in node.outputs):
+                if all(t.dtype == "bool" for t in node.outputs) and not (
+                    has_rule(operation) and all(id(t) in slots for t in node.input_tensors)
+                ):
                     _check_alignment(node)
                     continue  # no cotangent passes; who reads it must know it as a mask
                 tensors = _data_of(node, slots)

@@ -2,19 +2,30 @@
 training code, and may be mixed with every Keras layer that has a rule.
 """
 
-from lipdp.layers.activations import GroupSort
+from lipdp.layers.activations import FullSort, GroupSort, Householder, MaxMin
 from lipdp.layers.attention import LipschitzAttention
 from lipdp.layers.convolutional import SpectralConv2D
 from lipdp.layers.dense import FrobeniusDense, SpectralDense
 from lipdp.layers.feature_cache import cached_features
-from lipdp.layers.normalization import BallProjection, Centering, ClipGradient
+from lipdp.layers.gate import Gate
+from lipdp.layers.normalization import (
+    BallProjection,
+    Centering,
+    ClipGradient,
+    FlooredNormalization,
+)
 from lipdp.layers.pooling import (
+    GlobalL2NormPooling1D,
     GlobalL2NormPooling2D,
+    GlobalScaledAveragePooling1D,
     GlobalScaledAveragePooling2D,
+    L2NormPooling1D,
     L2NormPooling2D,
+    ScaledAveragePooling1D,
     ScaledAveragePooling2D,
 )
 from lipdp.layers.recurrent import LipschitzRNN
+from lipdp.layers.sampling import InvertibleDownSampling2D, InvertibleUpSampling2D
 from lipdp.layers.scattering import Scattering2D
 from lipdp.layers.sequences import (
     Embedding,
@@ -30,15 +41,26 @@ __all__ = [
     "ClipGradient",
     "Embedding",
     "EmbeddingBag",
+    "FlooredNormalization",
     "FrobeniusDense",
+    "FullSort",
+    "Gate",
+    "GlobalL2NormPooling1D",
     "GlobalL2NormPooling2D",
+    "GlobalScaledAveragePooling1D",
     "GlobalScaledAveragePooling2D",
     "GroupSort",
+    "Householder",
+    "InvertibleDownSampling2D",
+    "InvertibleUpSampling2D",
+    "L2NormPooling1D",
     "L2NormPooling2D",
     "LipschitzAttention",
     "LipschitzRNN",
     "MaskedAveragePooling1D",
+    "MaxMin",
     "PositionalEmbedding",
+    "ScaledAveragePooling1D",
     "ScaledAveragePooling2D",
     "Scattering2D",
     "SpectralConv2D",

@@ -1,5 +1,6 @@
 """Activations that keep norms."""
 
+import math
 from typing import Any
 
 import keras
@@ -65,3 +66,119 @@ class GroupSort(keras.layers.Layer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "n": self.n}
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class MaxMin(GroupSort):
+    """`GroupSort(2)`: the larger and the smaller of each pair of channels, `C/2` apart.
+
+    Input and output shape: `(batch, ..., channels)`, with an even number of channels.
+
+    >>> [float(v) for v in MaxMin()(ops.array([[1.0, 5.0, 3.0, 2.0]]))[0]]
+    [3.0, 5.0, 1.0, 2.0]
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(2, **kwargs)
+
+    def bound(self, call: Call) -> Rule:
+        return lipschitz()
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        del config["n"]
+        return config
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class FullSort(keras.layers.Layer):
+    """Sorts all channels, largest first: a permutation, so output at most `X`, cotangent at most
+    `G`.
+
+    Input and output shape: `(batch, ..., channels)`.
+
+    >>> [float(v) for v in FullSort()(ops.array([[1.0, 5.0, 3.0, 2.0]]))[0]]
+    [5.0, 3.0, 2.0, 1.0]
+    """
+
+    def build(self, input_shape):
+        if len(input_shape) < 2:
+            raise ValueError(
+                "FullSort needs an axis besides the batch, whose examples it would mix; got an "
+                f"input of shape {tuple(input_shape)}."
+            )
+
+    def call(self, x):
+        return ops.flip(ops.sort(x, axis=-1), axis=-1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def bound(self, call: Call) -> Rule:
+        return lipschitz()
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class Householder(keras.layers.Layer):
+    """Reflects each pair of channels that lies on the wrong side of a trained line (Singla,
+    Singla & Feizi, "Improved deterministic l2 robustness on CIFAR-10 and CIFAR-100", ICLR 2022).
+
+    With `v = (sin θ/2, −cos θ/2)` a pair becomes `z + 2·v·relu(−v·z)`: itself or its mirror image
+    `[[cos θ, sin θ], [sin θ, −cos θ]]·z`, both isometries, and one mask decides for value and
+    cotangent: output at most `X`, cotangent at most `G`. Also the derivative of that matrix in
+    `θ` is an isometry (the half angle turns `v` at half the speed, and `v` enters twice), so the
+    angles' gradient is at most `X·G`: Cauchy-Schwarz over the positions that share an angle.
+    At the initial `θ = π/2` it is `MaxMin`.
+
+    Args:
+        theta_initializer: a Keras initializer of the angles, one for each pair.
+
+    Input and output shape: `(batch, ..., channels)`, with an even number of channels. Pairs are
+    `C/2` channels apart.
+
+    Raises:
+        ValueError: the number of channels is odd.
+
+    >>> y = Householder()(ops.array([[1.0, 5.0, 3.0, 2.0]]))
+    >>> [round(float(v), 4) for v in y[0]]
+    [3.0, 5.0, 1.0, 2.0]
+    """
+
+    def __init__(
+        self,
+        theta_initializer: str | keras.initializers.Initializer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if theta_initializer is None:
+            theta_initializer = keras.initializers.Constant(math.pi / 2)
+        self.theta_initializer = keras.initializers.get(theta_initializer)
+
+    def build(self, input_shape):
+        if len(input_shape) < 2 or input_shape[-1] % 2:
+            raise ValueError(
+                f"Householder needs an even number of channels; got an input of shape "
+                f"{tuple(input_shape)}."
+            )
+        self.theta = self.add_weight(
+            shape=(input_shape[-1] // 2,), initializer=self.theta_initializer, name="theta"
+        )
+
+    def call(self, x):
+        half = x.shape[-1] // 2
+        first, second = x[..., :half], x[..., half:]
+        sine, cosine = ops.sin(self.theta / 2), ops.cos(self.theta / 2)
+        beyond = 2.0 * ops.relu(cosine * second - sine * first)
+        return ops.concatenate([first + sine * beyond, second - cosine * beyond], axis=-1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def bound(self, call: Call) -> Rule:
+        return lipschitz(gradients=lambda x, g: [(self.theta, x * g)])
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "theta_initializer": keras.initializers.serialize(self.theta_initializer),
+        }

@@ -13,6 +13,14 @@ from lipdp.projections import _check_radius as check_radius
 
 # Entries of larger magnitude are clipped to it before a norm is taken.
 _HUGE = 1e37
+# Of the largest entry; the slope of rsqrt would overflow at the square of a smaller floor, and
+# what is left of entries by centering is far above it, or rounding.
+_SMALLEST_FLOOR = 1e-10
+
+
+def _finite(x):
+    # Beyond _HUGE the reciprocal of an entry underflows on JAX, which gives 0·∞.
+    return ops.where(ops.isfinite(x), ops.clip(x, -_HUGE, _HUGE), ops.zeros_like(x))
 
 
 @keras.saving.register_keras_serializable("lipdp")
@@ -51,9 +59,7 @@ class BallProjection(keras.layers.Layer):
             )
 
     def call(self, x):
-        x = ops.cast(x, self.compute_dtype)
-        # Beyond _HUGE the reciprocal of an entry underflows on JAX, which gives 0·∞.
-        x = ops.where(ops.isfinite(x), ops.clip(x, -_HUGE, _HUGE), ops.zeros_like(x))
+        x = _finite(ops.cast(x, self.compute_dtype))
         axes = (-1,) if self.per_position else tuple(range(1, len(x.shape)))
         # Divided by its largest entry first, a vector's squares neither overflow nor vanish.
         scale = ops.stop_gradient(
@@ -124,6 +130,105 @@ class Centering(keras.layers.Layer):
 
     def get_config(self) -> dict:
         return {**super().get_config(), "axes": self.axes}
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class FlooredNormalization(keras.layers.Layer):
+    """Centres groups of channels and brings each to the same norm, for each example by itself.
+
+    A group's centred entries `z` become `r·z/max(‖z‖, floor)`: norm `r`, unless the group is
+    nearly constant, where a division by its norm alone would have an infinite slope. As a
+    normaliser of the input it takes each example's scale away; with `per_position=True` it is a
+    layer normalisation whose constant is chosen, not `1/√ε`.
+
+    The Jacobian in `z` is `(r/‖z‖)·(I − zzᵀ/‖z‖²)` above the floor and `(r/floor)·I` below it,
+    of norm at most `r/floor`, and centering is a projection. With `m` groups, counted at each
+    position if they are normalised there: output at most `min(√m·r, X·r/floor)`, cotangent at
+    most `(r/floor)·G`. NaN and infinite entries are replaced by zero first.
+
+    Args:
+        radius: norm `r` of a group.
+        floor: norm below which a group keeps its proportion to `floor`.
+        groups: number of groups of neighbouring channels; must divide the channels.
+        per_position: normalise the channels at each position instead of over all positions.
+        center: whether the mean of a group's entries is subtracted first.
+
+    Input and output shape: `(batch, ..., channels)`, all but the batch known.
+
+    Raises:
+        ValueError: radius or floor is not a positive number, or `groups` does not divide the
+            channels.
+
+    >>> y = FlooredNormalization(1.0, 0.1, groups=2)(ops.array([[3.0, 5.0, 8.0, 8.0]]))
+    >>> [round(float(v), 4) for v in y[0]]
+    [-0.7071, 0.7071, 0.0, 0.0]
+    """
+
+    def __init__(
+        self,
+        radius: float = 1.0,
+        floor: float = 0.1,
+        groups: int = 1,
+        per_position: bool = False,
+        center: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.radius = check_radius(radius)
+        self.floor = check_radius(floor, "floor")
+        if not isinstance(groups, int) or groups < 1:
+            raise ValueError(f"`groups` must be a positive integer; got {groups!r}.")
+        self.groups = groups
+        self.per_position = bool(per_position)
+        self.center = bool(center)
+
+    def build(self, input_shape):
+        shape = input_shape[1:]
+        if not shape or None in shape or shape[-1] % self.groups:
+            raise ValueError(
+                f"FlooredNormalization(groups={self.groups}) needs known sizes and a number of "
+                f"channels that {self.groups} divides; got shape {tuple(input_shape)}."
+            )
+
+    def call(self, x):
+        shape = x.shape[1:]
+        x = _finite(ops.cast(x, self.compute_dtype))
+        x = ops.reshape(x, (-1, *shape[:-1], self.groups, shape[-1] // self.groups))
+        rank = len(x.shape)
+        axes = (-1,) if self.per_position else (*range(1, rank - 2), rank - 1)
+        # As in BallProjection: entries of at most one neither overflow nor vanish when squared.
+        scale = ops.stop_gradient(
+            ops.maximum(ops.max(ops.abs(x), axis=axes, keepdims=True), self.floor)
+        )
+        x = x / scale
+        if self.center:
+            x = x - ops.mean(x, axis=axes, keepdims=True)
+        floor = ops.maximum(self.floor / scale, _SMALLEST_FLOOR)
+        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
+        x = self.radius * x * ops.rsqrt(ops.maximum(squares, ops.square(floor)))
+        return ops.reshape(x, (-1, *shape))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def bound(self, call: Call) -> Rule:
+        positions = size(call.input_shape[:-1]) if self.per_position else 1
+        largest = self.radius * math.sqrt(self.groups * positions)
+        slope = self.radius / self.floor
+        return Rule(
+            forward=lambda xs: minimum(slope * xs[0], largest),
+            backward=lambda xs, g: [slope * g],
+        )
+
+    def get_config(self) -> dict:
+        return {
+            **super().get_config(),
+            "radius": self.radius,
+            "floor": self.floor,
+            "groups": self.groups,
+            "per_position": self.per_position,
+            "center": self.center,
+        }
 
 
 @keras.saving.register_keras_serializable("lipdp")

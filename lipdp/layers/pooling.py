@@ -7,18 +7,19 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp.bounds import Call, Rule, lipschitz
+from lipdp.bounds import lipschitz
 from lipdp.bounds.builtin.pooling import pool_windows
 
 # Below this square the slope of a norm is set to zero.
 _TINY = 1e-12
 
 
-def _pair(value, name):
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
-        raise ValueError(f"`{name}` must be one or two positive integers; got {value!r}.")
-    return pair
+def _sizes(value, rank, name):
+    sizes = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(sizes) != rank or any(not isinstance(v, int) or v < 1 for v in sizes):
+        wanted = "a positive integer" if rank == 1 else f"1 or {rank} positive integers"
+        raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
+    return sizes
 
 
 def _norm(squares):
@@ -28,24 +29,26 @@ def _norm(squares):
     return ops.sqrt(ops.maximum(squares, _TINY)) - math.sqrt(_TINY)
 
 
-def _windows_gain(layer):
+def _windows_rule(layer, call):
     # A cell lies in at most `w` windows, each of which takes a functional of unit norm or a norm.
-    return math.sqrt(pool_windows(layer.pool_size, layer.strides))
+    return lipschitz(math.sqrt(pool_windows(layer.pool_size, layer.strides)))
 
 
-class _Pooling2D(keras.layers.Layer):
+class _Pooling(keras.layers.Layer):
     """Windows of a map; zero padding counts as cells, so that a window's sum is a true sum."""
+
+    rank: int
 
     def __init__(
         self,
-        pool_size: int | Sequence[int] = (2, 2),
+        pool_size: int | Sequence[int] = 2,
         strides: int | Sequence[int] | None = None,
         padding: str = "valid",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.pool_size = _pair(pool_size, "pool_size")
-        self.strides = self.pool_size if strides is None else _pair(strides, "strides")
+        self.pool_size = _sizes(pool_size, self.rank, "pool_size")
+        self.strides = self.pool_size if strides is None else _sizes(strides, self.rank, "strides")
         if padding not in ("valid", "same"):
             raise ValueError(f"`padding` must be 'valid' or 'same'; got {padding!r}.")
         self.padding = padding
@@ -54,7 +57,7 @@ class _Pooling2D(keras.layers.Layer):
         """Mean over each window, absent cells counted as zeros."""
         if self.padding == "same":
             pads = []
-            for n, p, s in zip(x.shape[1:3], self.pool_size, self.strides, strict=True):
+            for n, p, s in zip(x.shape[1:-1], self.pool_size, self.strides, strict=True):
                 total = max((-(-n // s) - 1) * s + p - n, 0)
                 pads.append((total // 2, total - total // 2))
             x = ops.pad(x, ((0, 0), *pads, (0, 0)))
@@ -66,8 +69,8 @@ class _Pooling2D(keras.layers.Layer):
                 return None
             return -(-n // s) if self.padding == "same" else (n - p) // s + 1
 
-        height, width = map(outputs, input_shape[1:3], self.pool_size, self.strides)
-        return (input_shape[0], height, width, input_shape[3])
+        sizes = map(outputs, input_shape[1:-1], self.pool_size, self.strides)
+        return (input_shape[0], *sizes, input_shape[-1])
 
     def get_config(self) -> dict:
         return {
@@ -78,8 +81,36 @@ class _Pooling2D(keras.layers.Layer):
         }
 
 
+class _ScaledAveragePooling(_Pooling):
+    def call(self, x):
+        return self._window_mean(x) * math.sqrt(math.prod(self.pool_size))
+
+
+class _L2NormPooling(_Pooling):
+    def call(self, x):
+        return _norm(self._window_mean(ops.square(x)) * math.prod(self.pool_size))
+
+
 @keras.saving.register_keras_serializable("lipdp")
-class ScaledAveragePooling2D(_Pooling2D):
+class ScaledAveragePooling1D(_ScaledAveragePooling):
+    """`ScaledAveragePooling2D` of sequences.
+
+    Args:
+        pool_size, strides, padding: as in `keras.layers.AveragePooling1D`.
+
+    Input shape: `(batch, steps, channels)`. Output: the pooled sequence.
+
+    >>> y = ScaledAveragePooling1D(4)(ops.ones((1, 8, 1)))
+    >>> y.shape == (1, 2, 1), float(y[0, 0, 0])
+    (True, 2.0)
+    """
+
+    rank = 1
+    bound = _windows_rule
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class ScaledAveragePooling2D(_ScaledAveragePooling):
     """Sum over each window divided by the root of its size (not by its size).
 
     The functional has unit norm; with `w = Π⌈pool/stride⌉` windows over a cell: output at most
@@ -95,15 +126,30 @@ class ScaledAveragePooling2D(_Pooling2D):
     (True, 2.0)
     """
 
-    def call(self, x):
-        return self._window_mean(x) * math.sqrt(math.prod(self.pool_size))
-
-    def bound(self, call: Call) -> Rule:
-        return lipschitz(_windows_gain(self))
+    rank = 2
+    bound = _windows_rule
 
 
 @keras.saving.register_keras_serializable("lipdp")
-class L2NormPooling2D(_Pooling2D):
+class L2NormPooling1D(_L2NormPooling):
+    """`L2NormPooling2D` of sequences.
+
+    Args:
+        pool_size, strides, padding: as in `keras.layers.AveragePooling1D`.
+
+    Input shape: `(batch, steps, channels)`. Output: the pooled sequence.
+
+    >>> y = L2NormPooling1D(4)(ops.ones((1, 8, 1)))
+    >>> y.shape == (1, 2, 1), round(float(y[0, 0, 0]), 4)
+    (True, 2.0)
+    """
+
+    rank = 1
+    bound = _windows_rule
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class L2NormPooling2D(_L2NormPooling):
     """Euclidean norm of each window, channel by channel: bounds as `ScaledAveragePooling2D`.
 
     Args:
@@ -116,20 +162,55 @@ class L2NormPooling2D(_Pooling2D):
     (True, 2.0)
     """
 
-    def call(self, x):
-        return _norm(self._window_mean(ops.square(x)) * math.prod(self.pool_size))
-
-    def bound(self, call: Call) -> Rule:
-        return lipschitz(_windows_gain(self))
+    rank = 2
+    bound = _windows_rule
 
 
-class _GlobalPooling2D(keras.layers.Layer):
+def _global_rule(layer, call):
+    return lipschitz()
+
+
+class _GlobalPooling(keras.layers.Layer):
+    rank: int
+
+    def build(self, input_shape):
+        if len(input_shape) != self.rank + 2:
+            raise ValueError(
+                f"{type(self).__name__} needs an input of rank {self.rank + 2}, with batch and "
+                f"channels; got shape {tuple(input_shape)}."
+            )
+        self._axes = tuple(range(1, self.rank + 1))
+
     def compute_output_shape(self, input_shape):
-        return (input_shape[0], input_shape[3])
+        return (input_shape[0], input_shape[-1])
+
+
+class _GlobalScaledAveragePooling(_GlobalPooling):
+    def call(self, x):
+        return ops.sum(x, axis=self._axes) / math.sqrt(math.prod(x.shape[1:-1]))
+
+
+class _GlobalL2NormPooling(_GlobalPooling):
+    def call(self, x):
+        return _norm(ops.sum(ops.square(x), axis=self._axes))
 
 
 @keras.saving.register_keras_serializable("lipdp")
-class GlobalScaledAveragePooling2D(_GlobalPooling2D):
+class GlobalScaledAveragePooling1D(_GlobalScaledAveragePooling):
+    """`GlobalScaledAveragePooling2D` of sequences.
+
+    Input shape: `(batch, steps, channels)`. Output shape: `(batch, channels)`.
+
+    >>> float(GlobalScaledAveragePooling1D()(ops.ones((1, 16, 1)))[0, 0])
+    4.0
+    """
+
+    rank = 1
+    bound = _global_rule
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class GlobalScaledAveragePooling2D(_GlobalScaledAveragePooling):
     """Sum over all positions divided by the root of their number: output at most `X`, cotangent
     at most `G`.
 
@@ -139,15 +220,26 @@ class GlobalScaledAveragePooling2D(_GlobalPooling2D):
     4.0
     """
 
-    def call(self, x):
-        return ops.sum(x, axis=(1, 2)) / math.sqrt(x.shape[1] * x.shape[2])
-
-    def bound(self, call: Call) -> Rule:
-        return lipschitz()
+    rank = 2
+    bound = _global_rule
 
 
 @keras.saving.register_keras_serializable("lipdp")
-class GlobalL2NormPooling2D(_GlobalPooling2D):
+class GlobalL2NormPooling1D(_GlobalL2NormPooling):
+    """`GlobalL2NormPooling2D` of sequences.
+
+    Input shape: `(batch, steps, channels)`. Output shape: `(batch, channels)`.
+
+    >>> round(float(GlobalL2NormPooling1D()(ops.ones((1, 16, 1)))[0, 0]), 4)
+    4.0
+    """
+
+    rank = 1
+    bound = _global_rule
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class GlobalL2NormPooling2D(_GlobalL2NormPooling):
     """Euclidean norm over all positions, channel by channel: output at most `X`, cotangent at
     most `G`.
 
@@ -157,8 +249,5 @@ class GlobalL2NormPooling2D(_GlobalPooling2D):
     4.0
     """
 
-    def call(self, x):
-        return _norm(ops.sum(ops.square(x), axis=(1, 2)))
-
-    def bound(self, call: Call) -> Rule:
-        return lipschitz()
+    rank = 2
+    bound = _global_rule

@@ -219,6 +219,12 @@ class LouderDense(keras.layers.Dense):
         return 2.0 * super().call(x)
 
 
+def adapted():
+    layer = K.Normalization()
+    layer.adapt(np.ones((4, 3), "float32"))
+    return layer
+
+
 REFUSED = {
     "unknown": (lambda: Plain(name="odd"), (3,), r"'odd' of class .*Plain.*`bound\(self, call\)"),
     "unknown tells the way": (Plain, (3,), r"lipdp\.bounds\.register\(Plain\)"),
@@ -241,7 +247,18 @@ REFUSED = {
     "channels first": (
         lambda: K.MaxPooling2D(2, data_format="channels_first"), (2, 4, 4), "channels_last",
     ),
-    "bicubic": (lambda: K.UpSampling2D(2, interpolation="bicubic"), (4, 4, 1), "bicubic"),
+    "categories": (lambda: K.Discretization([0.0, 1.0]), (3,), "Apply it to the data set"),
+    "adapted": (lambda: adapted(), (3,), "public `mean` and `variance`"),
+    "rms scaling": (lambda: K.LayerNormalization(rms_scaling=True), (3,), "RMSNormalization"),
+    "layer norm of the batch": (
+        lambda: K.LayerNormalization(axis=[0, 1], center=False, scale=False),
+        (3,),
+        "holds the batch",
+    ),
+    "layer norm without epsilon": (lambda: K.LayerNormalization(epsilon=0.0), (3,), "positive one"),
+    "alpha dropout": (lambda: K.AlphaDropout(1.0), (3,), "rate below 1"),
+    "activity": (lambda: K.ActivityRegularization(0.1), (3,), "activity|passes by the clip"),
+    "aspect ratio": (lambda: K.Resizing(2, 2, pad_to_aspect_ratio=True), (4, 3, 1), "aspect"),
     "scale that widens": (lambda: K.Rescaling([1.0, 2.0]), (3, 1), "changes the shape"),
     "lstm": (lambda: K.LSTM(3), (4, 3), r"recurrent weights.*Use lipdp\.layers\.LipschitzRNN"),
     "wrapper": (lambda: K.TimeDistributed(K.Dense(2)), (4, 3), "No bound is known for layer"),
@@ -279,11 +296,80 @@ def operation(function, *shapes):
     (lambda x, y: ops.subtract(x, y), [(2, 3), (3,)]),
     (lambda x, y: ops.multiply(x, y), [(3,), (4, 3)]),
     (lambda x, y: K.Concatenate(axis=0)([x, y]), [(3,), (3,)]),
+    (lambda x, y: ops.concatenate([x, y], axis=0), [(3,), (3,)]),
+    (lambda x, y: ops.stack([x, y], axis=0), [(3,), (3,)]),
+    (lambda x, y: ops.maximum(x, y), [(3,), (4, 3)]),
+    (lambda x, y: ops.matmul(x, y), [(3,), (3, 4)]),
+    (lambda x, y: ops.matmul(x, y), [(2, 3), (5, 3, 2)]),
+    (lambda x, y: ops.where(x > 0, x, y), [(3,), (4, 3)]),
+    (lambda x, y: ops.where(ops.all(x > y, axis=0, keepdims=True), x, y), [(3,), (3,)]),
+    (lambda x, y: ops.matmul(x, ops.transpose(y)), [(3,), (3,)]),
+    (lambda x, y: K.Dot(1, normalize=True)([x, y]), [(3,), (3,)]),
+    (lambda x: ops.matmul(np.ones((2, 5), "float32"), ops.reshape(x, (-1, 3))), [(3,)]),
+    (lambda x: ops.matmul(x, np.ones((3,), "float32")), [(3,)]),
+    (lambda x: x[0:1, :], [(3,)]),
+    (lambda x: x[::-1, :], [(3,)]),
+    (lambda x: x[None, :], [(3,)]),
+    (lambda x: x[..., 0:1, :], [(3,)]),
+    (lambda x: ops.sum(x), [(3,)]),
+    (lambda x: ops.sum(x, axis=0, keepdims=True), [(3,)]),
+    (lambda x: ops.mean(x, axis=(0, 1), keepdims=True), [(3,)]),
+    (lambda x: ops.max(x, axis=-2, keepdims=True), [(3,)]),
+    (lambda x: ops.max(x, axis=1, initial=5.0), [(3,)]),
+    (lambda x: ops.logsumexp(x, axis=0, keepdims=True), [(3,)]),
+    (lambda x: ops.softmax(x, axis=0), [(3,)]),
+    (lambda x: ops.softmax(x, axis=(0, 1)), [(3,)]),
+    (lambda x: ops.log_softmax(x, axis=-2), [(3,)]),
+    (lambda x: K.Softmax(axis=0)(x), [(3,)]),
+    (lambda x: ops.sort(x, axis=0), [(3,)]),
+    (lambda x: ops.flip(x), [(3,)]),
+    (lambda x: ops.roll(x, 1), [(3,)]),
+    (lambda x: ops.roll(x, 1, axis=0), [(3,)]),
+    (lambda x: ops.expand_dims(x, 0), [(3,)]),
+    (lambda x: ops.expand_dims(x, -3), [(3,)]),
+    (lambda x: ops.squeeze(x), [(1, 3)]),
+    (lambda x: ops.swapaxes(x, 0, 1), [(3,)]),
+    (lambda x: ops.moveaxis(x, 1, 0), [(3,)]),
+    (lambda x: ops.pad(x, 1), [(3,)]),
+    (lambda x: ops.pad(x, ((1, 0), (0, 0))), [(3,)]),
+    (lambda x: ops.pad(x, ((0, 0), (1, 0)), constant_values=2.0), [(3,)]),
+    (lambda x: ops.pad(x, ((0, 0), (1, 0)), mode="reflect"), [(3,)]),
+    (lambda x: ops.repeat(x, 2, axis=0), [(3,)]),
+    (lambda x: ops.tile(x, (2, 1)), [(3,)]),
+    (lambda x: ops.tile(x, 2), [(3,)]),
+    (lambda x: ops.take(x, [0, 0], axis=0), [(3,)]),
+    (lambda x: ops.take(x, [0, 3], axis=1), [(3,)]),
+    (lambda x: ops.take(x, ops.cast(x, "int32"), axis=1), [(3,)]),
+    (lambda x: ops.cast(x, "float16"), [(3,)]),
+    (lambda x: ops.clip(x, 0.0, np.ones((2, 1, 3), "float32")), [(1, 3)]),
+    (lambda x: ops.maximum(x, float("nan")), [(3,)]),
+    (lambda x: x**0.5, [(3,)]),
+    (lambda x: x**-1, [(3,)]),
+    (lambda x: 2.0**x, [(3,)]),
+    (lambda x: ops.sqrt(x), [(3,)]),
+    (lambda x: ops.celu(x, alpha=-1.0), [(3,)]),
+    (lambda x: ops.squareplus(x, b=0), [(3,)]),
+    (lambda x: ops.soft_shrink(x, -1.0), [(3,)]),
+    (lambda x: ops.threshold(x, 1.0, 0.0), [(3,)]),
+    (lambda x: ops.hard_shrink(x), [(3,)]),
     (lambda x, y: K.Concatenate(axis=-2)([x, y]), [(3,), (3,)]),
 ])  # fmt: skip
 def test_operations_that_mix_or_widen_are_refused(function, shapes):
     with pytest.raises(UnknownLayerError):
         network_bounds(operation(function, *shapes), 1.0, 1.0)
+
+
+def test_masks_that_reach_an_average_are_refused():
+    x = keras.Input((4, 3))
+    masked = K.Dense(2)(K.Masking()(x))
+    average = K.GlobalAveragePooling1D
+    inner = keras.Sequential([keras.Input((4, 2)), K.ReLU(), average()])
+    mask = ops.any(ops.not_equal(x, 0.0), axis=-1)
+    for y in (average()(masked), inner(masked), average()(x, mask=mask)):
+        with pytest.raises(UnknownLayerError, match="positions that a mask leaves|`mask` of your own"):
+            network_bounds(keras.Model(x, y), 1.0, 1.0)
+    y = layers.GlobalScaledAveragePooling1D()(masked)
+    assert attack_bounds(keras.Model(x, y), input_bound=1.0).ratio <= 1 + 1e-5
 
 
 def test_constants_by_keyword():
@@ -397,12 +483,24 @@ UNARY = [
     lambda: K.Conv1D(4, 3, padding="causal", use_bias=False),
     lambda: K.MaxPooling1D(2, strides=1, padding="same"),
     lambda: K.AveragePooling1D(3, strides=1, padding="same"),
+    lambda: layers.Householder(),
+    lambda: layers.FlooredNormalization(1.0, 0.5, groups=2),
+    lambda: layers.FlooredNormalization(1.0, 2.0, per_position=True),
+    lambda: layers.L2NormPooling1D(2, strides=1, padding="same"),
+    lambda: K.LayerNormalization(epsilon=0.5),
+    lambda: K.PReLU(shared_axes=1),
+    lambda: lambda x: ops.softmax(x, axis=1),
+    lambda: lambda x: x - ops.mean(x, axis=-1, keepdims=True),
+    lambda: lambda x: ops.where(x > 0.1, ops.silu(x), -x),
 ]
 BINARY = [
     lambda x, y: K.Add()([x, y]),
     lambda x, y: x - y,
     lambda x, y: K.Average()([x, y]),
     lambda x, y: K.Maximum()([x, y]),
+    lambda x, y: layers.Gate()([x, y]),
+    lambda x, y: ops.sigmoid(x[:, :1]) * y,
+    lambda x, y: ops.softmax(x @ ops.transpose(y, (0, 2, 1))) @ y,
     lambda x, y: K.Multiply()([x, y]),
     lambda x, y: K.Cropping1D((0, 3))(K.Concatenate(axis=1)([x, y])),
 ]

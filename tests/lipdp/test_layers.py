@@ -1,5 +1,7 @@
 """Layers of lipdp: what they compute, what they refuse, how they are saved, what they bound."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -38,6 +40,17 @@ LAYERS = {
     ),
     "masked average pooling": (layers.MaskedAveragePooling1D(), (4, 2)),
     "group sort": (layers.GroupSort(3), (2, 6)),
+    "max min": (layers.MaxMin(), (2, 6)),
+    "full sort": (layers.FullSort(), (2, 5)),
+    "householder": (layers.Householder("random_normal"), (2, 6)),
+    "floored": (layers.FlooredNormalization(2.0, 0.3, groups=2, center=False), (3, 4)),
+    "floored per position": (layers.FlooredNormalization(per_position=True), (2, 3, 4)),
+    "down sampling": (layers.InvertibleDownSampling2D((1, 2)), (3, 4, 2)),
+    "up sampling": (layers.InvertibleUpSampling2D((3, 1)), (2, 2, 6)),
+    "l2 pooling 1d": (layers.L2NormPooling1D(3, strides=2, padding="same"), (6, 2)),
+    "average pooling 1d": (layers.ScaledAveragePooling1D(2), (5, 2)),
+    "global l2 pooling 1d": (layers.GlobalL2NormPooling1D(), (5, 2)),
+    "global average pooling 1d": (layers.GlobalScaledAveragePooling1D(), (5, 2)),
     "l2 pooling": (layers.L2NormPooling2D(3, strides=2, padding="same"), (5, 5, 2)),
     "average pooling": (layers.ScaledAveragePooling2D((2, 1)), (4, 4, 2)),
     "global l2 pooling": (layers.GlobalL2NormPooling2D(), (4, 4, 2)),
@@ -64,7 +77,8 @@ def test_saved_and_loaded(name, tmp_path, rng):
     found, expected = (bounds.network_bounds(n, 1.0, 2.0) for n in (loaded, network))
     assert found.output == expected.output and found.lipschitz == expected.lipschitz
     assert list(found.gradients.values()) == list(expected.gradients.values())
-    assert [w.constraint is None for w in loaded.weights] == [False] * len(loaded.weights)
+    constraints = [[type(w.constraint) for w in n.weights] for n in (loaded, network)]
+    assert constraints[0] == constraints[1]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -174,6 +188,116 @@ def test_group_sort_sorts(n, channels, shape, rng):
     np.testing.assert_allclose(y.reshape(groups.shape), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)], ids=str)
+def test_full_sort_and_max_min_sort(shape, rng):
+    x = rng.standard_normal((2, *shape, 6)).astype("float32")
+    full = ops.convert_to_numpy(layers.FullSort()(x))
+    np.testing.assert_array_equal(full, -np.sort(-x, axis=-1))
+    pairs, expected = layers.MaxMin()(x), layers.GroupSort(2)(x)
+    np.testing.assert_array_equal(ops.convert_to_numpy(pairs), ops.convert_to_numpy(expected))
+
+
+@pytest.mark.parametrize("theta", [-2.0, 0.0, 0.3, math.pi / 2, 3.0, 100.0])
+def test_householder_reflects(theta, rng):
+    x = rng.standard_normal((50, 2)).astype("float32")
+    y = layers.Householder(keras.initializers.Constant(theta))(x)
+    cos, sin = np.cos(theta), np.sin(theta)
+    mirrored = x @ np.array([[cos, sin], [sin, -cos]])
+    stays = x[:, :1] * np.sin(theta / 2) - x[:, 1:] * np.cos(theta / 2) > 0
+    expected = np.where(stays, x, mirrored)
+    np.testing.assert_allclose(ops.convert_to_numpy(y), expected, atol=1e-4)
+
+
+def test_householder_is_max_min_at_first(rng):
+    x = rng.standard_normal((20, 3, 6)).astype("float32")
+    y, expected = layers.Householder()(x), layers.MaxMin()(x)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(y), ops.convert_to_numpy(expected), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+@pytest.mark.parametrize("center", [False, True])
+def test_floored_normalization_by_hand(per_position, center, rng):
+    x = rng.standard_normal((4, 3, 2, 6)).astype("float32")
+    x[1] *= 0.01
+    x[2] = 1.0
+    layer = layers.FlooredNormalization(2.0, 0.5, 3, per_position=per_position, center=center)
+    z = x.astype("float64").reshape(4, 3, 2, 3, 2)
+    axes = (-1,) if per_position else (1, 2, 4)
+    z = z - z.mean(axis=axes, keepdims=True) if center else z
+    norm = np.sqrt(np.square(z).sum(axis=axes, keepdims=True))
+    expected = (2.0 * z / np.maximum(norm, 0.5)).reshape(x.shape)
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e20, 3e38])
+def test_floored_normalization_at_extreme_scales(scale, rng):
+    x = (scale * rng.uniform(-1, 1, (5, 4, 6))).astype("float32")
+    x[3] = scale
+    x[4] = np.nan
+    for per_position in (False, True):
+        layer = layers.FlooredNormalization(0.5, 0.01, groups=2, per_position=per_position)
+        _, (slopes,) = pull_back(
+            lambda x, layer=layer: [layer(x)],
+            [ops.convert_to_tensor(x)],
+            lambda values: [ops.ones_like(values[0])],
+        )
+        assert norms_of(layer(x)).max() <= 0.5 * math.sqrt(8 if per_position else 2) * (1 + 1e-5)
+        assert norms_of(slopes).max() <= math.sqrt(24) * 50 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("block", [(2, 2), (1, 3), (4, 1)])
+def test_sampling_by_hand(block, rng):
+    a, b = block
+    x = rng.standard_normal((2, 4, 6, 3)).astype("float32")
+    y = ops.convert_to_numpy(layers.InvertibleDownSampling2D(block)(x))
+    for i in range(4 // a):
+        for j in range(6 // b):
+            cells = x[:, i * a : (i + 1) * a, j * b : (j + 1) * b]
+            np.testing.assert_array_equal(y[:, i, j], cells.reshape(2, -1))
+    back = layers.InvertibleUpSampling2D(block)(y)
+    np.testing.assert_array_equal(ops.convert_to_numpy(back), x)
+
+
+def test_pooling_of_sequences_is_that_of_maps(rng):
+    x = rng.standard_normal((2, 7, 3)).astype("float32")
+    for name in ("ScaledAveragePooling", "L2NormPooling"):
+        one, two = getattr(layers, f"{name}1D"), getattr(layers, f"{name}2D")
+        for padding in ("valid", "same"):
+            y = one(3, 2, padding)(x)
+            expected = two((3, 1), (2, 1), padding)(x[:, :, None])
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(y), ops.convert_to_numpy(expected)[:, :, 0], rtol=1e-6
+            )
+        y = getattr(layers, f"Global{name}1D")()(x)
+        expected = getattr(layers, f"Global{name}2D")()(x[:, :, None])
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(y), ops.convert_to_numpy(expected), rtol=1e-5
+        )
+
+
+def test_gate_saved_and_loaded(tmp_path, rng):
+    x = keras.Input((4,))
+    y = layers.Gate(per_channel=True, gate_initializer="random_normal")([x, 2.0 * x])
+    network = keras.Model(x, y)
+    network.save(tmp_path / "network.keras")
+    loaded = keras.saving.load_model(tmp_path / "network.keras")
+    x = rng.standard_normal((3, 4)).astype("float32")
+    np.testing.assert_array_equal(ops.convert_to_numpy(loaded(x)), ops.convert_to_numpy(network(x)))
+    assert loaded.layers[-1].get_config() == network.layers[-1].get_config()
+
+
+def test_gate_keeps_a_residual_block_from_growing():
+    x = keras.Input((4,))
+    y = layers.BallProjection(1.0)(x)
+    for _ in range(5):
+        y = layers.Gate()([y, layers.SpectralDense(4, use_bias=False)(y)])
+    found = bounds.network_bounds(keras.Model(x, y))
+    assert float(found.lipschitz) == pytest.approx(1.0)
+    assert float(found.output) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("padding", ["valid", "same"])
 @pytest.mark.parametrize("pool, strides", [((2, 2), (2, 2)), ((3, 2), (1, 2)), ((2, 2), (3, 3))])
 def test_pooling_by_hand(pool, strides, padding, rng):
@@ -247,6 +371,23 @@ def test_initial_conv_weights_are_in_their_sets():
         (lambda: layers.Centering((1, 5)), (3,), "axes of the input"),
         (lambda: layers.GroupSort(1), (4,), "`n` must be an integer"),
         (lambda: layers.GroupSort(3), (4,), "that 3 divides"),
+        (lambda: layers.FullSort(), (), "FullSort needs an axis"),
+        (lambda: layers.Householder(), (2, 3), "even number of channels"),
+        (lambda: layers.FlooredNormalization(-1.0), (3,), "`radius` must be a positive"),
+        (lambda: layers.FlooredNormalization(floor=0.0), (3,), "`floor` must be a positive"),
+        (lambda: layers.FlooredNormalization(groups=0), (3,), "`groups` must be a positive"),
+        (lambda: layers.FlooredNormalization(groups=2), (3,), "that 2 divides"),
+        (lambda: layers.FlooredNormalization(), (), "channels that 1 divides"),
+        (lambda: layers.Gate(), (3,), "two inputs of one shape"),
+        (lambda: layers.InvertibleDownSampling2D(2), (4, 3, 1), "which blocks tile"),
+        (lambda: layers.InvertibleDownSampling2D(2), (4, 4), "which blocks tile"),
+        (lambda: layers.InvertibleDownSampling2D(0), (4, 4, 1), "`block_size` must be"),
+        (lambda: layers.InvertibleUpSampling2D(2), (4, 4, 6), "that 4 divides"),
+        (lambda: layers.InvertibleUpSampling2D(2), (None, 4, 4), "known sizes"),
+        (lambda: layers.InvertibleDownSampling2D(2), (4, None, 4), "known sizes"),
+        (lambda: layers.FlooredNormalization(), (None, 4), "known sizes"),
+        (lambda: layers.L2NormPooling1D((2, 2)), (4, 1), "`pool_size` must be a positive"),
+        (lambda: layers.GlobalL2NormPooling2D(), (4, 1), "input of rank 4"),
         (lambda: layers.SpectralDense(3, bias_norm=0.0), (4,), "`radius` must be a positive"),
         (lambda: layers.L2NormPooling2D(0), (4, 4, 1), "`pool_size` must be"),
         (lambda: layers.L2NormPooling2D(2, padding="full"), (4, 4, 1), "`padding` must be"),

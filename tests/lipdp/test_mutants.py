@@ -9,11 +9,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from keras.src import ops as keras_ops
 
 from lipdp import layers, norms
 from lipdp.audit import attack_bounds
 from lipdp.bounds import lipschitz, rule, walk
-from lipdp.bounds.builtin import activations, branches, pooling
+from lipdp.bounds.builtin import activations, branches, normalization, pooling
 from lipdp.bounds.builtin import linear as linear_rules
 from lipdp.bounds.rule import Rule
 
@@ -235,6 +236,186 @@ def repetition_without_its_root(patch):
     return K.RepeatVector(3), (4,)
 
 
+def layer_norm_as_if_it_kept_norms(patch):
+    """Without 1/√ε in the cotangent."""
+    right = normalization.layer_normalization
+    register(patch, K.LayerNormalization, lambda layer, call: Rule(
+        right(layer, call).forward, lambda xs, g: [g], right(layer, call).gradients
+    ))  # fmt: skip
+    return K.LayerNormalization(), (4,)
+
+
+def layer_norm_of_one_position(patch):
+    """√n of a row instead of √N of all."""
+    right = normalization.layer_normalization
+    register(patch, K.LayerNormalization, lambda layer, call: Rule(
+        lambda xs: rule.minimum(math.sqrt(call.input_shape[-1]), right(layer, call).forward(xs)),
+        *parts(right(layer, call)),
+    ))  # fmt: skip
+    return K.LayerNormalization(), (6, 4)
+
+
+def gain_not_measured(patch):
+    right = normalization.rms_normalization
+    register(patch, K.RMSNormalization, lambda layer, call: Rule(
+        right(layer, call).forward,
+        lambda xs, g: [g / math.sqrt(layer.epsilon)],
+        right(layer, call).gradients,
+    ))  # fmt: skip
+    layer = K.RMSNormalization()
+    layer.build((None, 4))
+    layer.scale.assign([1.0, 3.0, -1.0, 0.5])
+    return layer, (4,)
+
+
+def half_angle_counted_once(patch):
+    """The angle itself as the weight, so that `v` turns at full speed."""
+
+    def call(self, x):
+        first, second = ops.split(x, 2, axis=-1)
+        sine, cosine = ops.sin(self.theta), ops.cos(self.theta)
+        beyond = 2.0 * ops.relu(cosine * second - sine * first)
+        return ops.concatenate([first + sine * beyond, second - cosine * beyond], axis=-1)
+
+    patch.setattr(layers.Householder, "call", call)
+    return layers.Householder(), (4,)
+
+
+def slopes_of_prelu_not_measured(patch):
+    register(patch, K.PReLU, lambda layer, call: lipschitz(
+        gradients=lambda x, g: [(layer.alpha, x * g)]
+    ))  # fmt: skip
+    return K.PReLU(keras.initializers.Constant(1.5)), (4,)
+
+
+def slopes_of_prelu_of_one_position(patch):
+    register(patch, K.PReLU, lambda layer, call: lipschitz(
+        ops.maximum(1.0, ops.max(ops.abs(layer.alpha))),
+        gradients=lambda x, g: [(layer.alpha, x * g / math.sqrt(call.positions))],
+    ))  # fmt: skip
+    return K.PReLU(shared_axes=1), (6, 2)
+
+
+def mean_without_its_root(patch):
+    register(patch, keras_ops.numpy.Mean, lambda operation, call: lipschitz(1 / 4))
+    x = keras.Input((4, 3))
+    return keras.Model(x, ops.mean(x, axis=1)), None
+
+
+def sum_without_its_root(patch):
+    register(patch, keras_ops.numpy.Sum, lambda operation, call: lipschitz())
+    x = keras.Input((4, 3))
+    return keras.Model(x, ops.sum(x, axis=1)), None
+
+
+def average_over_the_batch(patch):
+    register(patch, keras_ops.numpy.Mean, lambda operation, call: lipschitz())
+    x = keras.Input((3,))
+    return keras.Model(x, x - ops.mean(x, axis=0, keepdims=True)), None
+
+
+def softmax_taken_for_quarter_lipschitz(patch):
+    register(patch, K.Softmax, lambda layer, call: Rule(
+        lambda xs: 1.0, lambda xs, g: [0.25 * g]
+    ))  # fmt: skip
+    return K.Softmax(), (2,)
+
+
+def softmax_of_one_row(patch):
+    register(patch, K.Softmax, lambda layer, call: Rule(lambda xs: 1.0, lambda xs, g: [0.5 * g]))
+    return K.Softmax(), (3, 2)
+
+
+def log_softmax_taken_for_1_lipschitz(patch):
+    register(patch, keras_ops.nn.LogSoftmax, lambda operation, call: lipschitz(
+        offset=math.sqrt(5) * math.log(5)
+    ))  # fmt: skip
+    x = keras.Input((5,))
+    return keras.Model(x, ops.log_softmax(100.0 * x)), None
+
+
+def maximum_with_a_constant_without_its_offset(patch):
+    register(patch, keras_ops.numpy.Maximum, lambda operation, call: lipschitz())
+    x = keras.Input((4,))
+    return keras.Model(x, ops.maximum(x, 0.8)), None
+
+
+def square_by_its_norm(patch):
+    register(patch, keras_ops.numpy.Square, lambda operation, call: Rule(
+        lambda xs: xs[0] ** 2, lambda xs, g: [xs[0] * g]
+    ))  # fmt: skip
+    x = keras.Input((3,))
+    return keras.Model(x, ops.square(x)), None
+
+
+def entries_taken_twice_counted_once(patch):
+    register(patch, keras_ops.numpy.Take, lambda operation, call: lipschitz())
+    x = keras.Input((3,))
+    return keras.Model(x, ops.take(x, [0, 1, 1], axis=1)), None
+
+
+def resizing_by_the_ratio_of_sizes(patch):
+    """As if every cell were copied equally often."""
+    register(patch, K.Resizing, lambda layer, call: lipschitz(7 / 3))
+    return K.Resizing(7, 7, interpolation="nearest"), (3, 3, 1)
+
+
+def normalization_without_its_mean(patch):
+    register(patch, K.Normalization, lambda layer, call: lipschitz(1.0))
+    return K.Normalization(mean=1.0, variance=1.0), (3,)
+
+
+def alpha_dropout_without_its_offset(patch):
+    register(patch, K.AlphaDropout, lambda layer, call: lipschitz(1.0))
+    return K.AlphaDropout(0.5), (8,)
+
+
+def adaptive_pooling_as_if_windows_did_not_overlap(patch):
+    register(patch, K.AdaptiveAveragePooling1D, lambda layer, call: lipschitz(
+        1 / math.sqrt(math.ceil(call.input_shape[0] / layer.output_size[0]))
+    ))  # fmt: skip
+    return K.AdaptiveAveragePooling1D(5), (7, 1)
+
+
+def floor_forgotten(patch):
+    patch.setattr(layers.FlooredNormalization, "bound", lambda self, call: Rule(
+        lambda xs: rule.minimum(xs[0] / self.floor, 1.0), lambda xs, g: [g]
+    ))  # fmt: skip
+    return layers.FlooredNormalization(1.0, 0.1), (4,)
+
+
+def one_group_for_all(patch):
+    patch.setattr(layers.FlooredNormalization, "bound", lambda self, call: Rule(
+        lambda xs: rule.minimum(xs[0] / self.floor, 1.0), lambda xs, g: [g / self.floor]
+    ))  # fmt: skip
+    return layers.FlooredNormalization(1.0, 0.1, groups=2), (4,)
+
+
+def gate_gradient_of_one_branch(patch):
+    right = layers.Gate.bound
+    patch.setattr(layers.Gate, "bound", lambda self, call: Rule(
+        right(self, call).forward,
+        right(self, call).backward,
+        lambda xs, g: [(self.gate, 0.25 * xs[0] * g)],
+    ))  # fmt: skip
+    return layers.Gate(), [(3,), (3,)]
+
+
+def matrix_by_its_largest_entry(patch):
+    register(patch, keras_ops.numpy.Matmul, lambda operation, call: lipschitz(1.0))
+    x = keras.Input((3,))
+    return keras.Model(x, x @ np.ones((3, 2), "float32")), None
+
+
+def stop_gradient_forgotten(patch):
+    """A product with its own constant copy has the slope of one factor, not of none."""
+    register(patch, keras_ops.numpy.Multiply, lambda operation, call: Rule(
+        lambda xs: xs[0] * xs[1], lambda xs, g: [0.0 * g, xs[0] * g]
+    ))  # fmt: skip
+    x = keras.Input((3,))
+    return keras.Model(x, x * ops.stop_gradient(x)), None
+
+
 def projection_that_does_nothing(patch):
     patch.setattr("lipdp.projections.SpectralBall.__call__", lambda self, w: w)
     return layers.SpectralDense(3), (4,)
@@ -404,6 +585,30 @@ MUTANTS = [
     activation_without_its_offset,
     dropout_without_its_factor,
     repetition_without_its_root,
+    layer_norm_as_if_it_kept_norms,
+    layer_norm_of_one_position,
+    gain_not_measured,
+    half_angle_counted_once,
+    slopes_of_prelu_not_measured,
+    slopes_of_prelu_of_one_position,
+    mean_without_its_root,
+    sum_without_its_root,
+    average_over_the_batch,
+    softmax_taken_for_quarter_lipschitz,
+    softmax_of_one_row,
+    log_softmax_taken_for_1_lipschitz,
+    maximum_with_a_constant_without_its_offset,
+    square_by_its_norm,
+    entries_taken_twice_counted_once,
+    resizing_by_the_ratio_of_sizes,
+    normalization_without_its_mean,
+    alpha_dropout_without_its_offset,
+    adaptive_pooling_as_if_windows_did_not_overlap,
+    floor_forgotten,
+    one_group_for_all,
+    gate_gradient_of_one_branch,
+    matrix_by_its_largest_entry,
+    stop_gradient_forgotten,
     projection_that_does_nothing,
     embedding_gradient_without_positions,
     embedding_norm_of_one_row,
@@ -432,5 +637,7 @@ def test_mutant_is_caught(mutant, monkeypatch):
     network = isinstance(target, keras.Model)
     bounded = network and any(isinstance(v, layers.BallProjection) for v in target.layers)
     radius = {} if bounded or not network else {"input_bound": 1.0}
-    result = attack_bounds(target, shape, training=isinstance(target, K.Dropout), **radius)
+    result = attack_bounds(
+        target, shape, training=isinstance(target, (K.Dropout, K.AlphaDropout)), **radius
+    )
     assert result.ratio > 1.003, result.attained

@@ -4,10 +4,10 @@ from lipdp.bounds.builtin import (
     activations,
     branches,
     linear,
+    normalization,
     pooling,
     refused,
     scaling,
-    sequences,
     shapes,
 )
 
@@ -15,9 +15,9 @@ __all__ = [
     "activations",
     "branches",
     "linear",
+    "normalization",
     "pooling",
     "refused",
     "scaling",
-    "sequences",
     "shapes",
 ]

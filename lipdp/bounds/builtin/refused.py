@@ -1,6 +1,7 @@
 """Layers that cannot be private, and what to use instead."""
 
 from keras import layers
+from keras.src import ops as keras_ops
 
 from lipdp.bounds.rule import UnknownLayerError, register
 
@@ -46,4 +47,31 @@ register(layers.MultiHeadAttention, layers.GroupQueryAttention)(
         "Use lipdp.layers.LipschitzAttention.",
         "attention on rows of any norm has no Lipschitz constant",
     )
+)
+register(layers.MixUp, layers.CutMix)(_refused("Augment examples one by one."))
+register(layers.ActivityRegularization)(
+    _refused(
+        "Leave it out.",
+        "its gradient passes by the clip of the loss gradient, so no bound covers it",
+    )
+)
+register(
+    layers.CategoryEncoding,
+    layers.Discretization,
+    layers.HashedCrossing,
+    layers.Hashing,
+    layers.IntegerLookup,
+    layers.StringLookup,
+    layers.TextVectorization,
+)(
+    _refused(
+        "Apply it to the data set, and give the network what comes out.",
+        "it makes categories, of which no norm tells anything",
+    )
+)
+register(keras_ops.nn.HardShrink, keras_ops.nn.Threshold)(
+    _refused("Use soft_shrink or relu.", "it jumps")
+)
+register(keras_ops.numpy.Sqrt, keras_ops.math.Rsqrt, keras_ops.linalg.Norm)(
+    _refused("Use lipdp.layers.L2NormPooling2D or BallProjection.", "its slope at zero is infinite")
 )

@@ -1,4 +1,4 @@
-"""Activations: elementwise, sorting."""
+"""Activations: elementwise, sorting, reflecting, normalising."""
 
 import keras
 
@@ -70,3 +70,41 @@ for n, channels in [(2, 2), (2, 6), (3, 6), (4, 4), (6, 6)]:
                 tight=BOTH,
             )
         )
+
+for name, make in {
+    "MaxMin": layers.MaxMin,
+    "FullSort": layers.FullSort,
+    "Householder": layers.Householder,
+    "Householder(random)": lambda: layers.Householder(keras.initializers.RandomUniform(-9, 9)),
+}.items():
+    for shape in [(2,), (6,), (3, 2), (2, 2, 4)]:
+        CASES.append(Case(f"{name}: {shape}", make, shape, (*BOTH, "theta")))
+
+for slopes in (0.0, 0.3, -0.9, 1.7):
+    for shape, shared in [((4,), None), ((3, 2), None), ((3, 2), 1), ((2, 3, 2), (1, 2))]:
+        CASES.append(
+            Case(
+                f"PReLU: {slopes}, {shape}, shared_axes={shared}",
+                lambda slopes=slopes, shared=shared: K.PReLU(
+                    keras.initializers.Constant(slopes), shared_axes=shared
+                ),
+                shape,
+                ("alpha", "input") if len(shape) < 3 else ("input",),
+                slow=slopes == -0.9,
+            )
+        )
+
+for radius in (0.1, 3.0, 1000.0):
+    for axis, shape in [(-1, (5,)), (1, (3, 2)), (-1, (3, 2)), ((1, 2), (2, 3))]:
+        CASES.append(
+            Case(
+                f"Softmax: axis={axis}, {shape}, ‖x‖ ≤ {radius}",
+                lambda axis=axis: K.Softmax(axis=axis),
+                shape,
+                ("output",) if radius == 1000.0 else (),
+                options={"input_bound": radius},
+                slow=radius == 0.1,
+            )
+        )
+# Two equal entries have the Jacobian of norm ½.
+CASES.append(Case("Softmax: (2,)", K.Softmax, (2,), ("input",)))

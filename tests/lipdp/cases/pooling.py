@@ -17,7 +17,9 @@ KINDS = [
     K.AveragePooling1D,
     K.AveragePooling2D,
     K.AveragePooling3D,
+    layers.ScaledAveragePooling1D,
     layers.ScaledAveragePooling2D,
+    layers.L2NormPooling1D,
     layers.L2NormPooling2D,
 ]
 SHAPES = {1: (7, 2), 2: (6, 6, 2), 3: (5, 5, 5, 1)}
@@ -55,8 +57,11 @@ for cls, shape in [
     (K.GlobalMaxPooling1D, (5, 2)),
     (K.GlobalMaxPooling2D, (3, 4, 2)),
     (K.GlobalMaxPooling3D, (2, 3, 2, 2)),
+    (K.GlobalAveragePooling1D, (5, 2)),
     (K.GlobalAveragePooling2D, (3, 4, 2)),
     (K.GlobalAveragePooling3D, (2, 3, 2, 2)),
+    (layers.GlobalScaledAveragePooling1D, (5, 2)),
+    (layers.GlobalL2NormPooling1D, (5, 2)),
     (layers.GlobalScaledAveragePooling2D, (3, 4, 2)),
     (layers.GlobalL2NormPooling2D, (3, 4, 2)),
 ]:
@@ -69,3 +74,26 @@ CASES.append(
         BOTH,
     )
 )
+
+for cls, size, shape in [
+    (K.AdaptiveAveragePooling1D, 3, (7, 2)),
+    (K.AdaptiveAveragePooling1D, 5, (7, 1)),
+    (K.AdaptiveAveragePooling1D, 2, (4, 1)),
+    (K.AdaptiveAveragePooling2D, 3, (5, 6, 2)),
+    (K.AdaptiveAveragePooling2D, (2, 4), (4, 7, 1)),
+    (K.AdaptiveAveragePooling3D, 2, (3, 4, 5, 1)),
+    (K.AdaptiveMaxPooling1D, 3, (7, 2)),
+    (K.AdaptiveMaxPooling1D, 2, (4, 1)),
+    (K.AdaptiveMaxPooling2D, 3, (5, 6, 2)),
+    (K.AdaptiveMaxPooling2D, 2, (4, 4, 1)),
+    (K.AdaptiveMaxPooling3D, 2, (3, 4, 5, 1)),
+]:
+    CASES.append(
+        Case(
+            f"{cls.__name__}: {size}, {shape}",
+            lambda cls=cls, size=size: cls(size),
+            shape,
+            BOTH if "Average" in cls.__name__ else (),
+            options={"steps": 8},
+        )
+    )
