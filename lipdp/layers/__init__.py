@@ -3,7 +3,21 @@ training code, and may be mixed with every Keras layer that has a rule.
 """
 
 from lipdp.layers.activations import GroupSort
-from lipdp.layers.convolutional import SpectralConv2D
+from lipdp.layers.blocks import (
+    BlockReflector,
+    ConvexPotential,
+    ConvexPotentialConv2D,
+    SandwichDense,
+)
+from lipdp.layers.convolutional import (
+    PatchEmbedding,
+    ResidualConv2D,
+    SpectralConv1D,
+    SpectralConv2D,
+    SpectralConv2DTranspose,
+    SpectralDepthwiseConv2D,
+    SpectralSeparableConv2D,
+)
 from lipdp.layers.dense import FrobeniusDense, SpectralDense
 from lipdp.layers.normalization import BallProjection, Centering, ClipGradient
 from lipdp.layers.pooling import (
@@ -12,17 +26,29 @@ from lipdp.layers.pooling import (
     L2NormPooling2D,
     ScaledAveragePooling2D,
 )
+from lipdp.layers.scaling import ChannelGain
 
 __all__ = [
     "BallProjection",
+    "BlockReflector",
     "Centering",
+    "ChannelGain",
     "ClipGradient",
+    "ConvexPotential",
+    "ConvexPotentialConv2D",
     "FrobeniusDense",
     "GlobalL2NormPooling2D",
     "GlobalScaledAveragePooling2D",
     "GroupSort",
     "L2NormPooling2D",
+    "PatchEmbedding",
+    "ResidualConv2D",
+    "SandwichDense",
     "ScaledAveragePooling2D",
+    "SpectralConv1D",
     "SpectralConv2D",
+    "SpectralConv2DTranspose",
     "SpectralDense",
+    "SpectralDepthwiseConv2D",
+    "SpectralSeparableConv2D",
 ]

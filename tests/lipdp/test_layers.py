@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from lipdp import bounds, layers
+from lipdp import bounds, layers, norms
 from lipdp.steps.autodiff import pull_back
 
 LAYERS = {
@@ -28,6 +28,28 @@ LAYERS = {
         layers.SpectralConv2D(4, 2, groups=2, use_bias=False, activation="tanh"),
         (4, 4, 2),
     ),
+    "conv 1d, causal": (
+        layers.SpectralConv1D(3, 3, padding="causal", dilation_rate=2, certificate="fft"),
+        (6, 2),
+    ),
+    "patches": (layers.PatchEmbedding(5, (2, 3), bias_norm=0.3), (4, 6, 2)),
+    "map of patches": (
+        layers.PatchEmbedding(3, 2, sequence=False, use_bias=False, activation="tanh"),
+        (4, 4, 1),
+    ),
+    "depthwise conv": (
+        layers.SpectralDepthwiseConv2D((3, 2), padding="same", depth_multiplier=2, bias_norm=0.2),
+        (5, 4, 2),
+    ),
+    "separable conv": (
+        layers.SpectralSeparableConv2D(3, 2, strides=2, depth_multiplier=2, activation="relu"),
+        (4, 4, 2),
+    ),
+    "transposed conv": (
+        layers.SpectralConv2DTranspose(3, 3, strides=2, padding="same", output_padding=1),
+        (3, 2, 2),
+    ),
+    "gain": (layers.ChannelGain(0.5), (3, 4)),
     "group sort": (layers.GroupSort(3), (2, 6)),
     "l2 pooling": (layers.L2NormPooling2D(3, strides=2, padding="same"), (5, 5, 2)),
     "average pooling": (layers.ScaledAveragePooling2D((2, 1)), (4, 4, 2)),
@@ -225,6 +247,24 @@ def test_initial_conv_weights_are_in_their_sets():
     assert ops.convert_to_numpy(layer.kernel).max() < 0.2
 
 
+@pytest.mark.parametrize("sequence", [True, False])
+def test_patches_by_hand(sequence, rng):
+    layer = layers.PatchEmbedding(5, (2, 3), sequence=sequence)
+    x = rng.standard_normal((2, 4, 9, 3)).astype("float32")
+    y = ops.convert_to_numpy(layer(x))
+    assert y.shape == ((2, 6, 5) if sequence else (2, 2, 3, 5))
+    patches = x.reshape(2, 2, 2, 3, 3, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 18)
+    expected = patches @ ops.convert_to_numpy(layer.kernel).reshape(18, 5)
+    np.testing.assert_allclose(y.reshape(2, 6, 5), expected, atol=1e-5)
+
+
+def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
+    layer = layers.SpectralDepthwiseConv2D(3, padding="same")
+    layer.build((None, 6, 6, 4))
+    found = norms.depthwise_norm_bounds(layer.kernel, (6, 6), padding="same")
+    np.testing.assert_allclose(ops.convert_to_numpy(found), 1.0, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "make, shape, message",
     [
@@ -241,6 +281,13 @@ def test_initial_conv_weights_are_in_their_sets():
         (lambda: layers.L2NormPooling2D(0), (4, 4, 1), "`pool_size` must be"),
         (lambda: layers.L2NormPooling2D(2, padding="full"), (4, 4, 1), "`padding` must be"),
         (lambda: layers.SpectralConv2D(2, 3), (None, 4, 1), "known spatial sizes"),
+        (lambda: layers.SpectralConv1D(2, 3), (None, 1), "known spatial sizes"),
+        (lambda: layers.SpectralConv2DTranspose(2, 3), (None, 4, 1), "known spatial sizes"),
+        (lambda: layers.SpectralDepthwiseConv2D(3), (None, 4, 1), "known spatial sizes"),
+        (lambda: layers.PatchEmbedding(2, 3), (6, 4, 1), r"whole patches of \(3, 3\)"),
+        (lambda: layers.PatchEmbedding(2, 2), (None, 4, 1), "whole patches"),
+        (lambda: layers.ChannelGain(float("nan")), (4,), "`radius` must be a positive"),
+        (lambda: layers.ChannelGain(-1.0), (4,), "`radius` must be a positive"),
     ],
 )
 def test_wrong_use_is_refused(make, shape, message):
