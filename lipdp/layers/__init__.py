@@ -3,6 +3,7 @@ training code, and may be mixed with every Keras layer that has a rule.
 """
 
 from lipdp.layers.activations import GroupSort
+from lipdp.layers.almost_orthogonal import AlmostOrthogonalConv2D, AlmostOrthogonalDense
 from lipdp.layers.blocks import (
     BlockReflector,
     ConvexPotential,
@@ -20,6 +21,7 @@ from lipdp.layers.convolutional import (
 )
 from lipdp.layers.dense import FrobeniusDense, SpectralDense
 from lipdp.layers.normalization import BallProjection, Centering, ClipGradient
+from lipdp.layers.orthogonal import CayleyDense, ExponentialDense
 from lipdp.layers.pooling import (
     GlobalL2NormPooling2D,
     GlobalScaledAveragePooling2D,
@@ -29,13 +31,17 @@ from lipdp.layers.pooling import (
 from lipdp.layers.scaling import ChannelGain
 
 __all__ = [
+    "AlmostOrthogonalConv2D",
+    "AlmostOrthogonalDense",
     "BallProjection",
     "BlockReflector",
+    "CayleyDense",
     "Centering",
     "ChannelGain",
     "ClipGradient",
     "ConvexPotential",
     "ConvexPotentialConv2D",
+    "ExponentialDense",
     "FrobeniusDense",
     "GlobalL2NormPooling2D",
     "GlobalScaledAveragePooling2D",

@@ -153,7 +153,12 @@ def _matrices(equation, kernel):
     Raises:
         ValueError: the equation is something else than products of positions with matrices.
     """
-    left, output = equation.replace(" ", "").replace("...", ".").split("->")
+    if "..." in equation:
+        raise ValueError(
+            f"the equation {equation!r} has no rule, since Keras misstates the shape of its "
+            "output; give each axis a letter"
+        )
+    left, output = equation.split("->")
     inputs, weights = left.split(",")
     indexed = [a for a in weights if a in inputs and a in output]
     contracted = [a for a in weights if a in inputs and a not in output]

@@ -140,7 +140,7 @@ for k, s, p, d in SPECTRAL_CONV_1D:
                 ),
                 (7, 2),
                 tight=("bias", "kernel") if k == 1 else ("bias",),
-                slow=certificate == "fft",
+                slow=certificate == "fft" or p == "valid",
             )
         )
 CASES.append(
@@ -162,6 +162,7 @@ for patch, shape in [(1, (2, 3, 2)), (2, (4, 4, 1)), ((2, 3), (4, 6, 2)), (4, (4
                 shape,
                 tight=("bias", "kernel", "input", "output"),
                 options={"steps": 6},
+                slow=patch in (1, 4),
             )
         )
 
@@ -197,7 +198,7 @@ for kind, make in DEPTHWISE.items():
                 ),
                 (4, 4, 2),
                 tight=("bias", "kernel") if whole else ("bias",),
-                slow="Spectral" not in kind and k == 3,
+                slow=("Separable" in kind) == (s == p == 1) or ("Spectral" not in kind and k != 3),
             )
         )
     CASES.append(
@@ -288,7 +289,6 @@ for k, s, p in [(3, 1, "same"), (2, 2, "valid"), (4, 2, "same")]:
 for equation, output_shape, bias_axes, shape in [
     ("ab,bc->ac", 3, "c", (4,)),
     ("abc,cd->abd", (3, 3), "d", (3, 4)),
-    ("...c,cd->...d", (2, 3, 3), "d", (2, 3, 4)),
     ("abc,dc->adb", (3, 2), "d", (2, 4)),  # another order of the axes
     ("abc,bcd->abd", (2, 3), "bd", (2, 4)),  # a matrix for each position
     ("abc,cde->abde", (2, 2, 3), "de", (2, 4)),  # the heads of attention
@@ -322,3 +322,117 @@ for gain in (0.3, 1.0, 4.0):
                 tight=("input", "output", "gamma"),
             )
         )
+
+BLOCKS = {
+    "SandwichDense": (lambda h, **o: layers.SandwichDense(3, h, **o), (4,), ("output", "input")),
+    "ConvexPotential": (layers.ConvexPotential, (4,), ("input", "kernel")),
+    "ConvexPotentialConv2D": (
+        lambda h, **o: layers.ConvexPotentialConv2D(3, h, **o),
+        (3, 3, 2),
+        ("input",),
+    ),
+}
+for kind, (make, shape, tight) in BLOCKS.items():
+    for hidden in (None, 2, 6):
+        CASES.append(
+            Case(
+                f"{kind}: hidden={hidden}, no bias",
+                lambda make=make, hidden=hidden: make(hidden, use_bias=False),
+                shape,
+                tight=tight if hidden else (),
+                options={"steps": 8},
+                slow=hidden is None,
+            )
+        )
+    for bias_norm in (0.2, 2.0):
+        CASES.append(
+            Case(
+                f"{kind}: bias at most {bias_norm}, positions",
+                lambda make=make, bias_norm=bias_norm: make(3, bias_norm=bias_norm),
+                shape if len(shape) == 3 else (2, *shape),
+                tight=() if len(shape) == 3 else ("input", "bias"),
+                options={"steps": 8},
+                slow=bias_norm == 2.0,
+            )
+        )
+CASES.append(
+    Case(
+        "ConvexPotentialConv2D: even kernel",
+        lambda: layers.ConvexPotentialConv2D((2, 4), 3, certificate="reshaped"),
+        (3, 3, 2),
+        tight=("input",),
+    )
+)
+for rank, shape in [(1, (3,)), (2, (2, 4)), (None, (4,)), (6, (2, 2, 3))]:
+    CASES.append(
+        Case(
+            f"BlockReflector: rank={rank}, {shape}",
+            lambda rank=rank: layers.BlockReflector(rank),
+            shape,
+            tight=("input", "output", "kernel"),
+            options={"steps": 8},
+        )
+    )
+for k, certificate, activation in [
+    (1, "fft", None),
+    (3, "fft", None),
+    (3, "auto", "tanh"),
+    (3, "reshaped", None),
+    ((1, 5), "fft", None),
+]:
+    CASES.append(
+        Case(
+            f"ResidualConv2D: kernel {k}, {certificate}, activation={activation}",
+            lambda k=k, c=certificate, a=activation: layers.ResidualConv2D(
+                2, k, certificate=c, activation=a, bias_norm=0.5
+            ),
+            (4, 4, 2),
+            tight=("input", "bias"),
+            options={"steps": 6},
+            slow=certificate == "auto",
+        )
+    )
+for kind, cls in {
+    "AlmostOrthogonalDense": layers.AlmostOrthogonalDense,
+    "CayleyDense": layers.CayleyDense,
+    "ExponentialDense": layers.ExponentialDense,
+}.items():
+    for units, shape in [(4, (4,)), (2, (3, 4)), (5, (3, 3))]:
+        for initializer in ("zeros", "glorot_normal"):
+            tall = cls is layers.CayleyDense and units == 2
+            CASES.append(
+                Case(
+                    f"{kind}: {shape} to {units}, {initializer}",
+                    lambda cls=cls, units=units, initializer=initializer: cls(
+                        units, bias_norm=0.2, kernel_initializer=initializer
+                    ),
+                    shape,
+                    tight=("input", "bias") if tall else ("input", "bias", "kernel"),
+                    options={"steps": 8},
+                    slow=initializer != "zeros" and units != 5,
+                )
+            )
+    CASES.append(
+        Case(
+            f"{kind}: activation, no bias",
+            lambda cls=cls: cls(3, use_bias=False, activation="gelu"),
+            (2, 4),
+        )
+    )
+for k, s, p, groups in [
+    (1, 1, "valid", 1),
+    (2, 2, "valid", 1),
+    (3, 1, "same", 1),
+    (3, 2, "same", 2),
+    (4, 1, "same", 1),
+]:
+    CASES.append(
+        Case(
+            f"AlmostOrthogonalConv2D: kernel {k}, strides {s}, {p}, groups {groups}",
+            lambda k=k, s=s, p=p, groups=groups: layers.AlmostOrthogonalConv2D(
+                4, k, strides=s, padding=p, groups=groups, bias_norm=0.5
+            ),
+            (4, 4, 2),
+            tight=("bias", "kernel", "input") if k == 1 else ("bias",),
+        )
+    )
