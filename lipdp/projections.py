@@ -305,7 +305,8 @@ class ResidualConvBall(ConvBall):
         input_shape: Sequence[int] | None = None,
         certificate: str = "auto",
     ) -> None:
-        super().__init__(radius, input_shape, padding="same", certificate=certificate)
+        ones = (1,) * len(input_shape or ())  # as Keras' layers tell them
+        super().__init__(radius, input_shape, ones, "same", ones, certificate=certificate)
 
     @staticmethod
     def bound(w: Any, **options: Any) -> Any:
