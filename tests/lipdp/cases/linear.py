@@ -348,7 +348,7 @@ for kind, (make, shape, tight) in BLOCKS.items():
         CASES.append(
             Case(
                 f"{kind}: bias at most {bias_norm}, positions",
-                lambda make=make, bias_norm=bias_norm: make(3, bias_norm=bias_norm),
+                lambda make=make, bias_norm=bias_norm: make(6, bias_norm=bias_norm),
                 shape if len(shape) == 3 else (2, *shape),
                 tight=() if len(shape) == 3 else ("input", "bias"),
                 options={"steps": 8},
