@@ -198,7 +198,7 @@ for kind, make in DEPTHWISE.items():
                 ),
                 (4, 4, 2),
                 tight=("bias", "kernel") if whole else ("bias",),
-                slow=("Separable" in kind) == (s == p == 1) or ("Spectral" not in kind and k != 3),
+                slow=k not in ((1, 3) if "Spectral" in kind else (1,)),
             )
         )
     CASES.append(
@@ -257,7 +257,7 @@ for kind, make in {
                 ),
                 (3, 3, 2),
                 tight=("bias", "kernel", "input") if k in (1, s) else ("bias",),
-                slow="Spectral" not in kind,
+                slow=k != 3 if "Spectral" in kind else k != 2,
             )
         )
 CASES.append(
