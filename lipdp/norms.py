@@ -18,8 +18,12 @@ Tensor = Any
 
 __all__ = [
     "FAILURE_PROBABILITY",
-    "conv_norm_bound",
+    "almost_orthogonal_scales",
     "conv_multiplicity",
+    "conv_norm_bound",
+    "conv_transpose_multiplicity",
+    "conv_transpose_norm_bound",
+    "depthwise_norm_bounds",
     "euclidean_norm",
     "probable_norm_bound",
     "probe_shape",
@@ -212,11 +216,9 @@ def _per_axis(value, axes, name):
     return values
 
 
-def _geometry(kernel_shape, input_shape, strides, padding, dilation_rate):
-    """(kernel, input, stride, dilation, outputs) of each spatial axis."""
+def _axes(kernel_shape, input_shape, strides, dilation_rate):
+    """(kernel, input, stride, dilation) of each spatial axis."""
     axes = len(kernel_shape) - 2
-    if padding not in ("valid", "same", "causal"):
-        raise ValueError(f"`padding` must be 'valid', 'same' or 'causal'; got {padding!r}.")
     sizes = tuple(input_shape)
     if len(sizes) == axes + 1:
         sizes = sizes[:-1]
@@ -227,8 +229,15 @@ def _geometry(kernel_shape, input_shape, strides, padding, dilation_rate):
         )
     strides = _per_axis(strides, axes, "strides")
     dilations = _per_axis(dilation_rate, axes, "dilation_rate")
+    return list(zip(kernel_shape[:axes], sizes, strides, dilations, strict=True))
+
+
+def _geometry(kernel_shape, input_shape, strides, padding, dilation_rate):
+    """(kernel, input, stride, dilation, outputs) of each spatial axis of a convolution."""
+    if padding not in ("valid", "same", "causal"):
+        raise ValueError(f"`padding` must be 'valid', 'same' or 'causal'; got {padding!r}.")
     geometry = []
-    for k, n, s, d in zip(kernel_shape[:axes], sizes, strides, dilations, strict=True):
+    for k, n, s, d in _axes(kernel_shape, input_shape, strides, dilation_rate):
         reach = (k - 1) * d + 1
         outputs = -(-(n - reach + 1) // s) if padding == "valid" else -(-n // s)
         if outputs < 1:
@@ -314,42 +323,158 @@ def conv_norm_bound(
     True
     """
     kernel = ops.convert_to_tensor(kernel)
-    if certificate not in ("auto", "fft", "reshaped"):
-        raise ValueError(f"`certificate` must be 'auto', 'fft' or 'reshaped'; got {certificate!r}.")
     shape = tuple(kernel.shape)
-    geometry = _geometry(shape, input_shape, strides, padding, dilation_rate)
-    taps = math.prod(shape[:-2])
-    channels_in, channels_out = shape[-2], shape[-1] // groups
-    # (groups, taps, channels_in, channels_out)
-    split = ops.reshape(kernel, (taps, channels_in, groups, channels_out))
-    split = ops.transpose(split, (2, 0, 1, 3))
+    # (taps..., channels_in, groups, channels_out) -> (groups, taps..., channels_in, channels_out)
+    split = ops.reshape(kernel, (*shape[:-1], groups, shape[-1] // groups))
+    split = ops.moveaxis(split, -2, 0)
+    return ops.max(
+        _conv_norm_bounds(split, input_shape, strides, padding, dilation_rate, certificate)
+    )
 
+
+def depthwise_norm_bounds(
+    kernel: Tensor,
+    input_shape: Sequence[int],
+    strides: int | Sequence[int] = 1,
+    padding: str = "valid",
+    dilation_rate: int | Sequence[int] = 1,
+    certificate: str = "auto",
+) -> Tensor:
+    """Upper bounds of the operator norms of a depthwise convolution, one for each input channel.
+
+    An input channel meets its own filters only, so the operator is block-diagonal over the input
+    channels and its norm is the largest entry of the result. A block is a convolution from one
+    channel to all filters of that channel: with depth multiplier `M` its norm can be `√M` times
+    that of each filter.
+
+    Args:
+        kernel: tensor `(taps..., channels, depth_multiplier)`.
+        input_shape, strides, padding, dilation_rate, certificate: as in `conv_norm_bound`.
+
+    Returns:
+        A tensor of shape `(channels,)`.
+
+    Raises:
+        ValueError: as `conv_norm_bound`.
+
+    >>> kernel = ops.ones((1, 1, 3, 4))
+    >>> [round(float(bound), 3) for bound in depthwise_norm_bounds(kernel, (5, 5))]
+    [2.0, 2.0, 2.0]
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    split = ops.expand_dims(ops.moveaxis(kernel, -2, 0), -2)
+    return _conv_norm_bounds(split, input_shape, strides, padding, dilation_rate, certificate)
+
+
+def conv_transpose_multiplicity(
+    kernel_shape: Sequence[int],
+    input_shape: Sequence[int],
+    strides: int | Sequence[int] = 1,
+    dilation_rate: int | Sequence[int] = 1,
+) -> int:
+    """How many input positions one output entry of a transposed convolution can read, at most.
+
+    As `conv_multiplicity` with inputs and outputs exchanged; the norm of the kernel's gradient
+    is at most the square root of this number times `X·G`.
+
+    Args:
+        kernel_shape: `(taps..., channels_out, channels_in)`, as `keras.layers.Conv2DTranspose`.
+        input_shape: spatial sizes of the input, channels optional.
+        strides, dilation_rate: an integer, or one for each axis.
+
+    Returns:
+        An integer.
+
+    >>> conv_transpose_multiplicity((3, 3, 8, 1), (9, 9), 2)
+    4
+    """
+    return math.prod(
+        min(-(-k // (s // math.gcd(s, d))), n)
+        for k, n, s, d in _axes(kernel_shape, input_shape, strides, dilation_rate)
+    )
+
+
+def conv_transpose_norm_bound(
+    kernel: Tensor,
+    input_shape: Sequence[int],
+    strides: int | Sequence[int] = 1,
+    dilation_rate: int | Sequence[int] = 1,
+    certificate: str = "auto",
+) -> Tensor:
+    """Upper bound of the operator norm of a transposed convolution with any padding.
+
+    It is the adjoint of a convolution with the same taps and stride that reads the output, so
+    both bounds of `conv_norm_bound` hold: `√m·s(K̂)` with `K̂` the kernel as a
+    `(taps·channels_out, channels_in)` matrix and `m` the `conv_transpose_multiplicity`, and the
+    transfer matrices on `N ≥ (n − 1)·s + k'` cells an axis, where nothing wraps around. What
+    `padding` and `output_padding` cut off or append changes neither.
+
+    Args:
+        kernel: tensor `(taps..., channels_out, channels_in)`.
+        input_shape: spatial sizes of the input, channels optional.
+        strides, dilation_rate: as in `keras.layers.Conv2DTranspose`.
+        certificate: `"reshaped"`, `"fft"` or `"auto"`, as in `conv_norm_bound`.
+
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        ValueError: an argument is not one of these.
+
+    >>> kernel = ops.ones((2, 2, 1, 1)) / 2.0
+    >>> round(float(conv_transpose_norm_bound(kernel, (4, 4), strides=2)), 3)
+    1.0
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    shape = tuple(kernel.shape)
+    multiplicity = conv_transpose_multiplicity(shape, input_shape, strides, dilation_rate)
+    axes = _axes(shape, input_shape, strides, dilation_rate)
+    grid = [(n - 1) * s + (k - 1) * d + 1 for k, n, s, d in axes]
+    dilations = [d for *_, d in axes]
+    return _kernel_norm_bounds(kernel[None], multiplicity, grid, dilations, certificate)[0]
+
+
+def _conv_norm_bounds(split, input_shape, strides, padding, dilation_rate, certificate):
+    """Of the convolution with each of the stacked kernels."""
+    shape = tuple(split.shape)[1:]
+    geometry = _geometry(shape, input_shape, strides, padding, dilation_rate)
+    multiplicity = conv_multiplicity(shape, input_shape, strides, padding, dilation_rate)
     grid = []
     for k, n, _, d, _ in geometry:
         reach = (k - 1) * d + 1
         grid.append(n + {"same": reach // 2, "valid": 0, "causal": reach - 1}[padding])
+    dilations = [d for _, _, _, d, _ in geometry]
+    return _kernel_norm_bounds(split, multiplicity, grid, dilations, certificate)
+
+
+def _kernel_norm_bounds(split, multiplicity, grid, dilations, certificate):
+    """Of each kernel of a stack `(kernels, taps..., a, b)`; see `conv_norm_bound`."""
+    if certificate not in ("auto", "fft", "reshaped"):
+        raise ValueError(f"`certificate` must be 'auto', 'fft' or 'reshaped'; got {certificate!r}.")
+    kernels, *sizes, rows, columns = split.shape
+    taps = math.prod(sizes)
     # The kernel is real: opposite frequencies have the same singular values.
     frequencies = [np.arange(n) for n in grid]
     frequencies[0] = frequencies[0][: grid[0] // 2 + 1]
-    size = 4 * math.prod(map(len, frequencies)) * channels_in * channels_out * groups
+    waves = math.prod(map(len, frequencies))
 
     bounds = []
     if certificate != "fft":
-        multiplicity = conv_multiplicity(shape, input_shape, strides, padding, dilation_rate)
-        matrix = ops.reshape(split, (groups, taps * channels_in, channels_out))
-        bounds.append(ops.max(spectral_norm_bound(matrix)) * math.sqrt(multiplicity))
-    if certificate == "fft" or (certificate == "auto" and size <= _FFT_LIMIT and taps > 1):
+        matrices = ops.reshape(split, (kernels, taps * rows, columns))
+        bounds.append(spectral_norm_bound(matrices) * math.sqrt(multiplicity))
+    small = 4 * waves * rows * columns * kernels <= _FFT_LIMIT
+    if certificate == "fft" or (certificate == "auto" and small and taps > 1):
         phase = np.zeros((1, 1))
-        for (k, _, _, d, _), n, f in zip(geometry, grid, frequencies, strict=True):
+        for k, d, n, f in zip(sizes, dilations, grid, frequencies, strict=True):
             axis = np.outer(f, np.arange(k) * d) / n
             phase = (phase[:, None, :, None] + axis[None, :, None, :]).reshape(
                 phase.shape[0] * axis.shape[0], -1
             )
-        flat = ops.reshape(split, (groups, taps, channels_in * channels_out))
+        flat = ops.reshape(split, (kernels, taps, rows * columns))
 
         def transfer(wave):
-            wave = ops.convert_to_tensor(wave.astype("float32"), dtype=kernel.dtype)
-            return ops.reshape(ops.matmul(wave, flat), (-1, channels_in, channels_out))
+            wave = ops.convert_to_tensor(wave.astype("float32"), dtype=split.dtype)
+            return ops.reshape(ops.matmul(wave, flat), (kernels, waves, rows, columns))
 
         real = transfer(np.cos(2 * np.pi * phase))
         imaginary = transfer(np.sin(2 * np.pi * phase))
@@ -361,5 +486,55 @@ def conv_norm_bound(
             ],
             axis=-2,
         )
-        bounds.append(ops.max(spectral_norm_bound(doubled)) * _rounding(1))
+        bounds.append(ops.max(spectral_norm_bound(doubled), axis=-1) * _rounding(1))
     return ops.minimum(bounds[0], bounds[1]) if len(bounds) == 2 else bounds[0]
+
+
+def almost_orthogonal_scales(kernel: Tensor) -> tuple[Tensor, int]:
+    """Factors of the channels with which a kernel's operator norm is at most 1, and their axis.
+
+    Prach & Lampert, "Almost-Orthogonal Layers for Efficient General-Purpose Lipschitz Networks"
+    (ECCV 2022): with `d_c = (Σ_c' |WᵀW|_cc')^(-1/2)` the matrix `W·diag(d)` has norm at most 1,
+    since `diag(d)·WᵀW·diag(d)` is similar to a matrix whose absolute row sums are at most 1. For
+    a convolution on an unbounded grid `WᵀW` is again a convolution, with the correlations of the
+    kernel with itself; padding with zeros, cropping, strides, dilation and groups all take a part
+    of that operator. Rows and columns may be exchanged: the smaller side of channels is scaled.
+
+    Args:
+        kernel: tensor `(taps..., channels_in, channels_out)`, a matrix if there are no taps.
+
+    Returns:
+        `(scales, axis)`: the factors of the channels, rounded down, and -2 or -1, the axis of the
+        kernel that they are for. Channels of zeros get 1e30.
+
+    Raises:
+        ValueError: the kernel is not a matrix and has more than three axes of taps.
+
+    >>> scales, axis = almost_orthogonal_scales(ops.ones((4, 1)))
+    >>> round(float(scales[0]), 3), axis
+    (0.5, -1)
+    """
+    kernel = ops.convert_to_tensor(kernel)
+    if not 2 <= len(kernel.shape) <= 5:
+        raise ValueError(
+            "`kernel` must have two axes of channels and at most three of taps before them; got "
+            f"shape {tuple(kernel.shape)}."
+        )
+    *taps, rows, columns = kernel.shape
+    axis = -2 if rows < columns else -1
+    # Entries of about one keep the products away from overflow and underflow.
+    size = ops.max(ops.abs(kernel))
+    unit = kernel / ops.where(size > 0, size, ops.ones_like(size))
+    if axis == -1:
+        unit = ops.swapaxes(unit, -2, -1)
+    # (taps..., scaled channels, others): the products of the channels at all shifts.
+    if taps:
+        images = ops.moveaxis(unit, -2, 0)
+        filters = ops.swapaxes(unit, -2, -1)
+        padded = ops.pad(images, [(0, 0), *((k - 1, k - 1) for k in taps), (0, 0)])
+        products = ops.conv(padded, filters, padding="valid")
+    else:
+        products = ops.matmul(unit, ops.transpose(unit))
+    sums = ops.sum(ops.abs(products), axis=tuple(range(1, len(products.shape))))
+    norms = size * ops.sqrt(sums) * _rounding(math.prod(products.shape[1:]))
+    return 1.0 / ops.where(size > _HUGE, math.inf, ops.maximum(norms, 1e-30)), axis

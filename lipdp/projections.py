@@ -12,11 +12,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from lipdp import norms
 
-__all__ = ["ConvBall", "NormBall", "Projection", "RowBall", "SpectralBall", "certified_by"]
+__all__ = [
+    "AlmostOrthogonal",
+    "ConvBall",
+    "ConvTransposeBall",
+    "DepthwiseConvBall",
+    "EntryBall",
+    "NormBall",
+    "Projection",
+    "ResidualConvBall",
+    "RowBall",
+    "SpectralBall",
+    "certified_by",
+]
 
 # Sides from which on a block of probes is cheaper than products of whole matrices.
 _LARGE = 256
@@ -103,6 +116,18 @@ class RowBall(Projection):
         w = _read(w)
         bounds = norms.euclidean_norm(w, axis=-1) * (1 + 1e-6)
         return _shrink(w, ops.expand_dims(bounds, -1), self.radius)
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class EntryBall(Projection):
+    """Cube: every entry within `[-radius, radius]`; what larger ones are is cut off.
+
+    >>> [float(v) for v in EntryBall(1.0)(ops.array([3.0, -4.0, 0.5]))]
+    [1.0, -1.0, 0.5]
+    """
+
+    def __call__(self, w: Any) -> Any:
+        return ops.clip(_read(w), -self.radius, self.radius)
 
 
 @keras.saving.register_keras_serializable("lipdp")
@@ -201,10 +226,152 @@ class ConvBall(Projection):
         }
         self.certificate = certificate
 
+    @staticmethod
+    def bound(w: Any, **options: Any) -> Any:
+        """The certificate: of the operator norm of a kernel in a geometry."""
+        return norms.conv_norm_bound(w, **options)
+
     def __call__(self, w: Any) -> Any:
         w = _read(w)
-        bound = norms.conv_norm_bound(w, **self.geometry, certificate=self.certificate)
+        bound = self.bound(w, **self.geometry, certificate=self.certificate)
         return _shrink(w, bound, self.radius)
 
     def get_config(self) -> dict:
         return {**super().get_config(), **self.geometry, "certificate": self.certificate}
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class DepthwiseConvBall(ConvBall):
+    """Kernels whose depthwise convolution has operator norm at most `radius`, certified.
+
+    Input channels do not meet, so each is projected by itself (`norms.depthwise_norm_bounds`).
+    Arguments as for `ConvBall`, without `groups`.
+
+    >>> ball = DepthwiseConvBall(1.0, input_shape=(4, 4))
+    >>> kernel = ball(ops.reshape(ops.array([4.0, 0.5]), (1, 1, 2, 1)))
+    >>> [round(float(v), 3) for v in ops.reshape(kernel, (-1,))]
+    [1.0, 0.5]
+    """
+
+    def __init__(
+        self,
+        radius: float = 1.0,
+        input_shape: Sequence[int] | None = None,
+        strides: int | Sequence[int] = 1,
+        padding: str = "valid",
+        dilation_rate: int | Sequence[int] = 1,
+        certificate: str = "auto",
+    ) -> None:
+        super().__init__(
+            radius, input_shape, strides, padding, dilation_rate, certificate=certificate
+        )
+        del self.geometry["groups"]
+
+    @staticmethod
+    def bound(w: Any, **options: Any) -> Any:
+        return ops.expand_dims(norms.depthwise_norm_bounds(w, **options), -1)
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class ConvTransposeBall(ConvBall):
+    """Kernels whose transposed convolution has operator norm at most `radius`, certified.
+
+    Holds for any padding (`norms.conv_transpose_norm_bound`). Arguments as for `ConvBall`,
+    without `padding` and `groups`.
+
+    >>> ball = ConvTransposeBall(1.0, input_shape=(4, 4), strides=2)
+    >>> round(float(ball(ops.ones((2, 2, 1, 1)))[0, 0, 0, 0]), 3)
+    0.5
+    """
+
+    def __init__(
+        self,
+        radius: float = 1.0,
+        input_shape: Sequence[int] | None = None,
+        strides: int | Sequence[int] = 1,
+        dilation_rate: int | Sequence[int] = 1,
+        certificate: str = "auto",
+    ) -> None:
+        super().__init__(
+            radius, input_shape, strides, dilation_rate=dilation_rate, certificate=certificate
+        )
+        del self.geometry["padding"], self.geometry["groups"]
+
+    @staticmethod
+    def bound(w: Any, **options: Any) -> Any:
+        return norms.conv_transpose_norm_bound(w, **options)
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class ResidualConvBall(ConvBall):
+    """Kernels `K` for which `x + conv(x, K)` has operator norm at most `radius`, certified.
+
+    The convolution has stride 1, odd taps, padding `"same"` and as many outputs as inputs; then
+    `x` is the convolution with the middle tap, and it is `K` plus that tap that is scaled.
+    Arguments as for `ConvBall`.
+
+    >>> ball = ResidualConvBall(1.0, input_shape=(4, 4))
+    >>> abs(float(ball(ops.ones((1, 1, 1, 1)))[0, 0, 0, 0])) < 1e-4
+    True
+    """
+
+    def __init__(
+        self,
+        radius: float = 1.0,
+        input_shape: Sequence[int] | None = None,
+        certificate: str = "auto",
+    ) -> None:
+        ones = (1,) * len(input_shape or ())  # as Keras' layers tell them
+        super().__init__(radius, input_shape, ones, "same", ones, certificate=certificate)
+
+    @staticmethod
+    def bound(w: Any, **options: Any) -> Any:
+        return norms.conv_norm_bound(w + identity_kernel(w.shape), **options)
+
+    def __call__(self, w: Any) -> Any:
+        w = _read(w)
+        bound = self.bound(w, **self.geometry, certificate=self.certificate)
+        identity = identity_kernel(w.shape)
+        return _shrink(w + identity, bound, self.radius) - identity
+
+    def get_config(self) -> dict:
+        config = super().get_config()
+        return {name: config[name] for name in ("radius", "input_shape", "certificate")}
+
+
+def identity_kernel(shape: Sequence[int]) -> Any:
+    """The kernel of the convolution that keeps its input, with padding `"same"` and stride 1.
+
+    Raises:
+        ValueError: taps that are even, or channels that differ.
+    """
+    *taps, inputs, outputs = shape
+    if inputs != outputs or any(k % 2 == 0 for k in taps):
+        raise ValueError(
+            "a residual convolution needs odd kernel sizes and as many filters as input channels; "
+            f"got a kernel of shape {tuple(shape)}."
+        )
+    kernel = np.zeros(shape, "float32")
+    kernel[tuple(k // 2 for k in taps)] = np.eye(inputs)
+    return ops.convert_to_tensor(kernel)
+
+
+@keras.saving.register_keras_serializable("lipdp")
+class AlmostOrthogonal(Projection):
+    """Matrices and conv kernels of operator norm at most `radius` by scaling each channel.
+
+    The rescaling of almost-orthogonal layers (`norms.almost_orthogonal_scales`), used as a
+    projection: each channel is multiplied by its factor where that is below 1. Needs one product
+    and no norm, for kernels of any stride, padding, dilation and size of map. A kernel may be
+    scaled although its norm was below the radius, and a little again at the next application.
+
+    >>> w = AlmostOrthogonal(1.0)(ops.array([[3.0, 0.0], [0.0, 0.5]]))
+    >>> [round(float(v), 3) for v in ops.diagonal(w)]
+    [1.0, 0.5]
+    """
+
+    def __call__(self, w: Any) -> Any:
+        w = _read(w)
+        scales, axis = norms.almost_orthogonal_scales(w)
+        scales = ops.minimum(1.0, self.radius * scales)
+        return w * (scales if axis == -1 else ops.expand_dims(scales, -1))

@@ -16,7 +16,7 @@ from typing import Any
 from keras import ops
 
 from lipdp import norms
-from lipdp.projections import ConvBall, NormBall, RowBall, SpectralBall
+from lipdp.projections import AlmostOrthogonal, ConvBall, NormBall, RowBall, SpectralBall
 
 Scalar = Any  # float or scalar tensor
 
@@ -177,11 +177,14 @@ def root_of_squares(values):
 
 
 def matrix_norm(variable, matrix=None):
-    """Bound of the spectral norm of a matrix-shaped weight, now and until it is updated."""
+    """Bound of the spectral norm of a matrix-shaped weight, now and until it is updated; of the
+    largest one if `matrix`, the weight's value rearranged, is a stack of matrices."""
     constraint = getattr(variable, "constraint", None)
-    if isinstance(constraint, (SpectralBall, NormBall)):
+    if isinstance(constraint, NormBall):
         return constraint.radius
-    return norms.spectral_norm_bound(variable if matrix is None else matrix)
+    if isinstance(constraint, (AlmostOrthogonal, SpectralBall)) and len(variable.shape) == 2:
+        return constraint.radius
+    return ops.max(norms.spectral_norm_bound(variable if matrix is None else matrix))
 
 
 def row_norm(variable):
@@ -200,9 +203,12 @@ def vector_norm(variable):
     return norms.euclidean_norm(variable)
 
 
-def conv_norm(variable, **geometry):
-    """Bound of the operator norm of a convolution with this kernel in this geometry."""
+def conv_norm(variable, ball=ConvBall, **geometry):
+    """Bound of the operator norm of a convolution with this kernel in this geometry; `ball` is
+    the projection whose certificate fits the kind of convolution."""
     constraint = getattr(variable, "constraint", None)
-    if isinstance(constraint, ConvBall) and constraint.geometry == geometry:
+    if type(constraint) is ball and constraint.geometry == geometry:
         return constraint.radius
-    return norms.conv_norm_bound(variable, **geometry)
+    if type(constraint) is AlmostOrthogonal and ball is ConvBall:
+        return constraint.radius
+    return ops.max(ball.bound(variable, **geometry))

@@ -12,6 +12,7 @@ from keras import ops
 from lipdp import bounds, layers
 from lipdp.audit import attack_bounds
 from lipdp.bounds import UnknownLayerError, gradient_bounds, lipschitz, network_bounds
+from lipdp.projections import SpectralBall
 
 K = keras.layers
 
@@ -81,6 +82,14 @@ def test_shared_conv_in_two_geometries():
     head = layers.GlobalScaledAveragePooling2D()
     network = keras.Model(x, head(shared(y)) + head(shared(small)))
     assert attack_bounds(network).ratio <= 1 + 1e-5
+
+
+def test_open_axes_of_an_einsum():
+    """Keras leaves them open in the output's shape; the bias needs the positions all the same."""
+    x, y = ball((5, 3))
+    layer = K.EinsumDense("abc,cd->abd", (None, 2), bias_axes="d")
+    found = network_bounds(keras.Model(x, layer(y)))
+    assert found.gradients[layer.bias.path] == pytest.approx(math.sqrt(5))
 
 
 def test_nested_models():
@@ -225,6 +234,24 @@ def adapted():
     return layer
 
 
+class LouderReflector(layers.BlockReflector):
+    def call(self, x):
+        return 2.0 * super().call(x)
+
+
+def freed(layer, constraint=None):
+    """The layer with another constraint of its kernel than it was built with."""
+    layer.build((None, 3))
+    layer.kernel.constraint = constraint
+    return layer
+
+
+def quantized(layer):
+    layer.build((None, 3))
+    layer.quantize("int8")
+    return layer
+
+
 REFUSED = {
     "unknown": (lambda: Plain(name="odd"), (3,), r"'odd' of class .*Plain.*`bound\(self, call\)"),
     "unknown tells the way": (Plain, (3,), r"lipdp\.bounds\.register\(Plain\)"),
@@ -261,6 +288,25 @@ REFUSED = {
     "aspect ratio": (lambda: K.Resizing(2, 2, pad_to_aspect_ratio=True), (4, 3, 1), "aspect"),
     "scale that widens": (lambda: K.Rescaling([1.0, 2.0]), (3, 1), "changes the shape"),
     "lstm": (lambda: K.LSTM(3), (4, 3), r"recurrent weights.*Use lipdp\.layers\.LipschitzRNN"),
+    "sum over an axis": (
+        lambda: K.EinsumDense("abc,cd->ad", 2), (3, 4), "'abc,cd->ad' has no rule; a dense layer",
+    ),
+    "batch at the end": (
+        lambda: K.EinsumDense("abc,cd->bad", (None, 2)), (3, 4), "with the batch first",
+    ),
+    "ellipsis": (lambda: K.EinsumDense("...b,bc->...c", 3), (3,), "give each axis a letter"),
+    "depthwise, channels first": (
+        lambda: K.DepthwiseConv2D(2, data_format="channels_first"), (2, 4, 4), "channels_last",
+    ),
+    "unknown map, depthwise": (lambda: K.DepthwiseConv2D(3), (None, 4, 1), "unknown size"),
+    "unknown map, transposed": (lambda: K.Conv2DTranspose(3, 3), (None, 4, 1), "unknown size"),
+    "subclass of a block": (lambda: LouderReflector(2), (3,), "No bound is known"),
+    "block without its ball": (lambda: freed(layers.SandwichDense(3)), (3,), "no bound"),
+    "cayley without its ball": (lambda: freed(layers.CayleyDense(3)), (3,), "SpectralBall"),
+    "exponential of a larger ball": (
+        lambda: freed(layers.ExponentialDense(3), SpectralBall(2.0)), (3,), "SpectralBall",
+    ),
+    "quantized": (lambda: quantized(K.Dense(3)), (3,), "LoRA or quantisation"),
     "wrapper": (lambda: K.TimeDistributed(K.Dense(2)), (4, 3), "No bound is known for layer"),
     "embedding": (lambda: K.Embedding(5, 3), (4,), r"out of range.*Use lipdp\.layers\.Embedding"),
 }  # fmt: skip
@@ -366,7 +412,9 @@ def test_masks_that_reach_an_average_are_refused():
     inner = keras.Sequential([keras.Input((4, 2)), K.ReLU(), average()])
     mask = ops.any(ops.not_equal(x, 0.0), axis=-1)
     for y in (average()(masked), inner(masked), average()(x, mask=mask)):
-        with pytest.raises(UnknownLayerError, match="positions that a mask leaves|`mask` of your own"):
+        with pytest.raises(
+            UnknownLayerError, match="positions that a mask leaves|`mask` of your own"
+        ):
             network_bounds(keras.Model(x, y), 1.0, 1.0)
     y = layers.GlobalScaledAveragePooling1D()(masked)
     assert attack_bounds(keras.Model(x, y), input_bound=1.0).ratio <= 1 + 1e-5

@@ -5,9 +5,10 @@ import math
 import keras
 import numpy as np
 import pytest
+import scipy.linalg
 from keras import ops
 
-from lipdp import bounds, layers
+from lipdp import bounds, layers, norms
 from lipdp.steps.autodiff import pull_back
 
 LAYERS = {
@@ -39,6 +40,49 @@ LAYERS = {
         (4, 2),
     ),
     "masked average pooling": (layers.MaskedAveragePooling1D(), (4, 2)),
+    "conv 1d, causal": (
+        layers.SpectralConv1D(3, 3, padding="causal", dilation_rate=2, certificate="fft"),
+        (6, 2),
+    ),
+    "patches": (layers.PatchEmbedding(5, (2, 3), bias_norm=0.3), (4, 6, 2)),
+    "map of patches": (
+        layers.PatchEmbedding(3, 2, sequence=False, use_bias=False, activation="tanh"),
+        (4, 4, 1),
+    ),
+    "depthwise conv": (
+        layers.SpectralDepthwiseConv2D((3, 2), padding="same", depth_multiplier=2, bias_norm=0.2),
+        (5, 4, 2),
+    ),
+    "separable conv": (
+        layers.SpectralSeparableConv2D(3, 2, strides=2, depth_multiplier=2, activation="relu"),
+        (4, 4, 2),
+    ),
+    "transposed conv": (
+        layers.SpectralConv2DTranspose(3, 3, strides=2, padding="same", output_padding=1),
+        (3, 2, 2),
+    ),
+    "residual conv": (
+        layers.ResidualConv2D(2, 3, kernel_initializer="ones", bias_norm=0.2, activation="tanh"),
+        (4, 3, 2),
+    ),
+    "sandwich": (layers.SandwichDense(3, 5, bias_norm=0.4), (4,)),
+    "sandwich without bias": (layers.SandwichDense(3, use_bias=False), (2, 4)),
+    "convex potential": (layers.ConvexPotential(bias_norm=0.4), (2, 3)),
+    "convex potential, conv": (
+        layers.ConvexPotentialConv2D((3, 2), 4, certificate="reshaped"),
+        (4, 3, 2),
+    ),
+    "block reflector": (layers.BlockReflector(kernel_initializer="ones"), (5,)),
+    "almost orthogonal": (layers.AlmostOrthogonalDense(4, activation="relu"), (3, 5)),
+    "almost orthogonal conv": (
+        layers.AlmostOrthogonalConv2D(3, 3, padding="same", bias_norm=0.3),
+        (4, 4, 2),
+    ),
+    "cayley": (layers.CayleyDense(3, bias_norm=0.3), (5,)),
+    "cayley, wide": (layers.CayleyDense(5, use_bias=False, activation="relu"), (2, 3)),
+    "exponential": (layers.ExponentialDense(3, bias_norm=0.3), (5,)),
+    "exponential, wide": (layers.ExponentialDense(5, use_bias=False), (2, 3)),
+    "gain": (layers.ChannelGain(0.5), (3, 4)),
     "group sort": (layers.GroupSort(3), (2, 6)),
     "max min": (layers.MaxMin(), (2, 6)),
     "full sort": (layers.FullSort(), (2, 5)),
@@ -79,6 +123,15 @@ def test_saved_and_loaded(name, tmp_path, rng):
     assert list(found.gradients.values()) == list(expected.gradients.values())
     constraints = [[type(w.constraint) for w in n.weights] for n in (loaded, network)]
     assert constraints[0] == constraints[1]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_bounds_are_those_of_the_projections(name):
+    """Nothing is measured: a step that trains such layers computes no bound."""
+    layer, shape = LAYERS[name]
+    found = bounds.network_bounds(network_of(layer, shape), 1.0, 2.0)
+    for bound in (found.output, found.lipschitz, *found.gradients.values()):
+        assert isinstance(bound, (int, float))
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -359,6 +412,128 @@ def test_initial_conv_weights_are_in_their_sets():
     assert ops.convert_to_numpy(layer.kernel).max() < 0.2
 
 
+@pytest.mark.parametrize("sequence", [True, False])
+def test_patches_by_hand(sequence, rng):
+    layer = layers.PatchEmbedding(5, (2, 3), sequence=sequence)
+    x = rng.standard_normal((2, 4, 9, 3)).astype("float32")
+    y = ops.convert_to_numpy(layer(x))
+    assert y.shape == ((2, 6, 5) if sequence else (2, 2, 3, 5))
+    patches = x.reshape(2, 2, 2, 3, 3, 3).transpose(0, 1, 3, 2, 4, 5).reshape(2, 6, 18)
+    expected = patches @ ops.convert_to_numpy(layer.kernel).reshape(18, 5)
+    np.testing.assert_allclose(y.reshape(2, 6, 5), expected, atol=1e-5)
+
+
+def matrix_of(layer, features):
+    return ops.convert_to_numpy(layer(np.eye(features, dtype="float32"))).astype("float64")
+
+
+@pytest.mark.parametrize("features, units", [(4, 4), (6, 3), (3, 6), (1, 4), (40, 30)])
+@pytest.mark.parametrize("cls", [layers.CayleyDense, layers.ExponentialDense])
+def test_orthogonal_by_a_map(cls, features, units, rng):
+    layer = cls(units, use_bias=False)
+    layer.build((None, features))
+    tall = features >= units
+    for scale in (0.0, 0.1, 1.0, 100.0):
+        value = (scale * rng.standard_normal((features, units))).astype("float32")
+        layer.kernel.assign(layer.kernel.constraint(ops.convert_to_tensor(value)))
+        matrix = matrix_of(layer, features)
+        gram = matrix.T @ matrix if tall else matrix @ matrix.T
+        np.testing.assert_allclose(gram, np.eye(min(features, units)), atol=2e-5)
+        kernel = ops.convert_to_numpy(layer.kernel).astype("float64")
+        kernel = kernel if tall else kernel.T
+        skew = np.pad(kernel, ((0, 0), (0, kernel.shape[0] - kernel.shape[1])))
+        skew = skew - skew.T
+        eye = np.eye(len(skew))
+        if cls is layers.CayleyDense:
+            expected = (eye - skew) @ np.linalg.inv(eye + skew)
+        else:
+            expected = scipy.linalg.expm(skew)
+        expected = expected[:, : kernel.shape[1]]
+        np.testing.assert_allclose(matrix if tall else matrix.T, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("cls", [layers.CayleyDense, layers.ExponentialDense])
+@pytest.mark.parametrize("shape", [(4, 4), (6, 3), (24, 24)], ids=str)
+def test_slopes_of_the_orthogonal_maps(cls, shape, rng):
+    """The Jacobian that the backward pass multiplies with, on rank-one cotangents, where the
+    kernel is at the edge of its ball."""
+    layer = cls(shape[1], use_bias=False)
+    layer.build((None, shape[0]))
+    limit = np.sqrt(2) * {layers.CayleyDense: 2.0, layers.ExponentialDense: 1.0}[cls]
+    largest = 0.0
+    for scale in (0.0, 0.3, 10.0):
+        for _ in range(10):
+            value = (scale * rng.standard_normal(shape)).astype("float32")
+            value = layer.kernel.constraint(ops.convert_to_tensor(value))
+            x, g = (rng.standard_normal(n) for n in shape)
+            g -= x[: shape[1]] * (g @ x[: shape[1]]) / (x[: shape[1]] @ x[: shape[1]])
+            cotangent = np.outer(x, g) / np.linalg.norm(x) / np.linalg.norm(g)
+            cotangent = [ops.convert_to_tensor(cotangent.astype("float32"))]
+            _, (slope,) = pull_back(
+                lambda kernel: [layer._matrix(kernel)], [value], lambda _, c=cotangent: c
+            )
+            largest = max(largest, np.linalg.norm(ops.convert_to_numpy(slope)))
+    assert 0.9 * limit * (shape[0] == shape[1]) <= largest <= limit * (1 + 1e-4)
+
+
+def jacobian(layer, x):
+    """Of the layer at one example, by rows of the cotangents."""
+    outputs = int(np.prod(layer(x).shape[1:]))
+    rows = np.repeat(x, outputs, axis=0)
+    identity = np.eye(outputs, dtype="float32").reshape(outputs, *layer(x).shape[1:])
+    _, (slopes,) = pull_back(lambda x: [layer(x)], [rows], lambda _: [identity])
+    return ops.convert_to_numpy(slopes).reshape(outputs, -1).astype("float64")
+
+
+def test_blocks_by_hand(rng):
+    x = rng.standard_normal((5, 4)).astype("float32")
+    b = np.array([0.3, -0.4, 0.2], "float32")
+    relu = lambda z: np.maximum(z, 0.0)  # noqa: E731
+    layer = layers.SandwichDense(2, 3)
+    layer.build((None, 4))
+    layer.bias.assign(b)
+    kernel = ops.convert_to_numpy(layer.kernel)
+    a_t, b_t = kernel[:2], kernel[2:]
+    expected = np.sqrt(2) * relu(np.sqrt(2) * x @ b_t + b) @ a_t.T
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, atol=1e-5)
+    layer = layers.ConvexPotential(3)
+    layer.build((None, 4))
+    layer.bias.assign(b)
+    w = ops.convert_to_numpy(layer.kernel)
+    expected = x - 2 * relu(x @ w + b) @ w.T
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, atol=1e-5)
+    layer = layers.BlockReflector(2)
+    layer.build((None, 4))
+    v = ops.convert_to_numpy(layer.kernel)
+    reflector = np.eye(4) - 2 * v @ v.T
+    np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), x @ reflector, atol=1e-5)
+    np.testing.assert_allclose(reflector @ reflector, np.eye(4), atol=1e-4)  # V is orthonormal
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, (2, 4), (3, 2)], ids=str)
+def test_convex_potential_is_a_gradient(kernel_size, rng):
+    """Its Jacobian is symmetric only if the transposed convolution is the adjoint."""
+    layer = layers.ConvexPotentialConv2D(kernel_size, 3)
+    x = rng.standard_normal((1, 3, 4, 2)).astype("float32")
+    slopes = jacobian(layer, x)
+    np.testing.assert_allclose(slopes, slopes.T, atol=1e-5)
+    assert np.abs(np.linalg.eigvalsh(slopes)).max() <= 1 + 1e-5
+
+
+def test_residual_conv_starts_as_the_identity_and_keeps_its_channels(rng):
+    x = rng.standard_normal((2, 4, 5, 3)).astype("float32")
+    for kernel_size in (1, 3, (1, 5)):
+        y = layers.ResidualConv2D(3, kernel_size)(x)
+        np.testing.assert_allclose(ops.convert_to_numpy(y), x, atol=1e-4)
+
+
+def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
+    layer = layers.SpectralDepthwiseConv2D(3, padding="same")
+    layer.build((None, 6, 6, 4))
+    found = norms.depthwise_norm_bounds(layer.kernel, (6, 6), padding="same")
+    np.testing.assert_allclose(ops.convert_to_numpy(found), 1.0, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "make, shape, message",
     [
@@ -392,6 +567,23 @@ def test_initial_conv_weights_are_in_their_sets():
         (lambda: layers.L2NormPooling2D(0), (4, 4, 1), "`pool_size` must be"),
         (lambda: layers.L2NormPooling2D(2, padding="full"), (4, 4, 1), "`padding` must be"),
         (lambda: layers.SpectralConv2D(2, 3), (None, 4, 1), "known spatial sizes"),
+        (lambda: layers.SpectralConv1D(2, 3), (None, 1), "known spatial sizes"),
+        (lambda: layers.SpectralConv2DTranspose(2, 3), (None, 4, 1), "known spatial sizes"),
+        (lambda: layers.SpectralDepthwiseConv2D(3), (None, 4, 1), "known spatial sizes"),
+        (lambda: layers.ResidualConv2D(3, 3), (4, 4, 2), "as many filters as input channels"),
+        (lambda: layers.ResidualConv2D(2, 2), (4, 4, 2), "needs odd kernel sizes"),
+        (lambda: layers.SandwichDense(0), (4,), "`units` must be a positive integer"),
+        (lambda: layers.SandwichDense(3, 1.5), (4,), "`hidden` must be a positive integer"),
+        (lambda: layers.SandwichDense(3, bias_norm=-1.0), (4,), "`radius` must be a positive"),
+        (lambda: layers.ConvexPotential(-1), (4,), "`hidden` must be a positive integer"),
+        (lambda: layers.ConvexPotentialConv2D((3, 3, 3)), (4, 4, 2), "`kernel_size` must be"),
+        (lambda: layers.ConvexPotentialConv2D(3), (None, 4, 2), "known spatial sizes"),
+        (lambda: layers.BlockReflector(0), (4,), "`rank` must be a positive integer"),
+        (lambda: layers.CayleyDense(3, bias_norm=0.0), (4,), "`radius` must be a positive"),
+        (lambda: layers.PatchEmbedding(2, 3), (6, 4, 1), r"whole patches of \(3, 3\)"),
+        (lambda: layers.PatchEmbedding(2, 2), (None, 4, 1), "whole patches"),
+        (lambda: layers.ChannelGain(float("nan")), (4,), "`radius` must be a positive"),
+        (lambda: layers.ChannelGain(-1.0), (4,), "`radius` must be a positive"),
     ],
 )
 def test_wrong_use_is_refused(make, shape, message):

@@ -11,12 +11,13 @@ import pytest
 from keras import ops
 from keras.src import ops as keras_ops
 
-from lipdp import layers, norms
+from lipdp import layers, norms, projections
 from lipdp.audit import attack_bounds
 from lipdp.bounds import lipschitz, rule, walk
 from lipdp.bounds.builtin import activations, branches, normalization, pooling
 from lipdp.bounds.builtin import linear as linear_rules
 from lipdp.bounds.rule import Rule
+from lipdp.layers.projected import Projected
 
 K = keras.layers
 
@@ -549,6 +550,171 @@ def recurrent_matrices_projected_one_by_one(patch):
     return layers.LipschitzRNN(4, use_bias=False, activation="linear"), (4, 4)
 
 
+def initial_weights_outside_of_their_sets(patch):
+    patch.setattr(Projected, "build", lambda self, shape: super(Projected, self).build(shape))
+    return layers.SpectralDense(3, kernel_initializer="ones"), (4,)
+
+
+def depthwise_norm_by_output_channels(patch):
+    """The largest norm over single filters: √M too small where the filters agree."""
+
+    def bounds(kernel, input_shape, **geometry):
+        kernel = ops.convert_to_tensor(kernel)
+        filters = ops.split(kernel, kernel.shape[-1], axis=-1)
+        return ops.max(ops.stack([right(f, input_shape, **geometry) for f in filters]), axis=0)
+
+    right = norms.depthwise_norm_bounds
+    patch.setattr(norms, "depthwise_norm_bounds", bounds)
+    return K.DepthwiseConv2D(1, depth_multiplier=3, use_bias=False), (3, 3, 2)
+
+
+def depthwise_gradient_without_multiplicity(patch):
+    patch.setattr(norms, "conv_multiplicity", lambda *a, **k: 1)
+    return layers.SpectralDepthwiseConv2D(2, certificate="fft", use_bias=False), (5, 5, 1)
+
+
+def separable_pointwise_gradient_without_the_depthwise_norm(patch):
+    def mutant(layer, call):
+        right = linear_rules.separable_conv(layer, call)
+        return Rule(
+            right.forward,
+            right.backward,
+            lambda xs, g: [
+                (v, xs[0] * g if v is layer.pointwise_kernel else b)
+                for v, b in right.gradients(xs, g)
+            ],
+        )
+
+    register(patch, K.SeparableConv2D, mutant)
+    return K.SeparableConv2D(2, 2, use_bias=False), (5, 5, 1)
+
+
+def transposed_norm_of_the_reshaped_kernel(patch):
+    def bound(kernel, *geometry, **options):
+        return norms.spectral_norm_bound(ops.reshape(kernel, (-1, kernel.shape[-1])))
+
+    patch.setattr(norms, "conv_transpose_norm_bound", bound)
+    return layers.SpectralConv2DTranspose(2, 3, use_bias=False), (4, 4, 1)
+
+
+def transposed_gradient_without_multiplicity(patch):
+    patch.setattr(norms, "conv_transpose_multiplicity", lambda *a, **k: 1)
+    options = dict(strides=2, certificate="fft", use_bias=False)
+    return layers.SpectralConv2DTranspose(2, 4, **options), (3, 3, 1)
+
+
+def transposed_grid_of_the_input(patch):
+    """As if a transposed convolution did not grow the map."""
+    right = norms._kernel_norm_bounds
+
+    def bounds(split, multiplicity, grid, dilations, certificate):
+        sizes = split.shape[1:-2]
+        grid = [n - k + 1 for n, k in zip(grid, sizes, strict=True)]
+        return right(split, multiplicity, grid, dilations, "fft")
+
+    patch.setattr(norms, "_kernel_norm_bounds", bounds)
+    return K.Conv2DTranspose(1, 3, use_bias=False), (2, 2, 1)
+
+
+def einsum_norm_of_the_first_matrix(patch):
+    right = linear_rules._matrices
+    patch.setattr(linear_rules, "_matrices", lambda *arguments: right(*arguments)[:1])
+    return K.EinsumDense("abc,bcd->abd", (3, 2)), (3, 2)
+
+
+def gain_taken_for_one(patch):
+    patch.setattr(layers.ChannelGain, "bound", lambda self, call: lipschitz(
+        gradients=lambda x, g: [(self.gamma, x * g)]
+    ))  # fmt: skip
+    return layers.ChannelGain(2.0), (3, 2)
+
+
+def residual_conv_projected_without_the_identity(patch):
+    ball = projections.ResidualConvBall
+    patch.setattr(ball, "bound", staticmethod(projections.ConvBall.bound))
+    patch.setattr(ball, "__call__", projections.ConvBall.__call__)
+    return layers.ResidualConv2D(1, 3, use_bias=False), (4, 4, 1)
+
+
+def sandwich_gradient_without_its_root(patch):
+    def bound(self, call):
+        return lipschitz(gradients=lambda x, g: [(self.kernel, 2.0 * x * g)])
+
+    patch.setattr(layers.SandwichDense, "bound", bound)
+    return layers.SandwichDense(3, 6, use_bias=False), (4,)
+
+
+def convex_potential_that_counts_one_use(patch):
+    patch.setattr(layers.ConvexPotential, "bound", lambda self, call: lipschitz(
+        gradients=lambda x, g: [(self.kernel, 2.0 * x * g)]
+    ))  # fmt: skip
+    return layers.ConvexPotential(use_bias=False), (3,)
+
+
+def convex_potential_bias_without_its_factor(patch):
+    right = layers.ConvexPotential.bound
+
+    def bound(self, call):
+        rule = right(self, call)
+        halved = lambda xs, g: [  # noqa: E731
+            (v, b / 2 if v is self.bias else b) for v, b in rule.gradients(xs, g)
+        ]
+        return Rule(rule.forward, rule.backward, halved)
+
+    patch.setattr(layers.ConvexPotential, "bound", bound)
+    return layers.ConvexPotential(), (2, 3)
+
+
+def convex_potential_conv_without_multiplicity(patch):
+    patch.setattr(norms, "conv_multiplicity", lambda *a, **k: 1)
+    options = dict(certificate="fft", use_bias=False)
+    return layers.ConvexPotentialConv2D(2, 1, **options), (5, 5, 1)
+
+
+def reflector_that_counts_one_use(patch):
+    patch.setattr(layers.BlockReflector, "bound", lambda self, call: lipschitz(
+        gradients=lambda x, g: [(self.kernel, 2.0 * x * g)]
+    ))  # fmt: skip
+    return layers.BlockReflector(2), (4,)
+
+
+def cayley_without_its_jacobian(patch):
+    patch.setattr(layers.CayleyDense, "_SLOPE", 0.5**0.5)
+    return layers.CayleyDense(3, use_bias=False), (3,)
+
+
+def cayley_without_the_factor_of_the_skew_part(patch):
+    patch.setattr(layers.CayleyDense, "_SLOPE", 2.0**0.5)
+    return layers.CayleyDense(3, use_bias=False), (3,)
+
+
+def exponential_without_the_factor_of_the_skew_part(patch):
+    patch.setattr(layers.ExponentialDense, "_SLOPE", 0.5**0.5)
+    return layers.ExponentialDense(3, use_bias=False), (3,)
+
+
+def almost_orthogonal_by_the_norms_of_channels(patch):
+    def scales(kernel):
+        axis = -1 if kernel.shape[-1] <= kernel.shape[-2] else -2
+        others = tuple(a for a in range(len(kernel.shape)) if a != len(kernel.shape) + axis)
+        return 1.0 / ops.sqrt(ops.sum(ops.square(kernel), axis=others)), axis
+
+    patch.setattr(norms, "almost_orthogonal_scales", scales)
+    return layers.AlmostOrthogonalDense(3, use_bias=False), (4,)
+
+
+def almost_orthogonal_conv_without_shifts(patch):
+    """The channels' correlations at shift zero alone."""
+    right = norms.almost_orthogonal_scales
+
+    def scales(kernel):
+        flat, axis = right(ops.reshape(kernel, (-1, kernel.shape[-1])))
+        return flat, axis
+
+    patch.setattr(norms, "almost_orthogonal_scales", scales)
+    return layers.AlmostOrthogonalConv2D(1, 3, padding="same", use_bias=False), (5, 5, 1)
+
+
 def register(patch, cls, mutant):
     patch.setitem(rule._RULES, cls, mutant)
 
@@ -628,6 +794,26 @@ MUTANTS = [
     recurrent_bias_counted_once,
     recurrent_states_as_the_last_one,
     recurrent_matrices_projected_one_by_one,
+    initial_weights_outside_of_their_sets,
+    depthwise_norm_by_output_channels,
+    depthwise_gradient_without_multiplicity,
+    separable_pointwise_gradient_without_the_depthwise_norm,
+    transposed_norm_of_the_reshaped_kernel,
+    transposed_gradient_without_multiplicity,
+    transposed_grid_of_the_input,
+    einsum_norm_of_the_first_matrix,
+    gain_taken_for_one,
+    residual_conv_projected_without_the_identity,
+    sandwich_gradient_without_its_root,
+    convex_potential_that_counts_one_use,
+    convex_potential_bias_without_its_factor,
+    convex_potential_conv_without_multiplicity,
+    reflector_that_counts_one_use,
+    cayley_without_its_jacobian,
+    cayley_without_the_factor_of_the_skew_part,
+    exponential_without_the_factor_of_the_skew_part,
+    almost_orthogonal_by_the_norms_of_channels,
+    almost_orthogonal_conv_without_shifts,
 ]
 
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
@@ -278,6 +279,132 @@ def test_conv_multiplicity(geometry):
     assert counted <= bound
     if min(size) >= 3 * max(taps):
         assert counted == bound
+
+
+CERTIFICATES = ("reshaped", "fft", "auto")
+
+
+@pytest.mark.parametrize("multiplier", [1, 3])
+@pytest.mark.parametrize(
+    "taps, size, strides, padding, dilation_rate",
+    [
+        ((3, 3), (4, 4), 1, "same", 1),
+        ((2, 2), (5, 5), 2, "valid", 1),
+        ((4, 4), (5, 5), 1, "same", 1),
+        ((2, 3), (5, 6), 1, "same", 2),
+        ((3,), (6,), 2, "same", 1),
+        ((2,), (7,), 1, "valid", 3),
+    ],
+)
+def test_depthwise_norm_bounds(taps, size, strides, padding, dilation_rate, multiplier, rng):
+    geometry = dict(strides=strides, padding=padding, dilation_rate=dilation_rate)
+    channels = 2
+    entries = math.prod(size) * channels
+    identity = np.eye(entries, dtype="float32").reshape(entries, *size, channels)
+    for kernel in kernels((*taps, channels, multiplier), rng):
+        kernel = kernel.astype("float32")
+        outputs = ops.convert_to_numpy(ops.depthwise_conv(identity, kernel, **geometry))
+        # (inputs, input channel, outputs, output channel, multiplier)
+        blocks = outputs.reshape(entries // channels, channels, -1, channels, multiplier)
+        for certificate in CERTIFICATES:
+            bounds = norms.depthwise_norm_bounds(kernel, size, **geometry, certificate=certificate)
+            bounds = ops.convert_to_numpy(bounds)
+            assert bounds.shape == (channels,)
+            for c in range(channels):
+                block = blocks[:, c, :, c].reshape(entries // channels, -1)
+                assert bounds[c] >= exact(block) * (1 - 1e-6)
+            assert bounds.max() >= exact(outputs.reshape(entries, -1)) * (1 - 1e-6)
+
+
+TRANSPOSED = [
+    # taps, size, strides, padding, output_padding, dilation
+    ((1, 1), (3, 3), 1, "valid", None, 1),
+    ((2, 2), (3, 3), 2, "valid", None, 1),
+    ((2, 2), (3, 3), 3, "valid", None, 1),
+    ((3, 3), (3, 3), 1, "same", None, 1),
+    ((3, 3), (3, 3), 2, "same", None, 1),
+    ((3, 2), (3, 4), (2, 1), "same", None, 1),
+    ((4, 4), (3, 3), 2, "same", 1, 1),
+    ((4, 4), (2, 2), 1, "valid", None, 1),
+    ((5,), (4,), 2, "same", 0, 1),
+    ((5,), (4,), 3, "valid", 2, 1),
+    ((3,), (4,), 1, "valid", None, 2),
+    ((2,), (5,), 1, "same", None, 3),
+]
+
+
+def transposed(kernel, size, strides, padding, output_padding, dilation_rate):
+    if dilation_rate > 1 and keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow does not dilate transposed convolutions on CPUs")
+    entries = math.prod(size) * kernel.shape[-1]
+    identity = np.eye(entries, dtype="float32").reshape(entries, *size, kernel.shape[-1])
+    outputs = ops.conv_transpose(
+        identity, kernel, strides, padding, output_padding, dilation_rate=dilation_rate
+    )
+    return ops.convert_to_numpy(outputs).reshape(entries, -1)
+
+
+@pytest.mark.parametrize("geometry", TRANSPOSED, ids=str)
+def test_conv_transpose_norm_bound(geometry, rng):
+    taps, size, strides, padding, output_padding, dilation = geometry
+    for kernel in kernels((*taps, 3, 2), rng):
+        kernel = kernel.astype("float32")
+        true = exact(transposed(kernel, size, strides, padding, output_padding, dilation))
+        bounds = [
+            float(norms.conv_transpose_norm_bound(kernel, size, strides, dilation, certificate=c))
+            for c in CERTIFICATES
+        ]
+        assert min(bounds) >= true * (1 - 1e-6)
+        assert bounds[2] <= min(bounds[:2]) * (1 + ROUNDING)
+        if norms.conv_transpose_multiplicity(kernel.shape, size, strides, dilation) == 1:
+            if padding == "valid":
+                assert bounds[2] <= 1.05 * true
+
+
+@pytest.mark.parametrize("geometry", TRANSPOSED, ids=str)
+def test_conv_transpose_multiplicity(geometry):
+    taps, size, strides, padding, output_padding, dilation = geometry
+    kernel = np.ones((*taps, 1, 1), "float32")
+    reading = transposed(kernel, size, strides, padding, output_padding, dilation)
+    counted = int((reading != 0).sum(axis=0).max())
+    bound = norms.conv_transpose_multiplicity(kernel.shape, size, strides, dilation)
+    assert counted <= bound
+    if padding == "valid" and dilation == 1:
+        assert counted == bound
+
+
+@pytest.mark.parametrize(
+    "geometry", GEOMETRIES_2D + GEOMETRIES_1D, ids=lambda g: "-".join(map(str, g.values()))
+)
+@pytest.mark.parametrize("channels", [(2, 3), (3, 2)], ids=str)
+def test_almost_orthogonal_scales_of_convolutions(geometry, channels, rng):
+    geometry = dict(geometry)
+    taps, size = geometry.pop("kernel"), geometry.pop("size")
+    for kernel in kernels((*taps, *channels), rng):
+        scaled = almost_orthogonal(kernel.astype("float32"))
+        assert exact(operator(scaled, size, channels[0], **geometry)) <= 1.0
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_almost_orthogonal_scales_of_matrices(kind, shape, rng):
+    for matrix in KINDS[kind](rng, 20, *shape).astype("float32"):
+        scaled = almost_orthogonal(matrix)
+        assert exact(scaled) <= 1.0
+        if kind == "orthogonal":
+            np.testing.assert_allclose(scaled, matrix, atol=1e-4)
+
+
+def almost_orthogonal(kernel):
+    scales, axis = norms.almost_orthogonal_scales(kernel)
+    scales = ops.convert_to_numpy(scales)
+    return kernel * (scales if axis == -1 else scales[:, None])
+
+
+def test_almost_orthogonal_scales_refuse():
+    for shape in [(3,), (1, 1, 1, 1, 2, 2)]:
+        with pytest.raises(ValueError, match="two axes of channels"):
+            norms.almost_orthogonal_scales(np.ones(shape, "float32"))
 
 
 @pytest.mark.parametrize(

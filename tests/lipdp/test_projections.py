@@ -6,7 +6,16 @@ import pytest
 from keras import ops
 
 from lipdp import norms, projections
-from lipdp.projections import ConvBall, NormBall, SpectralBall
+from lipdp.projections import (
+    AlmostOrthogonal,
+    ConvBall,
+    ConvTransposeBall,
+    DepthwiseConvBall,
+    EntryBall,
+    NormBall,
+    ResidualConvBall,
+    SpectralBall,
+)
 
 
 def exact(w):
@@ -103,8 +112,73 @@ def test_conv_ball(geometry, certificate, rng):
         np.testing.assert_allclose(apply(projection, kernel), kernel, rtol=1e-4)
 
 
+def test_entry_ball(rng):
+    w = np.r_[rng.standard_normal(5), 1e30, -np.inf]
+    projected = apply(EntryBall(0.7), w)
+    np.testing.assert_allclose(projected, np.clip(w, -0.7, 0.7), rtol=1e-6)
+    assert np.isnan(apply(EntryBall(0.7), np.array([np.nan]))).all()
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_depthwise_ball_projects_each_channel(padding, rng):
+    projection = DepthwiseConvBall(0.5, input_shape=(5, 5), padding=padding)
+    w = rng.standard_normal((3, 3, 4, 2))
+    w[:, :, 1] *= 1e-3
+    w[:, :, 2] *= 1e25
+    projected = apply(projection, w)
+    np.testing.assert_array_equal(projected[:, :, 1], w[:, :, 1].astype("float32"))
+    bounds = norms.depthwise_norm_bounds(projected, (5, 5), padding=padding)
+    np.testing.assert_allclose(ops.convert_to_numpy(bounds)[[0, 2, 3]], 0.5, rtol=1e-3)
+    assert ops.convert_to_numpy(bounds).max() <= 0.5 * (1 + 2e-5)
+
+
+@pytest.mark.parametrize("strides", [1, 2, (2, 3)])
+def test_conv_transpose_ball(strides, rng):
+    projection = ConvTransposeBall(1.5, input_shape=(3, 3), strides=strides)
+    identity = np.eye(18, dtype="float32").reshape(18, 3, 3, 2)
+    for padding in ("same", "valid"):
+        for scale in (1e-3, 1.0, 1e25):
+            kernel = apply(projection, scale * rng.standard_normal((3, 3, 4, 2)))
+            matrix = ops.conv_transpose(identity, kernel, strides, padding)
+            matrix = ops.convert_to_numpy(matrix).reshape(18, -1)
+            assert exact(matrix) <= 1.5 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("certificate", ["reshaped", "fft", "auto"])
+def test_residual_conv_ball(certificate, rng):
+    projection = ResidualConvBall(1.0, input_shape=(4, 5), certificate=certificate)
+    identity = np.eye(40, dtype="float32").reshape(40, 4, 5, 2)
+    for scale in (0.0, 0.1, 1.0, 1e6):
+        kernel = apply(projection, scale * rng.standard_normal((3, 3, 2, 2)))
+        outputs = identity + ops.convert_to_numpy(ops.conv(identity, kernel, padding="same"))
+        assert exact(outputs.reshape(40, 40)) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 20), (20, 3), (3, 2, 2, 5), (3, 2, 5, 2)], ids=str)
+@pytest.mark.parametrize("radius", [1.0, 0.3])
+def test_almost_orthogonal(shape, radius, rng):
+    projection = AlmostOrthogonal(radius)
+    for scale in (1e-25, 1e-3, 1.0, 1e25):
+        w = scale * rng.standard_normal(shape)
+        projected = apply(projection, w)
+        assert np.isfinite(projected).all()
+        if len(shape) == 2:
+            assert exact(projected) <= radius
+        else:
+            bound = norms.conv_norm_bound(projected, (6, 6), padding="same")
+            assert float(bound) <= 1.05 * radius
+        if scale <= 1e-3:
+            np.testing.assert_array_equal(projected, w.astype("float32"))
+    assert (apply(projection, np.zeros(shape)) == 0).all()
+
+
 PROJECTIONS = [
     NormBall(0.5),
+    EntryBall(0.3),
+    DepthwiseConvBall(0.5, input_shape=(5, 5), strides=2, padding="same"),
+    ConvTransposeBall(0.5, input_shape=(5, 5), strides=(2, 1), certificate="reshaped"),
+    ResidualConvBall(0.5, input_shape=(5, 5), certificate="fft"),
+    AlmostOrthogonal(0.5),
     SpectralBall(2.0),
     SpectralBall(2.0, orthogonal=True, iterations=3),
     ConvBall(1.5, input_shape=(5, 5), strides=(2, 1), padding="same", certificate="reshaped"),
