@@ -30,8 +30,8 @@ _LOG_TAIL = -40.0
 # Below such noise the formulas overflow, and subsampling protects next to nothing.
 _LEAST_NOISE = 0.05
 # Balls in bins need sums of exp(N(0, 1 / σ²)) on a grid, whose range explodes below this.
-_LEAST_NOISE_OF_BINS = 0.4
-_MOST_RATIOS = 2**19
+_LEAST_NOISE_OF_BINS = 0.5
+_MOST_RATIOS = 2**18
 
 
 class Release(abc.ABC):
@@ -247,7 +247,6 @@ class BallsInBins(Release):
 
     def _sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
         """Losses, their mass without and with the example, and what is lost of either."""
-        from dp_accounting.pld import common
         from scipy import signal, special
 
         sigma, bins = self.noise_multiplier, self.bins
@@ -269,8 +268,7 @@ class BallsInBins(Release):
         blank[-1] += special.ndtr(-edges[-1])
         lost = special.ndtr(1 / sigma - edges[-1]) + bins * special.ndtr(edges[0])
         tail = 1e-15
-        first, others = common.self_convolve(blank, bins - 1, tail)
-        others = np.maximum(others, 0.0)
+        first, others = _self_convolve(blank, bins - 1, tail)
         undrawn, drawn = (
             np.maximum(signal.fftconvolve(others, one), 0.0) for one in (blank, blank * ratios)
         )
@@ -457,6 +455,38 @@ def _cells(cdf: "np.ufunc", edges: np.ndarray) -> np.ndarray:
     left, right = edges[:-1], edges[1:]
     flip = left > 0
     return np.where(flip, cdf(-left) - cdf(-right), cdf(right) - cdf(left))
+
+
+def _self_convolve(masses: np.ndarray, times: int, tail: float) -> tuple[int, np.ndarray]:
+    """The distribution of a sum of equal variables on 0, 1, ..., and where it begins.
+
+    Sums that are left out have a mass of at most `tail` (Chernoff's bound at some orders), and are
+    wrapped into the rest by the transform.
+    """
+    from scipy import fft
+
+    if times == 1:
+        return 0, masses
+    places = np.arange(len(masses))
+    mean = masses @ places / masses.sum()
+    deviation = math.sqrt(masses @ (places - mean) ** 2 * times)
+    low, high = 0, (len(masses) - 1) * times
+    # Orders that would suit a Gaussian sum, and orders that suit the heaviest tails.
+    gaussian = math.sqrt(2 * math.log(2 / tail)) / deviation
+    for order in (*gaussian * 2.0 ** np.arange(-3, 2), *5.0 * 2.0 ** np.arange(7) / len(masses)):
+        for sign in (1, -1):
+            exponents = sign * order * (places - mean)
+            if exponents.max() > 600.0:
+                continue
+            log_moment = math.log(masses @ np.exp(exponents))
+            distance = (times * log_moment + math.log(2 / tail)) / order
+            if sign > 0:
+                high = min(high, math.ceil(times * mean + distance))
+            else:
+                low = max(low, math.floor(times * mean - distance))
+    size = fft.next_fast_len(max(high - low + 1, len(masses)), real=True)
+    sums = fft.irfft(fft.rfft(masses, size) ** times, size)
+    return low, np.maximum(np.roll(sums, -low)[: high - low + 1], 0.0)
 
 
 def _log_series_power(series: np.ndarray, power: int) -> np.ndarray:
