@@ -322,16 +322,34 @@ class PoissonGroup(Release):
         return min(self.size * spread, self.size / self.noise_multiplier), self.size * reach
 
     def pld(self, grid: float) -> "PrivacyLossDistribution":
-        from dp_accounting.pld import privacy_loss_distribution
-        from scipy import stats
+        """Connect-the-Dots on the likelihood ratios, which rise, at equally spaced outcomes.
 
-        counts = np.arange(self.size + 1)
-        return privacy_loss_distribution.from_mixture_gaussian_mechanism(
-            self.noise_multiplier,
-            counts,
-            stats.binom.pmf(counts, self.size, self.probability),
-            value_discretization_interval=grid,
-            log_mass_truncation_bound=_LOG_TAIL,
+        (dp_accounting has this mixture, but takes tens of seconds over it.)
+        """
+        from dp_accounting.pld import privacy_loss_distribution
+        from scipy import special, stats
+
+        sigma, counts = self.noise_multiplier, np.arange(self.size + 1)
+        weights = stats.binom.pmf(counts, self.size, self.probability)
+        edges = np.linspace(-_WIDTH, self.size / sigma + _WIDTH, 2**14)
+        exponents = edges[:, None] * counts / sigma - counts**2 / (2 * sigma**2)
+        losses = special.logsumexp(exponents, axis=1, b=weights)
+        blank = _cells(special.ndtr, edges)
+        drawn = sum(
+            weight * _cells(special.ndtr, edges - count / sigma)
+            for count, weight in zip(counts, weights, strict=True)
+        )
+        # Of each cell, the masses that keep both of its probabilities at the ratios of its edges.
+        low = np.exp(losses[:-1])
+        rise = np.maximum(low * np.expm1(np.diff(losses)), 1e-300)
+        up = np.clip((drawn - low * blank) / rise, 0.0, blank)
+        without = np.zeros(len(edges))
+        without[1:] += up
+        without[:-1] += blank - up
+        lost = 2 * float(special.ndtr(-_WIDTH)) + 1e-15
+        return privacy_loss_distribution.PrivacyLossDistribution(
+            _spread_over_grid(losses, without * np.exp(losses), lost, grid),
+            _spread_over_grid(-losses[::-1], without[::-1], lost, grid),
         )
 
     def rdp(self) -> np.ndarray:
