@@ -138,14 +138,17 @@ class FixedSize(Release):
         "Wang, Balle and Kasiviswanathan 2019"
     )
 
-    def scale(self) -> tuple[float, float]:
-        return _sampled_scale(self.probability, self.noise_multiplier / 2)
+    def scale(self, width: float = _WIDTH) -> tuple[float, float]:
+        return _sampled_scale(self.probability, self.noise_multiplier / 2, width)
 
-    def pld(self, grid: float) -> "PrivacyLossDistribution":
-        """Connect-the-Dots on the half with α >= 1; the other half mirrors its masses."""
+    def pld(self, grid: float, width: float = _WIDTH) -> "PrivacyLossDistribution":
+        """Connect-the-Dots on the half with α >= 1; the other half mirrors its masses.
+
+        What lies beyond `width` standard deviations is lost.
+        """
         from dp_accounting.pld import pld_pmf, privacy_loss_distribution
 
-        _, reach = self.scale()
+        _, reach = self.scale(width)
         top = max(2, math.ceil(reach / grid))
         epsilons = np.arange(top + 1) * grid
         stretched = np.log1p(np.expm1(np.minimum(epsilons, 600.0)) / self.probability)
@@ -196,13 +199,22 @@ class TruncatedPoisson(Release):
             FixedSize(self.probability, self.noise_multiplier),
         )
 
+    @property
+    def _width(self) -> float:
+        """Of a batch that is seldom cut, less far tails are negligible."""
+        from scipy import special
+
+        return min(_WIDTH, -special.ndtri(min(0.1, math.exp(_LOG_TAIL) / self.truncation)))
+
     def scale(self) -> tuple[float, float]:
-        (usual, reach), (cut, furthest) = (part.scale() for part in self._parts)
+        often, seldom = self._parts
+        (usual, reach), (cut, furthest) = often.scale(), seldom.scale(self._width)
         spread = math.sqrt((1 - self.truncation) * usual**2 + self.truncation * cut**2)
         return spread, max(reach, furthest)
 
     def pld(self, grid: float) -> "PrivacyLossDistribution":
-        usual, cut = (part.pld(grid) for part in self._parts)
+        often, seldom = self._parts
+        usual, cut = often.pld(grid), seldom.pld(grid, self._width)
         return cut.compute_mixture(usual, self.truncation)
 
     def rdp(self) -> np.ndarray:
@@ -408,9 +420,11 @@ def balls_in_bins(bins: int, noise_multiplier: float) -> Release:
 # --- tools ----------------------------------------------------------------------------------------
 
 
-def _sampled_scale(probability: float, noise_multiplier: float) -> tuple[float, float]:
-    """The root of the chi-square divergence, and the loss at nine standard deviations."""
-    exponent = _WIDTH / noise_multiplier + 0.5 / noise_multiplier**2
+def _sampled_scale(
+    probability: float, noise_multiplier: float, width: float = _WIDTH
+) -> tuple[float, float]:
+    """The root of the chi-square divergence, and the loss at so many standard deviations."""
+    exponent = width / noise_multiplier + 0.5 / noise_multiplier**2
     reach = math.log1p(probability * math.expm1(min(exponent, 600.0)))
     chi = probability * math.sqrt(math.expm1(min(noise_multiplier**-2, 600.0)))
     return min(chi, reach), reach

@@ -1,6 +1,6 @@
 """Which scheme is accounted under which relation and by which accountant: found out by asking."""
 
-from accountants.accounting import ACCOUNTANTS, epsilon
+from accountants.accounting import ACCOUNTANTS, Accountant, epsilon
 from accountants.mechanisms import TrainingRun
 from accountants.releases import Gaussian
 from accountants.sampling import (
@@ -9,6 +9,7 @@ from accountants.sampling import (
     FullBatch,
     PoissonSampling,
     RandomAllocation,
+    Relation,
     ShuffledEpochs,
     TruncatedPoisson,
 )
@@ -60,9 +61,13 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _is_supported(run: TrainingRun, relation: str, accountant: str) -> bool:
+def _is_supported(run: TrainingRun, relation: Relation, accountant: Accountant) -> bool:
     try:
-        epsilon(runs=[run], delta=1e-5, relation=relation, accountant=accountant)  # type: ignore[arg-type]
+        epsilon(runs=[run], delta=1e-5, relation=relation, accountant=accountant)
     except ValueError:
         return False
     return True
+
+
+if __name__ == "__main__":
+    print(table())

@@ -212,6 +212,25 @@ def test_closed_form_is_tight_and_on_the_safe_side(noise_multiplier, steps):
             assert delta(runs=[run], epsilon=found * (1 - 1e-6) - 1e-11) > target
 
 
+@pytest.mark.parametrize("rho", [1e-6, 0.01, 0.5, 30.0])
+def test_zero_concentration_is_converted_at_the_best_order(rho):
+    curve = curves.ZcdpCurve(rho)
+    truth = curves.GaussianCurve(math.sqrt(2 * rho))
+    orders = 1 + np.logspace(-3, 5, 20_001)
+    for target in (1e-2, 1e-5, 1e-12):
+        # Canonne, Kamath and Steinke 2020, Proposition 12.
+        bound = rho * orders + np.log1p(-1 / orders) - np.log(target * orders) / (orders - 1)
+        found = curve.epsilon(target)
+        assert truth.epsilon(target) <= found == pytest.approx(max(0, bound.min()), rel=1e-5)
+        # Bun and Steinke 2016, Proposition 1.3, is looser.
+        assert found < rho + 2 * math.sqrt(rho * math.log(1 / target))
+    for target in (0.0, 0.5, 5.0):
+        assert truth.delta(target) <= curve.delta(target) <= 1.0
+    assert curves.ZcdpCurve(0.0).epsilon(1e-5) == curves.ZcdpCurve(0.0).delta(1.0) == 0.0
+    assert curves.ZcdpCurve(math.inf).epsilon(1e-5) == math.inf
+    assert curves.ZcdpCurve(math.inf).delta(1.0) == 1.0
+
+
 @pytest.mark.parametrize("steps", [3_000, 1_000_000])
 @pytest.mark.parametrize("shift", [0.1, 1.0, 3.0])
 def test_composed_distributions_round_to_the_safe_side(steps, shift):
@@ -248,7 +267,7 @@ def test_fine_grids_are_chosen_for_small_losses(probability):
 # --- relations ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accountant", ["pld", "rdp", "exact"])
+@pytest.mark.parametrize("accountant", ["pld", "rdp", "exact", "zcdp"])
 def test_a_noise_multiplier_means_the_same_to_every_accountant(accountant):
     """dp_accounting doubles the sensitivity of replace-one in PLD and not in RDP."""
     settings = {"num_examples": N, "sampling": FullBatch(), "delta": 1e-5, "steps": 10}
@@ -480,6 +499,16 @@ def test_a_million_steps_take_half_a_second(noise_multiplier, probability):
     start = time.process_time()
     epsilon(runs=[poisson(noise_multiplier, probability, 1_000_000)], delta=1e-5)
     assert time.process_time() - start < 0.5
+
+
+def test_schedules_are_grouped():
+    schedule = [poisson(1 + i % 5 / 10, 0.01, 3) for i in range(2_000)]
+    grouped = [poisson(1 + i / 10, 0.01, 1_200) for i in range(5)]
+    epsilon(runs=[poisson(1.0, 0.5, 1)], delta=1e-5)  # imports
+    start = time.process_time()
+    spent = epsilon(runs=schedule, delta=1e-5)
+    assert time.process_time() - start < 1.0
+    assert spent == epsilon(runs=grouped, delta=1e-5)
 
 
 def test_public_names_exist():

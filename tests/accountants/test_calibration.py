@@ -7,10 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accountants import (
+    FixedSize,
     FullBatch,
     PoissonSampling,
+    RandomAllocation,
     ShuffledEpochs,
     TrainingRun,
+    TruncatedPoisson,
+    calibrate_batch_size,
+    calibrate_epochs,
     calibrate_noise_multiplier,
     calibrate_steps,
     epsilon,
@@ -91,6 +96,69 @@ def test_steps_at_the_edges():
     for most in (limit - 1, limit, limit + 1):
         found = calibrate_steps(epsilon=9.0, noise_multiplier=5.0, max_steps=most, **common)
         assert found == min(most, limit)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [PoissonSampling(600), ShuffledEpochs(700), RandomAllocation(90), TruncatedPoisson(600, 700)],
+)
+def test_the_most_epochs_are_exact(sampling):
+    common = {"noise_multiplier": 1.1, "sampling": sampling, "num_examples": N, "delta": 1e-5}
+    if isinstance(sampling, ShuffledEpochs):
+        common["noise_multiplier"] = 3.0
+    found = calibrate_epochs(epsilon=3.0, **common)
+    length = sampling.steps_per_epoch(N)
+    assert found > 0
+    assert epsilon(steps=found * length, **common) <= 3.0
+    assert epsilon(steps=(found + 1) * length, **common) > 3.0
+    assert calibrate_epochs(epsilon=3.0, max_epochs=2, **common) == 2
+    assert calibrate_epochs(epsilon=0.01, **common) == 0
+
+
+@pytest.mark.parametrize(
+    ("scheme", "noise_multiplier"),
+    [(PoissonSampling, 1.0), (FixedSize, 3.0), (lambda b: TruncatedPoisson(b, b + 100), 1.0)],
+)
+@pytest.mark.parametrize("prior", [False, True])
+def test_the_largest_batches_are_exact(scheme, noise_multiplier, prior):
+    prior = [TrainingRun(20.0, FullBatch(), N, 1)] * prior
+    common = {"delta": 1e-5, "accountant": "pld"}
+
+    def cost(size):
+        sampling = scheme(size)
+        steps = 10 * sampling.steps_per_epoch(N)
+        return epsilon(runs=[*prior, TrainingRun(noise_multiplier, sampling, N, steps)], **common)
+
+    found = calibrate_batch_size(
+        epsilon=2.0,
+        noise_multiplier=noise_multiplier,
+        epochs=10,
+        num_examples=N,
+        scheme=scheme,
+        prior=prior,
+        **common,
+    )
+    assert cost(found) <= 2.0 < cost(found + 1)
+
+
+def test_batch_sizes_at_the_edges():
+    common = {"delta": 1e-5, "num_examples": 1000, "epochs": 1}
+    assert calibrate_batch_size(epsilon=9.0, noise_multiplier=50.0, **common) == 1000
+    assert calibrate_batch_size(epsilon=0.01, noise_multiplier=0.3, **common) == 0
+    with pytest.raises(ValueError, match="epochs"):
+        calibrate_batch_size(epsilon=1.0, noise_multiplier=1.0, **(common | {"epochs": 0}))
+    with pytest.raises(TypeError, match="sampling"):
+        calibrate_batch_size(epsilon=1.0, noise_multiplier=1.0, scheme=int, **common)
+
+
+@pytest.mark.parametrize(
+    "sampling", [TruncatedPoisson(600, 700), FixedSize(600), RandomAllocation(100)]
+)
+def test_the_noise_of_other_schemes_never_overshoots(sampling):
+    common = {"delta": 1e-5, "sampling": sampling, "num_examples": N, "steps": 1000}
+    found = calibrate_noise_multiplier(epsilon=2.0, **common)
+    assert epsilon(noise_multiplier=found, **common) <= 2.0
+    assert epsilon(noise_multiplier=found * (1 - 1e-3), **common) > 2.0
 
 
 def test_a_spent_budget_is_refused():

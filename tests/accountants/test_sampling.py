@@ -3,9 +3,19 @@ import json
 import numpy as np
 import pytest
 
-from accountants import FullBatch, PoissonSampling, Sampling, ShuffledEpochs, TrainingRun
+from accountants import (
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    Sampling,
+    ShuffledEpochs,
+    TrainingRun,
+    TruncatedPoisson,
+)
 
 SCHEMES = [PoissonSampling(32), PoissonSampling(2.5), FullBatch(), ShuffledEpochs(32)]
+SCHEMES += [FixedSize(32), TruncatedPoisson(32, 40), TruncatedPoisson(2.5, 3), RandomAllocation(7)]
 
 
 @pytest.mark.parametrize("sampling", SCHEMES)
@@ -41,7 +51,38 @@ def test_shuffling_charges_an_epoch_as_soon_as_it_begins():
         run.joined(TrainingRun(2.0, ShuffledEpochs(30), num_examples=100, steps=5))
 
 
-@pytest.mark.parametrize("kind", [PoissonSampling, ShuffledEpochs])
+def test_numbers_of_the_other_schemes():
+    schemes = TruncatedPoisson(30, 40), FixedSize(30), RandomAllocation(4)
+    assert [s.steps_per_epoch(100) for s in schemes] == [4, 4, 4]
+    assert [s.expected_batch_size(100) for s in schemes] == [30, 30, 25]
+    assert [s.sampling_probability(100) for s in schemes] == [0.3, 0.3, 1]
+    assert [s.participations(100, 9) for s in schemes] == [9, 9, 3]
+    assert [s.participations(100, 0) for s in schemes] == [0, 0, 0]
+    run = TrainingRun(1.0, RandomAllocation(4), num_examples=100, steps=6)
+    with pytest.raises(ValueError, match="new epoch"):
+        run.joined(run)
+    # Cutting makes another scheme of it, never a kind of Poisson sampling.
+    assert not isinstance(TruncatedPoisson(30, 40), PoissonSampling)
+
+
+@pytest.mark.parametrize(
+    ("physical", "error"), [(29, ValueError), (30.0, TypeError), (None, TypeError)]
+)
+def test_bad_physical_batch_sizes(physical, error):
+    with pytest.raises(error, match="physical_batch_size"):
+        TruncatedPoisson(29.5, physical)
+
+
+@pytest.mark.parametrize(("steps", "error"), [(0, ValueError), (1.0, TypeError), (None, TypeError)])
+def test_bad_numbers_of_bins(steps, error):
+    with pytest.raises(error, match="steps"):
+        RandomAllocation(steps)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [PoissonSampling, ShuffledEpochs, FixedSize, lambda size: TruncatedPoisson(size, 10**9)],
+)
 @pytest.mark.parametrize(
     ("batch_size", "error"),
     [
@@ -75,7 +116,12 @@ def test_bad_runs():
     ]:
         with pytest.raises(error, match=name):
             TrainingRun(**(good | {name: value}))
-    for sampling in (PoissonSampling(11), ShuffledEpochs(11)):
+    for sampling in (
+        PoissonSampling(11),
+        ShuffledEpochs(11),
+        FixedSize(11),
+        TruncatedPoisson(11, 12),
+    ):
         with pytest.raises(ValueError, match="num_examples=10"):
             TrainingRun(**(good | {"sampling": sampling}))
     with pytest.raises(ValueError, match="scheme"):
