@@ -288,10 +288,10 @@ def test_masks_that_might_mix_examples_are_refused():
     x = tokens()
     y = layers.Embedding(TOKENS, 4)(x)
     with pytest.raises(UnknownLayerError, match="boolean"):
-        gradient_bounds(keras.Model(x, y * ops.greater(y, 0.0)))
+        gradient_bounds(keras.Model(x, y * ops.isfinite(y)))
     one, many = keras.Input((), dtype="int32"), tokens(1)
     y = K.Add()([layers.Embedding(5, 1, mask_zero=True)(t) for t in (one, many)])
-    with pytest.raises(UnknownLayerError, match="different ranks"):
+    with pytest.raises(UnknownLayerError, match="different rank"):
         gradient_bounds(keras.Model([one, many], layers.MaskedAveragePooling1D()(y)))
 
 
