@@ -13,7 +13,16 @@ import keras
 
 from lipdp import layers
 
-__all__ = ["conv_net", "mlp", "resnet", "vgg"]
+__all__ = [
+    "conv_net",
+    "mixer",
+    "mlp",
+    "resnet",
+    "scatter_net",
+    "text_classifier",
+    "vgg",
+    "vision_transformer",
+]
 
 K = keras.layers
 
@@ -172,6 +181,190 @@ def resnet(
     return keras.Model(inputs, _head(classes)(x), name="resnet")
 
 
+def mixer(
+    input_shape: Sequence[int],
+    classes: int,
+    patch_size: int = 4,
+    width: int = 64,
+    depth: int = 2,
+    radius: float = 1.0,
+) -> keras.Model:
+    """Patches mixed over positions and over features in turns (Tolstikhin et al., 2021).
+
+    Dense layers along either axis share their weights over the other one, at no cost in the bound:
+    the gradient of a matrix is at most `X·G`, however many positions share it.
+
+    Args:
+        input_shape: `(height, width, channels)`, made of whole patches.
+        classes: number of logits.
+        patch_size: pixels of a patch each way.
+        width: features of a patch; even.
+        depth: number of blocks.
+        radius: of the ball of the input.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> mixer((32, 32, 3), 10, width=8).output_shape
+    (None, 10)
+    """
+    _check("depth", depth, depth >= 1, "a positive integer")
+    _check_image(input_shape, 2)
+    _check_width(width, 2)
+    inputs, x = _front(input_shape, radius, centred=True)
+    x = layers.PatchEmbedding(width, patch_size, use_bias=False)(x)
+    for _ in range(depth):
+        tokens = layers.TokenDense(x.shape[1], use_bias=False)
+        x = K.Average()([x, layers.GroupSort()(tokens(x))])
+        x = K.Average()([x, _channels(x)])
+    return keras.Model(inputs, _head(classes)(K.Flatten()(x)), name="mixer")
+
+
+def vision_transformer(
+    input_shape: Sequence[int],
+    classes: int,
+    patch_size: int = 4,
+    width: int = 64,
+    heads: int = 4,
+    depth: int = 1,
+    radius: float = 1.0,
+) -> keras.Model:
+    """Patches that attend to each other (after Dosovitskiy et al., 2021).
+
+    Attention is no contraction: its cotangent may grow by about the root of the number of patches
+    at each block. What enters a block from behind is therefore clipped to the norm that it would
+    have without attention (`ClipGradient`), so that bounds do not grow with depth.
+
+    Args:
+        input_shape: `(height, width, channels)`, made of whole patches.
+        classes: number of logits.
+        patch_size: pixels of a patch each way.
+        width: features of a patch; even, a multiple of `heads`.
+        heads: heads of each attention.
+        depth: number of blocks.
+        radius: of the ball of the input.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> vision_transformer((32, 32, 3), 10, width=8).output_shape
+    (None, 10)
+    """
+    for name, value in (("depth", depth), ("heads", heads)):
+        _check(name, value, value >= 1, "a positive integer")
+    _check_image(input_shape, 2)
+    _check_width(width, 2)
+    _check("heads", heads, width % heads == 0, f"a divisor of width={width}")
+    inputs, x = _front(input_shape, radius, centred=True)
+    x = layers.PatchEmbedding(width, patch_size, use_bias=False)(x)
+    positions = x.shape[1]
+    x = layers.PositionalEmbedding(radius / 2)(x)
+    # Twice what a row has where all are equally long; scores then spread over [-1, 1].
+    row = 2 * radius / positions**0.5
+    for _ in range(depth):
+        attention = layers.LipschitzAttention(
+            heads, width // heads, radius=row, temperature=row * row
+        )
+        mixed = attention(layers.ClipGradient(1.0)(x))
+        x = layers.BallProjection(radius)(K.Average()([x, mixed]))
+        x = K.Average()([x, _channels(x)])
+    return keras.Model(inputs, _head(classes)(K.Flatten()(x)), name="vision_transformer")
+
+
+def text_classifier(
+    vocabulary: int,
+    length: int,
+    classes: int,
+    width: int = 32,
+    depth: int = 2,
+    mask_zero: bool = True,
+) -> keras.Model:
+    """The mean of the words' vectors, then dense layers (after fastText, Joulin et al., 2017).
+
+    One example moves the whole table by a gradient of norm `G` at most, however long it is.
+
+    Args:
+        vocabulary: number of tokens.
+        length: tokens of an example.
+        classes: number of logits.
+        width: length of a vector and units of a hidden layer; even.
+        depth: number of dense layers, the last included.
+        mask_zero: leave token 0, the padding, out of the mean.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> text_classifier(1000, 200, 2).output_shape
+    (None, 2)
+    """
+    for name, value in (("vocabulary", vocabulary), ("length", length), ("depth", depth)):
+        _check(name, value, value >= 1, "a positive integer")
+    _check_width(width, 2)
+    body = [layers.EmbeddingBag(vocabulary, width, mask_zero=mask_zero)]
+    for _ in range(depth - 1):
+        body += [layers.SpectralDense(width, use_bias=False), layers.GroupSort()]
+    return keras.Sequential(
+        [keras.Input((length,), dtype="int32"), *body, _head(classes)], name="text_classifier"
+    )
+
+
+_HEADS = ("linear", "dense", "conv")
+
+
+def scatter_net(
+    input_shape: Sequence[int],
+    classes: int,
+    head: str = "linear",
+    width: int = 64,
+    J: int = 2,
+    L: int = 8,
+    groups: int = 27,
+    floor: float = 1e-3,
+) -> keras.Model:
+    """Fixed wavelet scattering with a trained head (Tramèr & Boneh, ICLR 2021).
+
+    Each example's features are normalised in groups of channels and have norm one together, so
+    that bounds are attained. The features of a data set may be computed once:
+    `lipdp.layers.cached_features` on the layers before the head.
+
+    Args:
+        input_shape: `(height, width, channels)`.
+        classes: number of logits.
+        head: `"linear"`, `"dense"` (a hidden layer of `width`) or `"conv"` (a 1×1 convolution of
+            `width` filters).
+        width: of the head; even.
+        J, L: scales and angles of `lipdp.layers.Scattering2D`.
+        groups: groups of channels; must divide their number, `channels·(1 + JL + L²J(J−1)/2)`.
+        floor: norm of a group below which it is not stretched further.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> scatter_net((28, 28, 1), 10, head="conv").output_shape
+    (None, 10)
+    """
+    if head not in _HEADS:
+        raise ValueError(f"`head` must be one of {_HEADS}; got {head!r}.")
+    _check_image(input_shape, 2)
+    _check_width(width, 2)
+    heads = {
+        "linear": [],
+        "dense": [K.Flatten(), layers.SpectralDense(width, use_bias=False), layers.GroupSort()],
+        "conv": [layers.SpectralConv2D(width, 1, use_bias=False), layers.GroupSort()],
+    }
+    return keras.Sequential(
+        [
+            keras.Input(tuple(input_shape)),
+            layers.Scattering2D(J, L),
+            layers.FlooredNormalization(groups**-0.5, floor, groups=groups),
+            *heads[head],
+            K.Flatten(),
+            _head(classes),
+        ],
+        name="scatter_net",
+    )
+
+
 # --- parts ------------------------------------------------------------------------------------
 
 
@@ -198,6 +391,13 @@ def _residual(x):
     filters = x.shape[-1]
     branch = layers.GroupSort()(_conv(filters)(x))
     return K.Average()([x, layers.GroupSort()(_conv(filters)(branch))])
+
+
+def _channels(x):
+    """A hidden layer over the features of each position."""
+    width = x.shape[-1]
+    hidden = layers.GroupSort()(layers.SpectralDense(width, use_bias=False)(x))
+    return layers.SpectralDense(width, use_bias=False)(hidden)
 
 
 def _head(classes):

@@ -85,8 +85,11 @@ class _Repair:
             for node in network._nodes_by_depth[depth]:
                 if node.is_input:
                     continue
+                new = self.replaced(node.operation)
                 args, kwargs = node.arguments.fill_in(tensors)
-                outputs = keras.tree.flatten(self.replaced(node.operation)(*args, **kwargs))
+                if isinstance(new, layers.LipschitzAttention):
+                    args, kwargs = _self_attention(node, tensors), {}
+                outputs = keras.tree.flatten(new(*args, **kwargs))
                 tensors.update({id(t): new for t, new in zip(node.outputs, outputs, strict=True)})
         outputs = keras.tree.map_structure(lambda t: tensors[id(t)], network._outputs_struct)
         return keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=network.name)
@@ -118,7 +121,7 @@ class _Repair:
 
 
 def _bounded(layer):
-    return isinstance(layer, BallProjection)
+    return isinstance(layer, (BallProjection, K.Embedding))
 
 
 def _copy(layer):
@@ -167,12 +170,41 @@ def _centering(layer):
     return layers.Centering(tuple(range(1, layer.input_spec.ndim - 1)) or None, name=layer.name)
 
 
+def _recurrent(layer):
+    return layers.LipschitzRNN(
+        layer.units, return_sequences=layer.return_sequences, name=layer.name
+    )
+
+
+def _attention(layer):
+    return layers.LipschitzAttention(layer.num_heads, layer.key_dim, name=layer.name)
+
+
+def _self_attention(node, tensors):
+    """The one tensor that attends to itself."""
+    if len({id(t) for t in node.input_tensors}) > 1:
+        raise UnknownLayerError(
+            f"Layer {node.operation.name!r} attends to another sequence, for which there is no "
+            "replacement; lipdp.layers.LipschitzAttention is for a sequence and itself."
+        )
+    return (tensors[id(node.input_tensors[0])],)
+
+
 _FREE = "whose weights stay in a ball, so that its noise does not grow with them"
 _MIXES = "because it mixes the examples of a batch"
 
 _REPLACEMENTS = {
     K.Dense: (_like(layers.SpectralDense), _FREE),
+    K.Conv1D: (_like(layers.SpectralConv1D), _FREE),
     K.Conv2D: (_like(layers.SpectralConv2D), _FREE),
+    K.Conv2DTranspose: (_like(layers.SpectralConv2DTranspose), _FREE),
+    K.DepthwiseConv2D: (_like(layers.SpectralDepthwiseConv2D), _FREE),
+    K.SeparableConv2D: (_like(layers.SpectralSeparableConv2D), _FREE),
+    K.Embedding: (_like(layers.Embedding), "whose vectors stay in a ball"),
+    K.SimpleRNN: (_recurrent, _FREE),
+    K.LSTM: (_recurrent, _FREE),
+    K.GRU: (_recurrent, _FREE),
+    K.MultiHeadAttention: (_attention, "on rows in a ball, where attention has a bound"),
     K.BatchNormalization: (_centering, _MIXES),
     K.UnitNormalization: (
         lambda layer: BallProjection(1.0, name=layer.name),

@@ -146,6 +146,62 @@ def test_a_private_network_is_only_copied(capsys):
     assert repaired.layers[0].radius == 2.0
 
 
+def text():
+    return keras.Sequential(
+        [keras.Input((5,), dtype="int32"), K.Embedding(9, 4), K.LSTM(4), K.Dense(2)]
+    )
+
+
+def recurrent():
+    x = keras.Input((5, 3))
+    h = K.GRU(4, return_sequences=True)(x)
+    h = K.Conv1D(4, 3, padding="causal")(h)
+    return keras.Model(x, K.Dense(2)(K.Flatten()(K.MultiHeadAttention(2, 3)(h, h))))
+
+
+def convolutional():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            K.SeparableConv2D(4, 3),
+            K.DepthwiseConv2D(2),
+            K.Conv2DTranspose(2, 2),
+            K.Flatten(),
+            K.Dense(2),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "make, kinds",
+    [
+        (text, "Embedding LipschitzRNN SpectralDense"),
+        (
+            recurrent,
+            "BallProjection LipschitzRNN SpectralConv1D LipschitzAttention Flatten SpectralDense",
+        ),
+        (
+            convolutional,
+            "BallProjection SpectralSeparableConv2D SpectralDepthwiseConv2D "
+            "SpectralConv2DTranspose Flatten SpectralDense",
+        ),
+    ],
+)
+def test_what_replaces_what(make, kinds):
+    repaired = lipdp.repair(make(), verbose=False)
+    found = [layer for layer in repaired.layers if not isinstance(layer, K.InputLayer)]
+    assert [type(layer).__name__ for layer in found] == kinds.split()
+    assert all(type(layer).__module__.startswith(("lipdp", "keras")) for layer in found)
+    assert lipdp.check(repaired).private and repaired.output_shape == make().output_shape
+
+
+def test_attention_to_another_sequence_is_not_repaired():
+    a, b = keras.Input((5, 3)), keras.Input((5, 3))
+    network = keras.Model([a, b], K.MultiHeadAttention(1, 3)(a, b))
+    with pytest.raises(lipdp.UnknownLayerError, match="attends to another sequence"):
+        lipdp.repair(network, verbose=False)
+
+
 def test_repair_says_what_it_cannot_do():
     network = keras.Sequential([keras.Input((4,)), K.Lambda(lambda x: x), K.Dense(2)])
     with pytest.raises(lipdp.UnknownLayerError, match="Lambda"):

