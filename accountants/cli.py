@@ -44,11 +44,11 @@ _SAMPLING = (
 )
 
 
-class _UsageError(Exception):
+class UsageError(Exception):
     """Flags that make no sense together."""
 
 
-class _Flags(flags.FlagValues):
+class Flags(flags.FlagValues):
     """The flags of one command."""
 
     def __init__(self) -> None:
@@ -88,21 +88,21 @@ class _Flags(flags.FlagValues):
     def needed(self, name: str) -> Any:
         value = self[name].value
         if value is None:
-            raise _UsageError(f"--{name} is needed.")
+            raise UsageError(f"--{name} is needed.")
         return value
 
     def refuse(self, *names: str, reason: str) -> None:
         for name in names:
             if self[name].value is not None:
-                raise _UsageError(f"--{name} cannot be given {reason}.")
+                raise UsageError(f"--{name} cannot be given {reason}.")
 
 
-def _batch_size(values: _Flags) -> float:
+def _batch_size(values: Flags) -> float:
     size = values.needed("batch_size")
     return int(size) if math.isfinite(size) and size == int(size) else size
 
 
-def _sampling(values: _Flags) -> Sampling:
+def _sampling(values: Flags) -> Sampling:
     name = values.sampling
     own = {"truncated_poisson": ["physical_batch_size"], "random_allocation": ["steps_per_epoch"]}
     for other, names in own.items():
@@ -124,16 +124,16 @@ def _sampling(values: _Flags) -> Sampling:
     return kinds[name](_batch_size(values))
 
 
-def _steps(values: _Flags, sampling: Sampling, num_examples: int) -> int:
+def _steps(values: Flags, sampling: Sampling, num_examples: int) -> int:
     if (values.steps is None) == (values.epochs is None):
-        raise _UsageError("one of --steps and --epochs is needed.")
+        raise UsageError("one of --steps and --epochs is needed.")
     if values.steps is not None:
         return values.steps
     epochs = _validation.integer("epochs", values.epochs, minimum=0)
     return epochs * sampling.steps_per_epoch(num_examples)
 
 
-def _write(values: _Flags, record: dict[str, Any], text: str) -> None:
+def write(values: Flags, record: dict[str, Any], text: str) -> None:
     print(json.dumps(_finite(record)) if values.json else text)
 
 
@@ -149,16 +149,16 @@ def _finite(value: Any) -> Any:
 # --- epsilon --------------------------------------------------------------------------------------
 
 
-def _epsilon_flags() -> _Flags:
-    values = _Flags()
+def _epsilon_flags() -> Flags:
+    values = Flags()
     values.accounting()
     values.mechanism()
     values.integer("group_size", "How many examples may differ.", 1)
     return values
 
 
-def _epsilon(values: _Flags, arguments: list[str]) -> None:
-    _none(arguments)
+def _epsilon(values: Flags, arguments: list[str]) -> None:
+    no_arguments(arguments)
     delta = values.needed("delta")
     sampling, num_examples = _sampling(values), values.needed("num_examples")
     run = TrainingRun(
@@ -187,7 +187,7 @@ def _epsilon(values: _Flags, arguments: list[str]) -> None:
         f"epsilon = {float(found):.6g} at delta = {delta:g}{group}, under {found.relation}, "
         f"by {found.accountant}: {run.steps} steps of {run.sampling!r}"
     )
-    _write(values, record, text)
+    write(values, record, text)
 
 
 # --- calibrate ------------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ def _epsilon(values: _Flags, arguments: list[str]) -> None:
 _SOLVE_FOR = ("noise_multiplier", "steps", "epochs", "batch_size")
 
 
-def _calibrate_flags() -> _Flags:
-    values = _Flags()
+def _calibrate_flags() -> Flags:
+    values = Flags()
     values.number("epsilon", "Epsilon of the budget.")
     values.accounting()
     values.mechanism()
@@ -204,8 +204,8 @@ def _calibrate_flags() -> _Flags:
     return values
 
 
-def _calibrate(values: _Flags, arguments: list[str]) -> None:
-    _none(arguments)
+def _calibrate(values: Flags, arguments: list[str]) -> None:
+    no_arguments(arguments)
     unknown = values.solve_for
     values.refuse(unknown, reason="as it is what is searched for (--solve_for)")
     common = {
@@ -219,7 +219,7 @@ def _calibrate(values: _Flags, arguments: list[str]) -> None:
     if unknown == "batch_size":
         values.refuse("steps", reason="with --solve_for=batch_size; give --epochs")
         if values.sampling not in ("poisson", "fixed_size", "shuffled_epochs"):
-            raise _UsageError(
+            raise UsageError(
                 "--solve_for=batch_size is for --sampling=poisson, fixed_size or shuffled_epochs, "
                 f"got {values.sampling}."
             )
@@ -251,23 +251,23 @@ def _calibrate(values: _Flags, arguments: list[str]) -> None:
     text = (
         f"{unknown} = {found:.6g}" if isinstance(found, float) else f"{unknown} = {found}"
     ) + f" for epsilon = {budget['epsilon']:g} at delta = {budget['delta']:g}"
-    _write(values, {unknown: found, **budget}, text)
+    write(values, {unknown: found, **budget}, text)
 
 
 # --- ledger ---------------------------------------------------------------------------------------
 
 
-def _ledger_flags() -> _Flags:
-    values = _Flags()
+def _ledger_flags() -> Flags:
+    values = Flags()
     values.number("epsilon", "Epsilon of a budget, to see what is left of it.")
     values.accounting()
     values["delta"].value = values["delta"].default = 1e-5
     return values
 
 
-def _ledger(values: _Flags, arguments: list[str]) -> None:
+def _ledger(values: Flags, arguments: list[str]) -> None:
     if len(arguments) != 1:
-        raise _UsageError(f"one PATH is needed, got {len(arguments)}.")
+        raise UsageError(f"one PATH is needed, got {len(arguments)}.")
     delta = values.needed("delta")
     budget = None if values.epsilon is None else Budget(values.epsilon, delta)
     how = {"accountant": values.accountant, "relation": values.relation}
@@ -309,7 +309,7 @@ def _ledger(values: _Flags, arguments: list[str]) -> None:
             more = _more_steps(entries, budget, how)
             record["budget"]["more_steps_like_the_last_run"] = more
             lines.append(f"more steps like those of the last run: {more}")
-    _write(values, record, "\n".join(lines))
+    write(values, record, "\n".join(lines))
 
 
 def _line(entry: LedgerEntry, so_far: float) -> str:
@@ -340,37 +340,38 @@ def _more_steps(entries: list[LedgerEntry], budget: Budget, how: dict[str, Any])
 # --- how commands are run -------------------------------------------------------------------------
 
 
-def _none(arguments: list[str]) -> None:
+def no_arguments(arguments: list[str]) -> None:
     if arguments:
-        raise _UsageError(f"only flags are taken, got {' '.join(arguments)!r}.")
+        raise UsageError(f"only flags are taken, got {' '.join(arguments)!r}.")
 
 
-def _command(
+def command(
     name: str,
     usage: str,
-    make_flags: Callable[[], _Flags],
-    run: Callable[[_Flags, list[str]], None],
+    make_flags: Callable[[], Flags],
+    run: Callable[[Flags, list[str]], int | None],
 ) -> Callable[[Sequence[str]], int]:
+    """A command made of its flags and what it does with them; `run` may return an exit code."""
+
     def command(argv: Sequence[str]) -> int:
         values = make_flags()
         try:
             _, *arguments = values([name, *argv[1:]])
             if values.help:
                 print(_help(usage, values))
-            else:
-                run(values, arguments)
-        except (flags.Error, _UsageError, TypeError, ValueError) as error:
+                return 0
+            return run(values, arguments) or 0
+        except (flags.Error, UsageError, TypeError, ValueError) as error:
             print(f"{name}: {error}\nTry {name} --help.", file=sys.stderr)
             return 2
         except (LedgerError, OSError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
-        return 0
 
     return command
 
 
-def _help(usage: str, values: _Flags) -> str:
+def _help(usage: str, values: Flags) -> str:
     lines = [usage, ""]
     for name in sorted(values):
         flag = values[name]
@@ -388,7 +389,7 @@ def _choices(flag: flags.Flag) -> bool:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "epsilon": (
-        _command(
+        command(
             "epsilon",
             "epsilon --delta=... --noise_multiplier=... --num_examples=... --batch_size=... "
             "--steps=...\n\nThe epsilon of a training run.",
@@ -398,7 +399,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "the epsilon of a training run",
     ),
     "calibrate": (
-        _command(
+        command(
             "calibrate",
             "calibrate --epsilon=... --delta=... --solve_for=... and the rest of the run\n\n"
             "The least noise, or the most steps, epochs or examples a batch, within a budget.",
@@ -408,7 +409,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
         "the least noise, or the most steps, epochs or examples a batch, within a budget",
     ),
     "ledger": (
-        _command(
+        command(
             "ledger",
             "ledger PATH [--epsilon=... --delta=...]\n\n"
             "What ran when, epsilon over time, and what is left of a budget.",
@@ -420,13 +421,17 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 }
 
 
-def main(argv: Sequence[str]) -> int:
+def main(
+    argv: Sequence[str],
+    program: str = "python -m accountants",
+    commands: dict[str, tuple[Callable[[Sequence[str]], int], str]] = COMMANDS,
+) -> int:
     """Runs the command that ``argv[1]`` names; returns its exit code."""
     wanted = argv[1] if len(argv) > 1 else None
-    if wanted in COMMANDS:
-        return COMMANDS[wanted][0](argv[1:])
-    lines = ["python -m accountants COMMAND [flags]", ""]
-    lines += [f"  {name}: {line}" for name, (_, line) in COMMANDS.items()]
+    if wanted in commands:
+        return commands[wanted][0](argv[1:])
+    lines = [f"{program} COMMAND [flags]", ""]
+    lines += [f"  {name}: {line}" for name, (_, line) in commands.items()]
     asked = wanted in ("--help", "-h", "help")
     if not asked and wanted is not None:
         lines.insert(0, f"no command is named {wanted!r}.")
