@@ -257,8 +257,7 @@ class TokenDense(SpectralDense):
         return _swapped(super().compute_output_shape(_swapped(input_shape)))
 
     def bound(self, call: Call) -> Rule:
-        shape = (call.output_shape[1], call.output_shape[0])
-        return linear.dense(self, dataclasses.replace(call, output_shape=shape))
+        return linear.dense(self, call)
 
 
 def _swapped(shape):

@@ -8,22 +8,8 @@ import pytest
 
 import lipdp
 from lipdp import models
+from tests.lipdp.cases.networks import SMALL
 
-SMALL = {
-    "linear": lambda: models.mlp((6, 6, 2), 3, depth=1),
-    "mlp": lambda: models.mlp((20,), 3, width=8, depth=3),
-    "conv_net": lambda: models.conv_net((8, 8, 1), 3, width=4),
-    "vgg5": lambda: models.vgg((8, 8, 3), 3, width=2),
-    "vgg8": lambda: models.vgg((9, 8, 1), 3, depth=8, width=2),
-    "resnet6": lambda: models.resnet((8, 8, 3), 3, width=2),
-    "resnet10": lambda: models.resnet((16, 12, 1), 3, depth=10, width=2),
-    "mixer": lambda: models.mixer((8, 8, 3), 3, width=4),
-    "transformer": lambda: models.vision_transformer((8, 8, 1), 3, width=4, heads=2, depth=2),
-    "text": lambda: models.text_classifier(20, 6, 3, width=4),
-    "scatter": lambda: models.scatter_net((8, 8, 1), 3, J=1, L=2, groups=3),
-    "scatter, dense": lambda: models.scatter_net((8, 8, 1), 3, "dense", 4, J=1, L=2, groups=1),
-    "scatter, conv": lambda: models.scatter_net((8, 8, 2), 3, "conv", 4, J=1, L=2, groups=3),
-}
 LARGE = {
     "mlp": lambda: models.mlp((28, 28, 1), 10, width=512, depth=4),
     "vgg8": lambda: models.vgg((32, 32, 3), 10, depth=8, width=16),

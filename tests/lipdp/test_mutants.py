@@ -476,11 +476,6 @@ def positional_embedding_without_its_radius(patch):
     return layers.PositionalEmbedding(), (4, 3)
 
 
-def token_dense_with_the_positions_of_dense(patch):
-    patch.setattr(layers.TokenDense, "bound", lambda self, call: linear_rules.dense(self, call))
-    return layers.TokenDense(2), (2, 5)
-
-
 def masked_mean_as_over_all_positions(patch):
     patch.setattr(layers.MaskedAveragePooling1D, "bound", lambda self, call: Rule(
         lambda xs: xs[0] / 2, lambda xs, g: [g / 2], masks=True
@@ -782,7 +777,6 @@ MUTANTS = [
     rows_projected_as_one_matrix,
     tokens_out_of_range_as_keras_reads_them,
     positional_embedding_without_its_radius,
-    token_dense_with_the_positions_of_dense,
     masked_mean_as_over_all_positions,
     masked_mean_that_divides_by_zero,
     attention_values_without_the_root_of_the_rows,

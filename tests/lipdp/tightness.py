@@ -1,10 +1,13 @@
 """Makes the table of attained ratios: `python -m tests.lipdp.tightness` writes docs/tightness.md.
 
-Every case of the catalogue is attacked. A ratio below 0.85 needs its reason in `GAPS`, and a
-ratio above 1 stops it.
+Every case of the catalogue is attacked, which takes some minutes; with a path as its argument the
+results are kept there as JSON, and read from there the next time. A ratio above 1 stops it, and
+one below 0.85 needs its reason in `GAPS`.
 """
 
+import json
 import os
+import sys
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -33,12 +36,10 @@ def attained(name: str) -> dict[str, float]:
 
     (case,) = [c for c in CASES if c.name == name]
     result = case.attack()
-    if result.ratio > 1 + 1e-5:
-        raise AssertionError(f"{name} is broken: {result}")
     ratios = defaultdict(float)
     for quantity, ratio in result.attained.items():
         end = "input" if quantity.startswith("input") else quantity.rpartition("/")[2]
-        if end != "other examples":
+        if end != "other examples" or ratio:
             ratios[end] = max(ratios[end], ratio)
     return dict(ratios)
 
@@ -70,17 +71,31 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def main() -> None:
+def attack() -> dict[str, dict[str, float]]:
+    """The ratios of all cases, by name."""
     from rich.progress import track
 
     from tests.lipdp.cases import CASES
 
-    found = defaultdict(list)
+    names = [case.name for case in CASES]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(attained, [case.name for case in CASES], chunksize=8)
-        for case, result in zip(CASES, track(results, "attacking", len(CASES)), strict=True):
-            found[case.kind].append(result)
-    DOCS.parent.mkdir(exist_ok=True)
+        results = pool.map(attained, names, chunksize=8)
+        return dict(zip(names, track(results, "attacking", len(names)), strict=True))
+
+
+def main(path: str | None = None) -> None:
+    if path and os.path.exists(path):
+        results = json.loads(Path(path).read_text())
+    else:
+        results = attack()
+        if path:
+            Path(path).write_text(json.dumps(results))
+    broken = {n: r for n, r in results.items() if max(r.values(), default=0.0) > 1 + 1e-5}
+    if broken:
+        raise AssertionError(f"broken bounds: {broken}")
+    found = defaultdict(list)
+    for name, ratios in results.items():
+        found[name.partition(":")[0]].append(ratios)
     DOCS.write_text(HEADER + table(found), encoding="utf-8")
 
 
@@ -89,4 +104,4 @@ if __name__ == "__main__":
     import multiprocessing
 
     multiprocessing.set_start_method("spawn")
-    main()
+    main(*sys.argv[1:2])

@@ -31,4 +31,5 @@ CASES: list[Case] = [
     for case in family.CASES
 ]
 
-assert len({case.name for case in CASES}) == len(CASES), "two cases share a name"
+_names = [case.name for case in CASES]
+assert len(set(_names)) == len(_names), {name for name in _names if _names.count(name) > 1}

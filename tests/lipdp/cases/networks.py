@@ -2,7 +2,7 @@
 
 import keras
 
-from lipdp import layers
+from lipdp import layers, models
 from tests.lipdp.cases.case import Case
 
 K = keras.layers
@@ -44,3 +44,24 @@ CASES = [
     Case(f"network: {name}", lambda shape=shape, make=make: _network(shape, make))
     for name, (shape, make) in NETWORKS.items()
 ]
+
+#: The networks of `lipdp.models`, small.
+SMALL = {
+    "linear": lambda: models.mlp((6, 6, 2), 3, depth=1),
+    "mlp": lambda: models.mlp((20,), 3, width=8, depth=3),
+    "conv_net": lambda: models.conv_net((8, 8, 1), 3, width=4),
+    "vgg5": lambda: models.vgg((8, 8, 3), 3, width=2),
+    "vgg8": lambda: models.vgg((9, 8, 1), 3, depth=8, width=2),
+    "resnet6": lambda: models.resnet((8, 8, 3), 3, width=2),
+    "resnet10": lambda: models.resnet((16, 12, 1), 3, depth=10, width=2),
+    "mixer": lambda: models.mixer((8, 8, 3), 3, width=4),
+    "transformer": lambda: models.vision_transformer((8, 8, 1), 3, width=4, heads=2, depth=2),
+    "text": lambda: models.text_classifier(20, 6, 3, width=4),
+    "scatter": lambda: models.scatter_net((8, 8, 1), 3, J=1, L=2, groups=3),
+    "scatter, dense": lambda: models.scatter_net((8, 8, 1), 3, "dense", 4, J=1, L=2, groups=1),
+    "scatter, conv": lambda: models.scatter_net((8, 8, 2), 3, "conv", 4, J=1, L=2, groups=3),
+}
+SLOW = ("vgg8", "resnet10", "transformer", "scatter, dense", "scatter, conv")
+for name, make in SMALL.items():
+    # Some bounds are those of layers that no example attains together.
+    CASES.append(Case(f"model: {name}", make, slow=name in SLOW))

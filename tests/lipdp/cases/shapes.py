@@ -40,7 +40,6 @@ TIGHT = {
     "Resizing: lanczos5": (lambda: K.Resizing(2, 6, interpolation="lanczos5"), (4, 4, 1)),
     "InvertibleDownSampling2D": (lambda: layers.InvertibleDownSampling2D((2, 1)), (4, 3, 2)),
     "InvertibleUpSampling2D": (lambda: layers.InvertibleUpSampling2D(2), (2, 1, 4)),
-    "Masking": (K.Masking, (3, 2)),
     "Normalization: 1": (lambda: K.Normalization(mean=0.5, variance=4.0), (3,)),
     "Normalization: channels": (
         lambda: K.Normalization(mean=[0.0, 1.0], variance=[4.0, 0.01]),
