@@ -33,3 +33,11 @@ def _seeded():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(items):
+    """What no backend changes is tested once: on JAX, which compiles each small program, slow."""
+    if keras.backend.backend() != "tensorflow":
+        for item in items:
+            if item.get_closest_marker("any_backend"):
+                item.add_marker(pytest.mark.slow)

@@ -9,6 +9,8 @@ from lipdp.batches import DrawnBatches
 from lipdp.noise import RandomSource
 from tests.lipdp.helpers import data, private
 
+pytestmark = pytest.mark.any_backend
+
 N = 40
 SCHEMES = [
     lipdp.PoissonSampling(8),

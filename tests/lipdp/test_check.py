@@ -10,6 +10,8 @@ import lipdp
 from lipdp import layers
 from tests.lipdp.helpers import data, private
 
+pytestmark = pytest.mark.any_backend
+
 K = keras.layers
 
 

@@ -8,6 +8,8 @@ import pytest
 import lipdp
 from lipdp import cli, layers
 
+pytestmark = pytest.mark.any_backend
+
 K = keras.layers
 
 

@@ -10,6 +10,8 @@ from keras import ops
 from lipdp import layers
 from lipdp.layers import Scattering2D, cached_features, feature_cache
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture
 def computed(monkeypatch):

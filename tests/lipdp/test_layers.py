@@ -125,6 +125,7 @@ def test_saved_and_loaded(name, tmp_path, rng):
     assert constraints[0] == constraints[1]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", LAYERS)
 def test_bounds_are_those_of_the_projections(name):
     """Nothing is measured: a step that trains such layers computes no bound."""
@@ -134,6 +135,7 @@ def test_bounds_are_those_of_the_projections(name):
         assert isinstance(bound, (int, float))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", LAYERS)
 def test_config_tells_everything(name):
     layer, _ = LAYERS[name]

@@ -10,6 +10,8 @@ import lipdp
 from lipdp import models
 from tests.lipdp.cases.networks import SMALL
 
+pytestmark = pytest.mark.any_backend
+
 LARGE = {
     "mlp": lambda: models.mlp((28, 28, 1), 10, width=512, depth=4),
     "vgg8": lambda: models.vgg((32, 32, 3), 10, depth=8, width=16),

@@ -19,6 +19,8 @@ from lipdp.bounds.builtin import linear as linear_rules
 from lipdp.bounds.rule import Rule
 from lipdp.layers.projected import Projected
 
+pytestmark = pytest.mark.any_backend
+
 K = keras.layers
 
 
