@@ -1,7 +1,6 @@
 """Data sources to batches, drawn as the sampling scheme says."""
 
 import dataclasses
-import math
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -19,8 +18,9 @@ from accountants import (
 )
 from accountants.sampling import Sampling
 from lipdp.noise import RandomSource
+from lipdp.sources import Arrays, Records, as_array, padded
 
-__all__ = ["DrawnBatch", "DrawnBatches", "check_data", "check_weights"]
+__all__ = ["DrawnBatch", "DrawnBatches", "check_weights"]
 
 
 @dataclasses.dataclass
@@ -28,14 +28,14 @@ class DrawnBatch:
     """A batch that a model drew for itself, good for one step.
 
     Attributes:
-        inputs: `(rows, ...)`, padded with zeros.
+        inputs: `(rows, ...)`, padded with zeros; a structure of such arrays for several inputs.
         targets: `(rows, ...)`.
         mask: `(rows,)` float32, 1 for examples, 0 for padding.
         key: uint32 `(4,)`, the key of the step's noise.
         weights: `(rows,)` float32, or None where every example weighs 1.
     """
 
-    inputs: np.ndarray
+    inputs: Any
     targets: np.ndarray
     mask: np.ndarray
     key: np.ndarray
@@ -49,50 +49,11 @@ class DrawnBatch:
         return (features, self.targets, self.mask)
 
 
-def check_data(x: Any, y: Any, input_shape: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets as NumPy arrays, after the checks that can be made before training.
-
-    Args:
-        x: inputs, `(examples, ...)`.
-        y: targets, `(examples, ...)`.
-        input_shape: shape of one example, None where any size will do.
-
-    Returns:
-        The two arrays.
-
-    Raises:
-        TypeError: not array-like.
-        ValueError: missing, empty, of different lengths, of a wrong shape, or not finite.
-    """
-    if x is None or y is None:
-        raise ValueError("`x` and `y` must both be given, as arrays with one row an example.")
-    x, y = (_as_array(value, name) for value, name in ((x, "x"), (y, "y")))
-    if len(x) != len(y):
-        raise ValueError(f"`x` and `y` must have one row an example; got {len(x)} and {len(y)}.")
-    if len(x) == 0:
-        raise ValueError("`x` and `y` are empty.")
-    shape = x.shape[1:]
-    if len(shape) != len(input_shape) or any(
-        n is not None and n != m for n, m in zip(input_shape, shape, strict=True)
-    ):
-        raise ValueError(
-            f"`x` must hold examples of shape {tuple(input_shape)}, as the network's input; got "
-            f"{shape}."
-        )
-    # In slices: a memory-mapped array need not fit into memory.
-    rows = max(1, 2**24 // max(1, math.prod(shape)))
-    if x.dtype.kind == "f":
-        for start in range(0, len(x), rows):
-            if not np.isfinite(x[start : start + rows]).all():
-                raise ValueError(
-                    "`x` holds NaN or infinite values; clean them before training (a bound would "
-                    "hold all the same, but the examples would be read as zeros)."
-                )
-    return x, y
-
-
 def check_weights(
-    sample_weight: Any, class_weight: dict[int, float] | None, y: np.ndarray, largest: float | None
+    sample_weight: Any,
+    class_weight: dict[int, float] | None,
+    examples: Arrays | Records,
+    largest: float | None,
 ) -> np.ndarray | None:
     """The weight of each example, or None where none are given.
 
@@ -103,7 +64,7 @@ def check_weights(
     Args:
         sample_weight: `(examples,)`, from 0 to `largest`.
         class_weight: weight of each class; 1 for a class that is missing, as in Keras.
-        y: targets, as `check_data` returns them.
+        examples: the source of the examples; `class_weight` is for arrays.
         largest: the maximum that `compile` declared.
 
     Returns:
@@ -114,7 +75,7 @@ def check_weights(
         ValueError: no maximum is declared, both kinds are given, a weight is out of range, or the
             targets have no classes.
 
-    >>> check_weights(None, {1: 2.0}, np.array([0, 1, 1]), 2.0)
+    >>> check_weights(None, {1: 2.0}, Arrays(np.ones(3), np.array([0, 1, 1])), 2.0)
     array([1., 2., 2.], dtype=float32)
     """
     if sample_weight is None and class_weight is None:
@@ -131,14 +92,16 @@ def check_weights(
             "guarantee."
         )
     if sample_weight is not None:
-        weights = _as_array(sample_weight, name).astype("float64")
-        if weights.shape != y.shape[:1]:
+        weights = as_array(sample_weight, name).astype("float64")
+        if weights.shape != (len(examples),):
             raise ValueError(
-                f"`sample_weight` must hold one number for each of the {len(y)} examples; got "
-                f"shape {weights.shape}."
+                f"`sample_weight` must hold one number for each of the {len(examples)} examples; "
+                f"got shape {weights.shape}."
             )
+    elif isinstance(examples, Records):
+        raise ValueError("`class_weight` needs arrays; give `sample_weight` with records.")
     else:
-        weights = _class_weights(class_weight, y)
+        weights = _class_weights(class_weight, examples.y)
     # Written so that NaN is refused.
     if not ((weights >= 0) & (weights <= largest)).all():
         raise ValueError(
@@ -176,24 +139,6 @@ def _class_weights(class_weight, y):
     return weights
 
 
-def _as_array(value, name):
-    array = value
-    if keras.ops.is_tensor(array):
-        array = keras.ops.convert_to_numpy(array)
-    elif not isinstance(array, (np.ndarray, dict, str)):
-        try:
-            array = np.asarray(array)
-        except ValueError:  # ragged
-            array = None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or array.ndim == 0:
-        dtype = f" of dtype {array.dtype}" if isinstance(array, np.ndarray) else ""
-        raise TypeError(
-            f"`{name}` must be one array of numbers with a row for each example; got "
-            f"{type(value).__name__}{dtype}."
-        )
-    return array
-
-
 class DrawnBatches(keras.utils.PyDataset):
     """Batches of one data set, one epoch long, drawn as `sampling` says.
 
@@ -202,9 +147,9 @@ class DrawnBatches(keras.utils.PyDataset):
     step was paid for are ever used.
 
     Args:
-        x, y: arrays with one row an example.
+        examples: where they come from, as `lipdp.sources.open_source` returns it.
         sampling: a scheme of `accountants`.
-        source: a `lipdp.noise.RandomSource`.
+        source: of randomness, a `lipdp.noise.RandomSource`.
         position: integers that set these draws apart from all others of the source.
         steps: steps an epoch.
         bucket: rows are padded to a multiple of this, so that few shapes occur.
@@ -213,8 +158,7 @@ class DrawnBatches(keras.utils.PyDataset):
 
     def __init__(
         self,
-        x: np.ndarray,
-        y: np.ndarray,
+        examples: Arrays | Records,
         sampling: Sampling,
         source: RandomSource,
         position: Sequence[int],
@@ -223,7 +167,7 @@ class DrawnBatches(keras.utils.PyDataset):
         weights: np.ndarray | None = None,
     ) -> None:
         super().__init__()
-        self.x, self.y, self.weights = x, y, weights
+        self.examples, self.weights = examples, weights
         self.sampling = sampling
         self.source = source
         self.position = tuple(position)
@@ -250,14 +194,8 @@ class DrawnBatches(keras.utils.PyDataset):
         size = max(1, -(-len(rows) // self.bucket) * self.bucket)
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0
-        weights = None if self.weights is None else _take(self.weights, rows, size)
-        return DrawnBatch(
-            _take(self.x, rows, size),
-            _take(self.y, rows, size),
-            mask,
-            self.source.key(*place),
-            weights,
-        )
+        weights = None if self.weights is None else padded(self.weights, rows, size)
+        return DrawnBatch(*self.examples.take(rows, size), mask, self.source.key(*place), weights)
 
     def _rows(self, place, epoch, index):
         """Which examples step `index` takes, exactly as the scheme's accounting wants them drawn.
@@ -265,7 +203,7 @@ class DrawnBatches(keras.utils.PyDataset):
         Raises:
             TypeError: the scheme is none of those that are drawn here.
         """
-        n, sampling = len(self.x), self.sampling
+        n, sampling = len(self.examples), self.sampling
         if isinstance(sampling, FullBatch):
             return np.arange(n)
         if isinstance(sampling, (PoissonSampling, TruncatedPoisson, FixedSize)):
@@ -296,11 +234,3 @@ class DrawnBatches(keras.utils.PyDataset):
                 drawn = draw(self.source.generator(*self.position, epoch))
                 self._drawn = {epoch - 1: self._drawn.get(epoch - 1), epoch: drawn}
             return self._drawn[epoch]
-
-
-def _take(values, rows, size):
-    if len(rows) == len(values) == size:
-        return values
-    taken = np.zeros((size, *values.shape[1:]), values.dtype)
-    taken[: len(rows)] = values[rows]
-    return taken

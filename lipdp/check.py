@@ -119,9 +119,8 @@ def check(network: keras.Model) -> Check:
     except UnknownLayerError as error:
         return Check(network.name, (), (str(error),))
     problems, layers = [], []
-    for count, what in ((len(traced.inputs), "input"), (len(traced.outputs), "output")):
-        if count != 1:
-            problems.append(f"The network has {count} {what}s; training needs exactly one.")
+    if len(traced.outputs) != 1:
+        problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
 
     bounds = dict.fromkeys(traced.inputs, math.inf)
     covered, unbounded = set(), []

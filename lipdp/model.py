@@ -16,12 +16,13 @@ from accountants import Budget, PoissonSampling, RandomAllocation, TruncatedPois
 from accountants.sampling import Sampling
 from lipdp import losses, steps
 from lipdp.augmentation import Augmentation
-from lipdp.batches import DrawnBatch, DrawnBatches, check_data, check_weights
+from lipdp.batches import DrawnBatch, DrawnBatches, check_weights
 from lipdp.bounds import gradient_bounds
 from lipdp.clipping import AdaptiveClip
 from lipdp.noise import ALLOCATIONS, RandomSource
 from lipdp.projections import Projection
 from lipdp.report import Report
+from lipdp.sources import Arrays, open_source
 from lipdp.spending import Spending, Spent
 
 __all__ = ["Mechanism", "PrivateModel"]
@@ -122,6 +123,8 @@ class PrivateModel(keras.Model):
                 "`augmentation` must be lipdp.Augmentation(layers, views=...); got "
                 f"{augmentation!r}."
             )
+        if augmentation is not None and len(getattr(network, "inputs", [])) > 1:
+            raise ValueError("`augmentation` is for networks with one input.")
         self.augmentation = augmentation
         if physical_batch_size is not None:
             physical_batch_size = _check_count(physical_batch_size, "physical_batch_size")
@@ -232,7 +235,10 @@ class PrivateModel(keras.Model):
         from what has been spent.
 
         Args:
-            x: inputs, one array `(examples, ...)`, finite.
+            x: inputs, an array `(examples, ...)`, finite; for several inputs a dict by their names
+                or a list in their order. Or, without `y`: a finite `tf.data.Dataset` or
+                `PyDataset` of batches, which is read into memory; or anything with `len()` whose
+                items are pairs `(x, y)`, of which only drawn ones are read.
             y: targets, one array `(examples, ...)`.
             epochs, verbose, callbacks, validation_*, initial_epoch: as in Keras.
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
@@ -490,11 +496,11 @@ class PrivateModel(keras.Model):
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
             raise RuntimeError("This model is training already; a run has one loop at a time.")
-        x, y = check_data(x, y, self.network.input_shape[1:])
-        output_shape = self.network.output_shape[1:]
-        losses.check_targets(self.private_loss, y, output_shape)
-        weights = check_weights(sample_weight, class_weight, y, self.max_sample_weight)
-        n = len(x)
+        examples = open_source(x, y, self.network)
+        if isinstance(examples, Arrays):
+            losses.check_targets(self.private_loss, examples.y, self.network.output_shape[1:])
+        weights = check_weights(sample_weight, class_weight, examples, self.max_sample_weight)
+        n = len(examples)
         self.sampling.validate(n)
         per_epoch = self.sampling.steps_per_epoch(n)
         if steps_per_epoch is not None:
@@ -538,7 +544,9 @@ class PrivateModel(keras.Model):
         elif compiled and isinstance(self.sampling, (PoissonSampling, RandomAllocation)):
             # XLA compiles for each shape: about six lie within the batch size's spread.
             bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(divisor))))
-        return DrawnBatches(x, y, self.sampling, self._source, position, per_epoch, bucket, weights)
+        return DrawnBatches(
+            examples, self.sampling, self._source, position, per_epoch, bucket, weights
+        )
 
     def _check_head(self, loss):
         last = _last_layer(self.network)
@@ -590,12 +598,11 @@ def _check_network(network):
             "`network` must be a keras.Sequential or functional keras.Model; got "
             f"{type(network).__name__}."
         )
-    if getattr(network, "inputs", None) and all(n is not None for n in network.input_shape[1:]):
+    inputs = getattr(network, "inputs", None) or []
+    if inputs and all(n is not None for t in inputs for n in t.shape[1:]):
         # `add_loss` shows only in a call; the walk below then finds what it left.
-        probe = ops.zeros((1, *network.input_shape[1:]), dtype=network.inputs[0].dtype)
-        network(probe, training=True)
+        zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
+        network(zeros if len(zeros) > 1 else zeros[0], training=True)
     gradient_bounds(network, 1.0)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
-    if len(network.inputs) != 1:
-        raise ValueError(f"`network` must have one input; {network.name!r} has several.")

@@ -24,8 +24,8 @@ def pull_back(network, x):
 def accumulate(part, arrays, size):
     """`part` of `size` rows at a time: sums are added up, what has a row an example is joined."""
     sums, rows = None, []
-    for start in range(0, len(arrays[0]), size):
-        added, joined = part(*(a[start : start + size] for a in arrays))
+    for start in range(0, len(arrays[-1]), size):
+        added, joined = part(*jax.tree.map(lambda a, i=start: a[i : i + size], arrays))
         sums = added if sums is None else [a + b for a, b in zip(sums, added, strict=True)]
         rows.append(joined)
     return sums, tuple(jax.numpy.concatenate(r) for r in zip(*rows, strict=True))

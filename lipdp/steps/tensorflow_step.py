@@ -29,13 +29,17 @@ def pull_back(network, x):
 
 def accumulate(part, arrays, size):
     """`part` of `size` rows at a time: sums are added up, what has a row an example is joined."""
-    pieces = tf.shape(arrays[0])[0] // size
-    added, joined = part(*(a[:size] for a in arrays))
+    pieces = tf.shape(arrays[-1])[0] // size
+
+    def piece(i):
+        return part(*tf.nest.map_structure(lambda a: a[i * size : (i + 1) * size], arrays))
+
+    added, joined = piece(0)
     arrays_of = [tf.TensorArray(r.dtype, pieces, infer_shape=False) for r in joined]
     rows = [a.write(0, r) for a, r in zip(arrays_of, joined, strict=True)]
 
     def body(i, sums, rows):
-        added, joined = part(*(a[i * size : (i + 1) * size] for a in arrays))
+        added, joined = piece(i)
         sums = [a + b for a, b in zip(sums, added, strict=True)]
         return i + 1, sums, [a.write(i, r) for a, r in zip(rows, joined, strict=True)]
 

@@ -7,6 +7,7 @@ import accountants
 import lipdp
 from lipdp.batches import DrawnBatches
 from lipdp.noise import RandomSource
+from lipdp.sources import Arrays
 from tests.lipdp.helpers import data, private
 
 pytestmark = pytest.mark.any_backend
@@ -27,7 +28,7 @@ def drawn(sampling, epochs=1, seed=0, bucket=1):
     """Rows of each step of each epoch; the examples are their own numbers."""
     x = np.arange(1, N + 1)[:, None]
     steps = sampling.steps_per_epoch(N)
-    batches = DrawnBatches(x, x[:, 0], sampling, RandomSource(seed), (0, 0), steps, bucket)
+    batches = DrawnBatches(Arrays(x, x[:, 0]), sampling, RandomSource(seed), (0, 0), steps, bucket)
     found = []
     for _ in range(epochs):
         batches.on_epoch_begin()
@@ -125,6 +126,8 @@ def test_steps_of_an_epoch_that_the_scheme_fixes(sampling):
 
 
 def test_an_unknown_scheme_is_refused():
-    batches = DrawnBatches(np.ones((4, 1)), np.ones(4), object(), RandomSource(0), (0, 0), 1)
+    batches = DrawnBatches(
+        Arrays(np.ones((4, 1)), np.ones(4)), object(), RandomSource(0), (0, 0), 1
+    )
     with pytest.raises(TypeError, match="No batches can be drawn"):
         batches.draw(0)

@@ -76,7 +76,6 @@ def test_an_unbounded_input_is_a_problem():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda a, b: keras.Model([a, b], layers.SpectralDense(2)(K.Add()([a, b]))), "2 inputs"),
         (lambda a, b: keras.Model(a, [K.Dense(2)(a), K.Dense(2)(a)]), "2 outputs"),
         (lambda a, b: keras.Model(a, K.ReLU()(a)), "no trainable weights"),
     ],

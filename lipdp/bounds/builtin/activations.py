@@ -115,11 +115,7 @@ def softmax(layer, call):
     (Gao & Pavel, "On the Properties of the Softmax Function", 2017).
     """
     rows, _ = _rows(call, layer.axis)
-    return Rule(
-        forward=lambda xs: math.sqrt(rows),
-        # A mask is an input, too; it is boolean and takes no cotangent.
-        backward=lambda xs, g: [0.5 * g, *(0.0 for _ in xs[1:])],
-    )
+    return Rule(forward=lambda xs: math.sqrt(rows), backward=lambda xs, g: [0.5 * g])
 
 
 @register(keras_ops.nn.LogSoftmax)

@@ -135,7 +135,6 @@ OPERATIONS = {
     "arctan": ops.arctan,
     "erf": ops.erf,
     "softmax": lambda x: ops.softmax(x, axis=1),
-    "softmax with a mask": lambda x: K.Softmax()(x, mask=x > 0.1),
     "log_softmax": lambda x: ops.log_softmax(x, axis=-1),
     "x * sigmoid(x)": lambda x: x * ops.sigmoid(x),
     "gate": lambda x: ops.sigmoid(x[:, :, :1]) * x,

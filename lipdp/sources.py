@@ -1,0 +1,244 @@
+"""Where examples come from: arrays, in memory or mapped from disk, and records one by one."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import tree
+
+__all__ = ["Arrays", "Records", "open_source"]
+
+
+class Arrays:
+    """Arrays with a row for each example: one for the targets, one for each input.
+
+    Args:
+        x: an array, or for several inputs a dict of arrays.
+        y: an array.
+
+    >>> source = Arrays(np.arange(4.0), np.arange(4))
+    >>> x, y = source.take(np.array([1, 3]), size=3)
+    >>> x.tolist(), y.tolist()
+    ([1.0, 3.0, 0.0], [1, 3, 0])
+    """
+
+    def __init__(self, x: Any, y: np.ndarray) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, rows: np.ndarray, size: int) -> tuple[Any, np.ndarray]:
+        """Inputs and targets of those examples, padded with zeros to `size` rows."""
+        return tree.map_structure(lambda a: padded(a, rows, size), self.x), padded(
+            self.y, rows, size
+        )
+
+
+class Records:
+    """Anything with `len(records)` and `records[i] -> (x, y)`: files on disk, a database, a
+    Hugging Face or Grain source with a function that makes the pair. Only what is drawn is read.
+
+    Attributes:
+        like: inputs and targets of the first record, whose shapes all others must have.
+
+    Args:
+        records: the source.
+        pack: makes the structure of the network's inputs out of a record's `x`.
+
+    >>> source = Records([(np.ones(2), 0), (np.zeros(2), 1)], lambda x: x)
+    >>> source.take(np.array([1]), size=2)[1].tolist()
+    [1, 0]
+    """
+
+    def __init__(self, records: Any, pack: Any) -> None:
+        self.records = records
+        self._pack = pack
+        x, y = self._read(0)
+        self.like = tree.map_structure(np.asarray, x), np.asarray(y)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _read(self, index):
+        record = self.records[index]
+        if not isinstance(record, (tuple, list)) or len(record) != 2:
+            raise TypeError(
+                "records must be pairs (x, y); got "
+                f"{type(record).__name__}. Wrap the source in a class whose __getitem__ makes them."
+            )
+        return self._pack(record[0]), record[1]
+
+    def take(self, rows: np.ndarray, size: int) -> tuple[Any, np.ndarray]:
+        """Inputs and targets of those examples, padded with zeros to `size` rows.
+
+        Raises:
+            ValueError: a record differs in shape from the first one.
+        """
+        filled = tree.map_structure(
+            lambda a: np.zeros((size, *a.shape), np.float32 if a.dtype.kind == "f" else a.dtype),
+            self.like,
+        )
+        for place, row in enumerate(rows):
+            for array, value in zip(
+                tree.flatten(filled), tree.flatten(self._read(int(row))), strict=True
+            ):
+                if np.shape(value) != array.shape[1:]:
+                    raise ValueError(
+                        f"records must all have the shapes of the first one, {array.shape[1:]}; "
+                        f"got one of {np.shape(value)}."
+                    )
+                array[place] = value
+        return filled
+
+
+def padded(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
+    """Those rows of an array, and zeros up to `size` rows."""
+    if len(rows) == len(values) == size:
+        return values
+    taken = np.zeros((size, *values.shape[1:]), values.dtype)
+    taken[: len(rows)] = values[rows]
+    return taken
+
+
+def open_source(x: Any, y: Any, network: keras.Model) -> Arrays | Records:
+    """The source of what `fit` was given, after the checks that can be made before training.
+
+    Args:
+        x: an array `(examples, ...)`; for several inputs a dict by their names, or a list in
+            their order. Without `y`: a finite `tf.data.Dataset` or `keras.utils.PyDataset` of
+            batches `(x, y)`, which is read into memory; or anything with `len()` whose items are
+            pairs `(x, y)`, of which only drawn ones are read.
+        y: targets, an array `(examples, ...)`.
+        network: whose inputs they are.
+
+    Raises:
+        TypeError: not one of these.
+        ValueError: missing, empty, of different lengths, of a wrong shape, or not finite. Records
+            are checked as far as their first one tells.
+    """
+
+    def pack(x):
+        return _packed(x, network)
+
+    if y is None and x is not None:
+        if isinstance(x, keras.utils.PyDataset) or hasattr(x, "element_spec"):
+            x, y = _read_batches(x)
+        elif not _is_array(x) and not isinstance(x, (Mapping, str)) and hasattr(x, "__getitem__"):
+            return _checked_records(x, pack, network)
+    if x is None or y is None:
+        raise ValueError("`x` and `y` must both be given, as arrays with one row an example.")
+    y = as_array(y, "y")
+    x = pack(x)
+    x = {k: as_array(v, "x") for k, v in x.items()} if isinstance(x, dict) else as_array(x, "x")
+    if len(y) == 0:
+        raise ValueError("`x` and `y` are empty.")
+    for tensor in network.inputs:
+        array = x[tensor.name] if isinstance(x, dict) else x
+        _check_rows(array, tuple(tensor.shape[1:]), len(y))
+    return Arrays(x, y)
+
+
+def _packed(x, network):
+    """The inputs as the network's loops take them: one by itself, several by their names."""
+    names = [t.name for t in network.inputs]
+    if len(names) == 1 and not isinstance(x, Mapping):
+        return x
+    if isinstance(x, (list, tuple)) and len(x) == len(names):
+        x = dict(zip(names, x, strict=True))
+    if not isinstance(x, Mapping) or set(x) != set(names):
+        came = list(x) if isinstance(x, Mapping) else type(x).__name__
+        raise ValueError(
+            f"`x` must hold the inputs of the network, as a dict by their names {names} or a list "
+            f"in their order; got {came}."
+        )
+    return {name: x[name] for name in names} if len(names) > 1 else x[names[0]]
+
+
+def _is_array(value):
+    return isinstance(value, np.ndarray) or keras.ops.is_tensor(value)
+
+
+def as_array(value: Any, name: str) -> np.ndarray:
+    """A NumPy array of numbers with a row for each example.
+
+    Raises:
+        TypeError: `name` cannot be read as one.
+    """
+    array = value
+    if keras.ops.is_tensor(array):
+        array = keras.ops.convert_to_numpy(array)
+    elif not isinstance(array, (np.ndarray, dict, str)):
+        try:
+            array = np.asarray(array)
+        except ValueError:  # ragged
+            array = None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif" or array.ndim == 0:
+        dtype = f" of dtype {array.dtype}" if isinstance(array, np.ndarray) else ""
+        raise TypeError(
+            f"`{name}` must be one array of numbers with a row for each example; got "
+            f"{type(value).__name__}{dtype}."
+        )
+    return array
+
+
+def _fits(shape, wanted):
+    return len(shape) == len(wanted) and all(
+        n is None or n == m for n, m in zip(wanted, shape, strict=True)
+    )
+
+
+def _check_rows(x, input_shape, examples):
+    if len(x) != examples:
+        raise ValueError(f"`x` and `y` must have one row an example; got {len(x)} and {examples}.")
+    if not _fits(x.shape[1:], input_shape):
+        raise ValueError(
+            f"`x` must hold examples of shape {input_shape}, as the network's input; got "
+            f"{x.shape[1:]}."
+        )
+    if x.dtype.kind == "f":
+        # In slices: a memory-mapped array need not fit into memory.
+        rows = max(1, 2**24 // max(1, math.prod(x.shape[1:])))
+        for start in range(0, len(x), rows):
+            if not np.isfinite(x[start : start + rows]).all():
+                raise ValueError(
+                    "`x` holds NaN or infinite values; clean them before training (a bound would "
+                    "hold all the same, but the examples would be read as zeros)."
+                )
+
+
+def _checked_records(records, pack, network):
+    if not hasattr(records, "__len__"):
+        raise TypeError(f"`x` must have a length; {type(records).__name__} has none.")
+    if len(records) == 0:
+        raise ValueError("`x` is empty.")
+    source = Records(records, pack)
+    like, _ = source.like
+    for tensor in network.inputs:
+        value = like[tensor.name] if isinstance(like, dict) else like
+        if value.dtype.kind not in "buif" or not _fits(value.shape, tuple(tensor.shape[1:])):
+            raise ValueError(
+                f"records must hold numbers of shape {tuple(tensor.shape[1:])}, as the network's "
+                f"input; got {value.dtype} of shape {value.shape}."
+            )
+    return source
+
+
+def _read_batches(dataset) -> tuple[Any, Any]:
+    """All batches of a finite data set, joined."""
+    cardinality = getattr(dataset, "cardinality", None)
+    if cardinality is not None and int(cardinality()) == -1:
+        raise ValueError("`x` must be a finite data set; got one that repeats for ever.")
+    if isinstance(dataset, keras.utils.PyDataset):
+        if dataset.num_batches is None:
+            raise ValueError("`x` must be a finite data set; got one without a number of batches.")
+        batches: Sequence = [dataset[i] for i in range(dataset.num_batches)]
+    else:
+        batches = [tree.map_structure(keras.ops.convert_to_numpy, batch) for batch in dataset]
+    if not batches:
+        raise ValueError("`x` and `y` are empty.")
+    if any(not isinstance(b, (tuple, list)) or len(b) != 2 for b in batches):
+        raise TypeError("`x` must give batches (x, y).")
+    return tree.map_structure(lambda *parts: np.concatenate(parts), *map(tuple, batches))
