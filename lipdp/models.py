@@ -335,7 +335,7 @@ def scatter_net(
         width: of the head; even.
         J, L: scales and angles of `lipdp.layers.Scattering2D`.
         groups: groups of channels; must divide their number, `channels·(1 + JL + L²J(J−1)/2)`.
-        floor: norm of a group below which it is not stretched further.
+        floor: norm of a group, in parts of the image's, below which it is not stretched further.
 
     Raises:
         ValueError: an argument out of range.
@@ -355,6 +355,7 @@ def scatter_net(
     return keras.Sequential(
         [
             keras.Input(tuple(input_shape)),
+            layers.BallProjection(1.0),  # what follows takes the scale away anyway
             layers.Scattering2D(J, L),
             layers.FlooredNormalization(groups**-0.5, floor, groups=groups),
             *heads[head],

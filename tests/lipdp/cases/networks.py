@@ -41,7 +41,7 @@ def _network(shape, make):
 
 
 CASES = [
-    Case(f"network: {name}", lambda shape=shape, make=make: _network(shape, make))
+    Case(f"network {name}", lambda shape=shape, make=make: _network(shape, make))
     for name, (shape, make) in NETWORKS.items()
 ]
 
@@ -64,4 +64,4 @@ SMALL = {
 SLOW = ("vgg8", "resnet10", "transformer", "scatter, dense", "scatter, conv")
 for name, make in SMALL.items():
     # Some bounds are those of layers that no example attains together.
-    CASES.append(Case(f"model: {name}", make, slow=name in SLOW))
+    CASES.append(Case(f"model {name}", make, slow=name in SLOW))
