@@ -10,6 +10,7 @@ from lipdp.audit import attack_bounds
 from lipdp.bounds.builtin.activations import ACTIVATIONS
 from lipdp.steps.autodiff import pull_back
 from tests.lipdp.cases import CASES
+from tests.lipdp.tightness import DOCS
 
 K = keras.layers
 ROUNDING = 1 + 1e-5
@@ -101,3 +102,9 @@ def test_random_walks_of_bounds_are_those_of_the_package():
     found = bounds.network_bounds(network)
     claimed = bounds.gradient_bounds(network)
     assert claimed == {p: pytest.approx(float(b) * 1.0001) for p, b in found.gradients.items()}
+
+
+def test_the_table_of_the_docs_has_every_kind():
+    """A kind without a row was added without `python -m tests.lipdp.tightness`."""
+    rows = {line.split(" | ")[0].strip("| ") for line in DOCS.read_text("utf-8").splitlines()}
+    assert {case.kind for case in CASES} <= rows

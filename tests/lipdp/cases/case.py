@@ -32,7 +32,7 @@ class Case:
 
     @property
     def kind(self) -> str:
-        return self.name.partition(":")[0]
+        return self.name.partition(": ")[0]
 
     def attack(self) -> AttackResult:
         return attack_bounds(self.make(), self.shape, **self.options)

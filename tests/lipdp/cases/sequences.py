@@ -139,7 +139,7 @@ NETWORKS = {
     "mixer": mixer,
 }
 CASES += [
-    Case(f"sequence network: {name}", make, options={"steps": 2}, slow="transformer" in name)
+    Case(f"network of sequences, {name}", make, options={"steps": 2}, slow="transformer" in name)
     for name, make in NETWORKS.items()
 ]
 CASES += [
