@@ -22,10 +22,10 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# The accountants know no backend: once is enough for them.
+# What no backend changes is tested once: the accountants, examples of docstrings, and more.
 test: lint
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest -n 2 -q
-	KERAS_BACKEND=jax $(RUN) -m pytest -n 2 -q tests/lipdp lipdp
+	KERAS_BACKEND=jax $(RUN) -m pytest -n 2 -q tests/lipdp
 
 test-slow: $(VENV)/.installed
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest -n 2 -q -m slow

@@ -35,6 +35,7 @@ def image_network():
     )
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("cls", _SEPARATE, ids=lambda cls: cls.__name__)
 def test_a_view_depends_on_its_own_example_only(cls, rng):
     x = rng.uniform(0, 1, (3, 6, 6, 1)).astype("float32")
@@ -97,6 +98,7 @@ def test_views_of_no_change_are_the_example():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("physical", [1, 7, 16, 32, 100])
 def test_pieces_make_the_whole(physical):
     x, y = data(32)

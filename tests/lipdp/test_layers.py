@@ -109,6 +109,7 @@ def network_of(layer, shape):
     return keras.Sequential([keras.Input(shape), copy])
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", LAYERS)
 def test_saved_and_loaded(name, tmp_path, rng):
     layer, shape = LAYERS[name]

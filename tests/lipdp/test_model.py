@@ -12,6 +12,7 @@ import pytest
 import accountants
 import lipdp
 from lipdp import layers
+from lipdp.sources import Arrays
 from tests.lipdp.helpers import data, dense_network, private, weights
 
 BUDGET = lipdp.Budget(2.0, 1e-4)
@@ -304,6 +305,7 @@ def test_any_optimizer_and_callbacks(optimizer):
     assert len(callback.seen) == 2
 
 
+@pytest.mark.any_backend
 def test_report_adds_up():
     model = private(allocation="least", budget=lipdp.Budget(8.0, 1e-5))
     with pytest.raises(TypeError):
@@ -392,7 +394,7 @@ def test_class_weights_are_sample_weights():
 def test_class_weights_of_rows_and_of_distributions():
     expected = np.array([1.0, 3.0, 1.0], "float32")
     for y in (np.array([0, 1, 2]), np.array([[0], [1], [2]]), np.eye(3)):
-        got = lipdp.batches.check_weights(None, {1: 3.0}, y, 3.0)
+        got = lipdp.batches.check_weights(None, {1: 3.0}, Arrays(np.ones(3), y), 3.0)
         np.testing.assert_array_equal(got, expected)
 
 
@@ -447,6 +449,7 @@ def test_maxima_that_are_refused(largest):
         private(compile=dict(max_sample_weight=largest))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(
     "loss",
     [
@@ -465,6 +468,7 @@ def test_losses_by_name(loss):
     assert model.loss_gradient_bound == lipdp.losses.gradient_bound(model.private_loss, (3,))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("loss", ["binary_kr", "binary_hkr", "binary_crossentropy", "mae", "hinge"])
 def test_losses_of_one_output_by_name(loss):
     x, y = data(classes=2)
@@ -565,7 +569,7 @@ def test_budgets_that_are_refused(epsilon, delta):
         (lambda x, y: (x, None), ValueError, "both"),
         (lambda x, y: (x, np.stack([y, y], 1)), ValueError, "shape"),
         (lambda x, y: (x.astype(str), y), TypeError, "x"),
-        (lambda x, y: ({"a": x}, y), TypeError, "dict"),
+        (lambda x, y: ({"a": x}, y), ValueError, "by their names"),
     ],
 )
 def test_data_that_is_refused_costs_nothing(change, error, message, tmp_path):

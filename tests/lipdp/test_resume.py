@@ -13,6 +13,8 @@ import lipdp
 from accountants import Ledger
 from tests.lipdp.helpers import data, private, weights
 
+pytestmark = pytest.mark.any_backend
+
 
 class Interrupt(keras.callbacks.Callback):
     """Fails in the middle of an epoch, as a machine does."""

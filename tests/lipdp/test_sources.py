@@ -9,6 +9,8 @@ from lipdp import layers
 from lipdp.sources import Arrays, Records, open_source
 from tests.lipdp.helpers import data, dense_network, private, weights
 
+pytestmark = pytest.mark.any_backend
+
 K = keras.layers
 
 
