@@ -44,6 +44,14 @@ _SAMPLING = (
 )
 
 
+# The schemes that a batch size alone describes.
+_OF_BATCH_SIZE: dict[str, Callable[[float], Sampling]] = {
+    "poisson": PoissonSampling,
+    "fixed_size": FixedSize,
+    "shuffled_epochs": ShuffledEpochs,
+}
+
+
 class UsageError(Exception):
     """Flags that make no sense together."""
 
@@ -116,12 +124,7 @@ def _sampling(values: Flags) -> Sampling:
         return RandomAllocation(values.needed("steps_per_epoch"))
     if name == "truncated_poisson":
         return TruncatedPoisson(_batch_size(values), values.needed("physical_batch_size"))
-    kinds = {
-        "poisson": PoissonSampling,
-        "fixed_size": FixedSize,
-        "shuffled_epochs": ShuffledEpochs,
-    }
-    return kinds[name](_batch_size(values))
+    return _OF_BATCH_SIZE[name](_batch_size(values))
 
 
 def _steps(values: Flags, sampling: Sampling, num_examples: int) -> int:
@@ -218,7 +221,7 @@ def _calibrate(values: Flags, arguments: list[str]) -> None:
     found: float
     if unknown == "batch_size":
         values.refuse("steps", reason="with --solve_for=batch_size; give --epochs")
-        if values.sampling not in ("poisson", "fixed_size", "shuffled_epochs"):
+        if values.sampling not in _OF_BATCH_SIZE:
             raise UsageError(
                 "--solve_for=batch_size is for --sampling=poisson, fixed_size or shuffled_epochs, "
                 f"got {values.sampling}."
@@ -226,16 +229,11 @@ def _calibrate(values: Flags, arguments: list[str]) -> None:
         values.refuse(
             "physical_batch_size", "steps_per_epoch", reason=f"with --sampling={values.sampling}"
         )
-        kinds = {
-            "poisson": PoissonSampling,
-            "fixed_size": FixedSize,
-            "shuffled_epochs": ShuffledEpochs,
-        }
         found = calibrate_batch_size(
             **common,
             noise_multiplier=values.needed("noise_multiplier"),
             epochs=values.needed("epochs"),
-            scheme=kinds[values.sampling],
+            scheme=_OF_BATCH_SIZE[values.sampling],
         )
     else:
         sampling = _sampling(values)
