@@ -30,6 +30,7 @@ from keras import ops
 from accountants import CyclicPoisson, FixedEpochs
 from accountants.sampling import Sampling
 from lipdp.noise import GaussianNoise
+from lipdp.normal import standard_normal
 
 __all__ = ["BandedNoise", "CorrelatedNoise", "ToeplitzNoise", "mean_error"]
 
@@ -203,9 +204,9 @@ class _Stream(GaussianNoise):
         return renewed
 
     def add(self, backend: Any, features: dict, sums: list, stds: list) -> list:
-        noisy = []
+        noisy, draw = [], backend.compiled(standard_normal)
         for index, (total, std) in enumerate(zip(sums, stds, strict=True)):
-            noise = backend.normal(features["key"], index, tuple(total.shape))
+            noise = draw(features["key"], np.uint32(index), tuple(total.shape))
             if self.variables:
                 noise = self._correlated(noise, self.variables[index])
             noisy.append(total + std * noise)

@@ -49,8 +49,8 @@ class GroupSort(keras.layers.Layer):
     def call(self, x):
         channels = x.shape[-1]
         if self.n == 2:
-            half = channels // 2
-            first, second = x[..., :half], x[..., half:]
+            # Slices would be padded one by one in TensorFlow's backward pass.
+            first, second = ops.split(x, 2, axis=-1)
             # One mask serves both: the cotangents are swapped or not, ties included.
             excess = ops.relu(second - first)
             return ops.concatenate([first + excess, second - excess], axis=-1)
@@ -165,8 +165,7 @@ class Householder(keras.layers.Layer):
         )
 
     def call(self, x):
-        half = x.shape[-1] // 2
-        first, second = x[..., :half], x[..., half:]
+        first, second = ops.split(x, 2, axis=-1)
         sine, cosine = ops.sin(self.theta / 2), ops.cos(self.theta / 2)
         beyond = 2.0 * ops.relu(cosine * second - sine * first)
         return ops.concatenate([first + sine * beyond, second - cosine * beyond], axis=-1)

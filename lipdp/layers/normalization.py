@@ -69,7 +69,7 @@ class BallProjection(keras.layers.Layer):
         r = self.radius / scale
         # rsqrt of a maximum is smooth at zero, where a norm has no slope.
         squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
-        return self.radius * x * ops.rsqrt(ops.maximum(squares, ops.square(r)))
+        return x * (self.radius * ops.rsqrt(ops.maximum(squares, ops.square(r))))
 
     def compute_output_shape(self, input_shape):
         return input_shape

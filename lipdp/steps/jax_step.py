@@ -31,12 +31,6 @@ def accumulate(part, arrays, size):
     return sums, tuple(jax.numpy.concatenate(r) for r in zip(*rows, strict=True))
 
 
-def normal(key, stream, shape):
-    """Standard normal draws: a function of a 128-bit key (uint32, `(4,)`) and a stream."""
-    key = jax.random.wrap_key_data(key, impl="rbg")
-    return jax.random.normal(jax.random.fold_in(key, stream), shape, "float32")
-
-
 def compiled(function):
     """The function itself: the whole step is compiled."""
     return function

@@ -54,13 +54,6 @@ def accumulate(part, arrays, size):
     return sums, tuple(whole)
 
 
-def normal(key, stream, shape):
-    """Standard normal draws: a function of a 128-bit key (uint32, `(4,)`) and a stream."""
-    seed = tf.bitcast(tf.reshape(tf.cast(key, tf.uint32), (2, 2)), tf.int64)
-    seed = tf.bitwise.bitwise_xor(seed, tf.constant([0, stream], tf.int64))
-    return tf.random.stateless_normal(shape, seed, alg="philox")
-
-
 @functools.cache
 def compiled(function):
     """The function through XLA, which fuses its small products."""

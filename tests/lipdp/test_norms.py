@@ -122,7 +122,9 @@ def test_euclidean_norm(size, scale, rng):
         assert true <= float(norms.euclidean_norm(x)) <= true * (1 + ROUNDING)
 
 
-@pytest.mark.parametrize("shape", [(130, 100), (100, 130), (30, 400)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(130, 100), (100, 130), (30, 400), (300, 256), (40, 512), (256, 256)], ids=str
+)
 @pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "one spike", "low rank", "one entry"])
 def test_probable_norm_bound(kind, shape, rng):
     base = KINDS[kind](rng, 1, *shape)[0]

@@ -1,0 +1,122 @@
+"""The generator of the noise."""
+
+import numpy as np
+import pytest
+from keras import ops
+from scipy import stats
+
+from lipdp import noise, steps
+from lipdp.normal import add_noise, standard_normal, threefry
+from lipdp.steps import autodiff
+
+KEY = np.array([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], np.uint32)
+
+
+def draw(shape, key=KEY, stream=0):
+    def drawn(key, stream):
+        return steps.backend().compiled(standard_normal)(key, stream, tuple(shape))
+
+    words = ops.convert_to_tensor(key), ops.convert_to_tensor(np.uint32(stream))
+    return ops.convert_to_numpy(autodiff.compiled(drawn)(*words))
+
+
+@pytest.mark.parametrize(
+    "key,counter,expected",
+    [
+        ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+        ((0xFFFFFFFF,) * 2, (0xFFFFFFFF,) * 2, (0x1CB996FC, 0xBB002BE7)),
+        ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
+    ],
+)
+def test_words_are_those_that_the_authors_publish(key, counter, expected):
+    key, counter = (
+        [ops.convert_to_tensor(np.array([v], np.uint32)) for v in pair] for pair in (key, counter)
+    )
+    words = threefry(tuple(key), tuple(counter))
+    assert tuple(int(ops.convert_to_numpy(w)[0]) for w in words) == expected
+
+
+def reference(key, stream, count):
+    """The same numbers in Python's integers and float64."""
+    mask, numbers = 2**32 - 1, []
+    keys = [int(k) for k in key]
+    schedule = [keys[0], keys[1], keys[0] ^ keys[1] ^ 0x1BD11BDA]
+    for place in range(count):
+        a = (place + keys[2] + keys[0]) & mask
+        b = ((keys[3] ^ stream) + keys[1]) & mask
+        for i in range(20):
+            turn = (13, 15, 26, 6, 17, 29, 16, 24)[i % 8]
+            a = (a + b) & mask
+            b = (((b << turn) | (b >> (32 - turn))) & mask) ^ a
+            if i % 4 == 3:
+                block = i // 4 + 1
+                a = (a + schedule[block % 3]) & mask
+                b = (b + schedule[(block + 1) % 3] + block) & mask
+        u = (a + ((b & 255) + 0.5) / 256) / 2**32
+        angle = ((b >> 8) + 0.5) / 2**24 * np.pi - np.pi / 2
+        numbers.append(np.sqrt(-2 * np.log(u)) * np.sin(angle))
+    return np.array(numbers)
+
+
+def test_numbers_are_the_same_on_every_backend():
+    for stream in (0, 5):
+        np.testing.assert_allclose(
+            draw((7, 300), stream=stream).ravel(),
+            reference(KEY, stream, 2100),
+            atol=2e-6,
+            rtol=1e-5,
+        )
+
+
+def test_numbers_are_normal_in_bulk_and_tails():
+    z = np.concatenate([draw((2500, 2000), stream=s).ravel() for s in range(8)]).astype("float64")
+    n = len(z)
+    assert stats.kstest(z[:2_000_000], "norm").pvalue > 1e-4
+    # Counts in cells of equal width, and beyond: the tail is where privacy is lost.
+    edges = np.concatenate([[-np.inf], np.arange(-5, 5.01, 0.25), [np.inf]])
+    expected = n * np.diff(stats.norm.cdf(edges))
+    observed = np.histogram(z, edges)[0]
+    assert stats.chisquare(observed, expected).pvalue > 1e-4
+    for cut in (4.5, 5.0, 5.5):
+        mean = 2 * n * stats.norm.sf(cut)
+        assert abs(np.sum(np.abs(z) > cut) - mean) < 5 * np.sqrt(mean) + 2
+    assert np.all(z != 0)
+    for moment, variance in ((1, 1), (2, 2), (3, 15), (4, 96)):
+        odd = 0.0 if moment % 2 else {2: 1.0, 4: 3.0}[moment]
+        assert abs(np.mean(z**moment) - odd) < 5 * np.sqrt(variance / n)
+
+
+def test_extreme_words_give_finite_numbers(monkeypatch):
+    """The largest and smallest of both words, through the same transform."""
+    words = [0, 1, 255, 256, 2**31 - 1, 2**31, 2**32 - 256, 2**32 - 1]
+    pairs = np.array([(a, b) for a in words for b in words], np.uint32)
+
+    def fixed(key, counter):
+        return tuple(ops.convert_to_tensor(pairs[:, i]) for i in range(2))
+
+    monkeypatch.setattr("lipdp.normal.threefry", fixed)
+    z = ops.convert_to_numpy(
+        standard_normal(ops.convert_to_tensor(KEY), np.uint32(0), (len(pairs),))
+    )
+    assert np.all(np.isfinite(z)) and np.all(z != 0)
+    assert 7.5 < np.abs(z).max() < 7.6
+
+
+def test_neighbours_streams_and_keys_are_independent():
+    z = draw((1000, 1000))
+    np.testing.assert_array_equal(z, draw((1000, 1000)))
+    other_key = noise.RandomSource(3).key(1)
+    others = [z[1:, :], z[:, 1:], draw(z.shape, stream=1), draw(z.shape, stream=2**31)]
+    others += [draw(z.shape, key=other_key), draw(z.shape, key=KEY ^ np.uint32(1))]
+    for other in others:
+        first = z[: other.shape[0], : other.shape[1]].ravel()
+        for power in (1, 2):  # a shared radius shows in the squares
+            correlation = np.corrcoef(first**power, other.ravel() ** power)[0, 1]
+            assert abs(correlation) < 5 / np.sqrt(first.size)
+
+
+def test_noise_is_added_at_its_std():
+    total = ops.convert_to_tensor(np.full((100, 1000), 3.0, "float32"))
+    key = ops.convert_to_tensor(KEY)
+    noisy = ops.convert_to_numpy(add_noise(total, ops.convert_to_tensor(0.5), key, np.uint32(4)))
+    np.testing.assert_allclose(noisy, 3.0 + 0.5 * draw((100, 1000), stream=4), atol=1e-5)
