@@ -7,8 +7,8 @@ also a private step with noise="secure".
 
 `python -m experiments.speed --against=all` does so for other libraries as well, each in a virtual
 environment that is made for it, and for five networks. It writes a JSON, and from it a page and a
-plot. What the JSON has already is not measured again, but for `--again`: with `--only=lipdp --again`
-lipdp is, and nothing else.
+plot. What the JSON has already is not measured again, but for `--again`: `--only=lipdp --again`
+measures lipdp anew, and nothing else.
 
 Each kind of step has a process of its own, so that its peak memory is known; they take turns,
 step by step. CPU time counts all threads, draws of noise and of batches too. Medians.
@@ -137,15 +137,22 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
 
-    def answer(self, deadline):
+    def answer(self, limit):
         """What it says next.
 
+        Args:
+            limit: CPU seconds that the process may have spent since it began. They say more than
+                the clock on a machine that is busy; the clock ends what hangs.
+
         Raises:
-            Failure: it died, takes longer than the deadline, or more memory than it may.
+            Failure: it died, spent more than the limit, or took more memory than it may.
         """
+        hangs = time.monotonic() + 10 * FLAGS.seconds
         while not select.select([self.process.stdout], [], [], 0.1)[0]:
-            if time.monotonic() > deadline:
-                raise Failure(f"takes more than {FLAGS.seconds} s")
+            if self.cpu_seconds() > limit:
+                raise Failure(f"takes more than {FLAGS.seconds} s of CPU")
+            if time.monotonic() > hangs:
+                raise Failure(f"says nothing for {10 * FLAGS.seconds} s")
             if _resident_gib(self.process.pid) > FLAGS.gib:
                 raise Failure(f"needs more than {FLAGS.gib:g} GiB")
             if _available_gib() < 1:
@@ -158,10 +165,19 @@ class Worker:
             raise Failure(f"exit status {self.process.returncode}: {''.join(last)[:300]}")
         return json.loads(line)
 
-    def step(self, deadline):
+    def step(self, limit=None):
+        """Makes a step; by default it has `--seconds` for itself."""
+        limit = self.cpu_seconds() + FLAGS.seconds if limit is None else limit
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
-        return self.answer(deadline)
+        return self.answer(limit)
+
+    def cpu_seconds(self):
+        with contextlib.suppress(OSError):
+            stat = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text()
+            user, system = stat.rsplit(")", 1)[1].split()[11:13]
+            return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return 0.0
 
     def close(self):
         self.process.kill()
@@ -208,22 +224,21 @@ def measure(python, method, network, batch_size):
     workers, result = {}, {"steps": 0}
     try:
         for kind in method.kinds:
-            deadline = time.monotonic() + FLAGS.seconds
             workers[kind] = Worker(python, method, kind, network, batch_size)
             try:
-                result["versions"] = workers[kind].answer(deadline)["versions"]
+                result["versions"] = workers[kind].answer(FLAGS.seconds)["versions"]
                 for _ in range(WARMUP):
-                    workers[kind].step(deadline)
+                    workers[kind].step(FLAGS.seconds)
             except Failure as failure:
                 raise Failure(f"{kind}: {failure}") from failure
         spent = {kind: [] for kind in workers}
-        start = time.monotonic()
         while result["steps"] < FLAGS.steps:
-            if time.monotonic() > start + FLAGS.seconds / 2 and result["steps"] >= LEAST:
+            total = sum(step["cpu_ms"] for steps in spent.values() for step in steps) / 1000
+            if total > FLAGS.seconds / 2 and result["steps"] >= LEAST:
                 break
             order = list(workers) if result["steps"] % 2 else list(workers)[::-1]
             for kind in order:
-                spent[kind].append(workers[kind].step(time.monotonic() + FLAGS.seconds))
+                spent[kind].append(workers[kind].step())
             result["steps"] += 1
     finally:
         for process in workers.values():
@@ -390,7 +405,7 @@ which versions and on which day it was measured; all on {device}, each process o
   norm pooling, centering. Its ratio is over the plain step of *those* layers; the plain step with
   ReLU and maximum pooling stands beside it.
 - Memory is the peak of the process, framework and data (four batches) included. A method that
-  needs more than {gib:g} GiB, or {seconds} s to get ready, has a dash; so have larger batches then.
+  needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger batches then.
   The reasons are below.
 - JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
   clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
@@ -665,7 +680,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("batch_sizes", None, "64, 256, 1024, and 4096 in the comparison.")
     flags.DEFINE_integer("steps", 30, "Timed steps of each kind, at most.", lower_bound=LEAST)
     flags.DEFINE_integer("threads", 1, "Of each process; 0 leaves it to the framework.", 0)
-    flags.DEFINE_integer("seconds", 120, "In which a process has to be ready, or make a step.", 1)
+    flags.DEFINE_integer("seconds", 120, "Of CPU, in which to get ready, or to make a step.", 1)
     flags.DEFINE_float("gib", 8.0, "Of memory that a process may use.", 0.1)
     flags.DEFINE_bool("secure", False, 'Without --against: time noise="secure" as well.')
     flags.DEFINE_string("environments", "build/environments", "Folder of the environments.")
