@@ -37,7 +37,7 @@ from experiments.opponents import worker
 FLAGS = flags.FLAGS
 
 NETWORKS = tuple(worker.SHAPES)
-WARMUP, LEAST = 5, 3  # steps that are not timed, and that must be
+WARMUP, LEAST = 5, 3  # steps that are not timed, fewer if they are slow; and that must be timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,7 @@ class Worker:
         self.process = subprocess.Popen(
             command,
             cwd=pathlib.Path(__file__).parents[1],
-            env={**os.environ, **_threads(FLAGS.threads), "TF_CPP_MIN_LOG_LEVEL": "3",
-                 "CUDA_VISIBLE_DEVICES": "", **method.variables},
+            env=variables(FLAGS.threads) | method.variables,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )  # fmt: skip
 
@@ -185,14 +184,16 @@ class Worker:
         self.log.close()
 
 
-def _threads(count):
-    """How every framework is told to use so many threads; 0 leaves it to them."""
-    if not count:
-        return {}
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
-    names += ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-    eigen = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"} if count == 1 else {}
-    return {name: str(count) for name in names} | eigen
+def variables(threads=1):
+    """The environment of a process whose framework uses so many threads; 0 leaves it to itself."""
+    found = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    if threads:
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
+        names += ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+        found |= {name: str(threads) for name in names}
+    if threads == 1:
+        found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    return found
 
 
 def _resident_gib(pid):
@@ -227,14 +228,17 @@ def measure(python, method, network, batch_size):
             workers[kind] = Worker(python, method, kind, network, batch_size)
             try:
                 result["versions"] = workers[kind].answer(FLAGS.seconds)["versions"]
-                for _ in range(WARMUP):
-                    workers[kind].step(FLAGS.seconds)
+                spent_on_it = 0.0
+                for step in range(WARMUP):
+                    if step >= 2 and spent_on_it > FLAGS.seconds / 10:
+                        break
+                    spent_on_it += workers[kind].step(FLAGS.seconds)["cpu_ms"] / 1000
             except Failure as failure:
                 raise Failure(f"{kind}: {failure}") from failure
         spent = {kind: [] for kind in workers}
         while result["steps"] < FLAGS.steps:
             total = sum(step["cpu_ms"] for steps in spent.values() for step in steps) / 1000
-            if total > FLAGS.seconds / 2 and result["steps"] >= LEAST:
+            if total > FLAGS.seconds / 4 and result["steps"] >= LEAST:
                 break
             order = list(workers) if result["steps"] % 2 else list(workers)[::-1]
             for kind in order:
@@ -398,15 +402,16 @@ which versions and on which day it was measured; all on {device}, each process o
   (SGD with momentum) and noise included, and of lipdp the Poisson draw, the projections and their
   certificates.
 - Each kind of step has a process of its own; private and plain ones take turns, step by step. CPU
-  time of all threads, medians of up to {steps} steps after {warmup} that are not timed; a median
-  says nothing about compilation, which the first steps pay (on JAX for each new shape of a batch).
+  time of all threads, medians of {least} to {steps} steps, after 2 to {warmup} that are not timed;
+  a median says nothing about compilation, which the first steps pay (on JAX for each new shape of a
+  batch).
 - Opponents have the fastest layers they offer, ReLU and maximum pooling, and batches of a fixed
   size, drawn more cheaply than their own loaders do. lipdp has its own layers: sorting activations,
   norm pooling, centering. Its ratio is over the plain step of *those* layers; the plain step with
   ReLU and maximum pooling stands beside it.
 - Memory is the peak of the process, framework and data (four batches) included. A method that
-  needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger batches then.
-  The reasons are below.
+  needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger
+  batches then. The reasons are below.
 - JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
   clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
 
@@ -433,6 +438,7 @@ def write_page(rows, path):
         device=" and on ".join(sorted({row["device"] for row in measured})),
         threads={(1,): "one thread"}.get(tuple(threads), f"{threads} threads (0: as it likes)"),
         steps=max(row["steps"] for row in measured),
+        least=min(row["steps"] for row in measured),
         warmup=WARMUP,
         gib=FLAGS.gib,
         seconds=FLAGS.seconds,
@@ -456,7 +462,7 @@ def write_page(rows, path):
     plot(measured, path.with_suffix(".svg"))
 
 
-def _markdown(head, lines):
+def markdown(head, lines):
     rule = "|---" * len(head) + "|"
     return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
 
@@ -483,7 +489,7 @@ def _ahead(rows, batches):
                 cells.append(f"{winner}{_ms(mine[0])}{winner} / {_ms(other[0])} ({other[1]})")
         if any(cell != "–" for cell in cells):
             lines.append([_TITLES[network].split(":")[0], *cells])
-    return _markdown(["lipdp / the fastest other", *map(_count, batches)], lines)
+    return markdown(["lipdp / the fastest other", *map(_count, batches)], lines)
 
 
 def _page_tables(rows, batches):
@@ -512,8 +518,8 @@ def _page_tables(rows, batches):
     head = [*map(_count, batches)]
     text = "CPU ms, private / plain = ratio"
     text += "; in brackets the plain step with ReLU and maximum pooling.\n\n" if relu else ".\n\n"
-    text += _markdown(["batch", *head], table(times)) + "\n\nPeak MiB, private / plain = ratio.\n\n"
-    text += _markdown(["batch", *head], table(memory)) + "\n"
+    text += markdown(["batch", *head], table(times)) + "\n\nPeak MiB, private / plain = ratio.\n\n"
+    text += markdown(["batch", *head], table(memory)) + "\n"
     lines = []
     for name in names:
         fits = [_largest([by_case[name, b] for b in batches if (name, b) in by_case], kind)
@@ -525,7 +531,7 @@ def _page_tables(rows, batches):
             f"\nBatches that fit into {FLAGS.gib:g} GiB, by the line through the two largest that "
             "were measured.\n\n"
         )
-        text += _markdown(["", "private", "plain", "plain over private"], lines) + "\n"
+        text += markdown(["", "private", "plain", "plain over private"], lines) + "\n"
     return text
 
 
@@ -548,7 +554,7 @@ def _failures(rows):
         [row["method"], row["network"], _count(row["batch_size"]), row["failed"].replace("|", "/")]
         for row in failed
     ]
-    table = _markdown(["method", "network", "batch", "reason"], lines)
+    table = markdown(["method", "network", "batch", "reason"], lines)
     return f"\n## Not measured\n\n{table}\n"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-__all__ = ["SHAPES", "rows", "serve"]
+__all__ = ["SHAPES", "examples", "peak_mib", "rows", "serve"]
 
 #: Of an example, for each network.
 SHAPES = {
@@ -59,17 +59,17 @@ def serve(build: Callable[[str, str, int], tuple[Callable[[], object], dict]]) -
 
     method, network, batch_size = sys.argv[1:]
     step, versions = build(method, network, int(batch_size))
-    answer({"versions": versions, "mib": _peak_mib()})
+    answer({"versions": versions, "mib": peak_mib()})
     spent = time.process_time()
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
         wall, cpu = time.perf_counter() - start, time.process_time()
-        answer({"cpu_ms": 1e3 * (cpu - spent), "wall_ms": 1e3 * wall, "mib": _peak_mib()})
+        answer({"cpu_ms": 1e3 * (cpu - spent), "wall_ms": 1e3 * wall, "mib": peak_mib()})
         spent = cpu
 
 
-def _peak_mib():
+def peak_mib() -> float:
     """Of this program; `ru_maxrss` would count the one that started it as well."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
