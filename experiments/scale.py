@@ -40,17 +40,17 @@ class Indices:
         return padded, padded
 
 
-def batches_of(sampling, examples, steps):
-    """Batches of row numbers, drawn as a model draws them, with fresh entropy."""
+def batches_of(sampling, examples, steps, seed=None):
+    """Batches of row numbers, drawn as a model draws them; without a seed from fresh entropy."""
     from lipdp.batches import DrawnBatches
     from lipdp.noise import RandomSource
 
-    drawn = DrawnBatches(Indices(examples), sampling, RandomSource(), (0, 0), steps)
+    drawn = DrawnBatches(Indices(examples), sampling, RandomSource(seed), (0, 0), steps)
     drawn.on_epoch_begin()
     return drawn
 
 
-def draws(examples, batch_size, count):
+def draws(examples, batch_size, count, seed=None):
     """Poisson batches: time, memory, and whether they are what they should be.
 
     Raises:
@@ -63,7 +63,7 @@ def draws(examples, batch_size, count):
     import accountants
 
     sampling = accountants.PoissonSampling(batch_size)
-    drawn = batches_of(sampling, examples, count)
+    drawn = batches_of(sampling, examples, count, seed)
     before, sizes, spent = worker.peak_mib(), [], []
     bins = np.zeros(1000, int)
     for index in track(range(count), description="drawing", console=Console(stderr=True)):
@@ -390,8 +390,8 @@ def write_page(found, path):
                 for name, of in kept["schemes"].items()
             ],
         ),
-        ledger=f"""A step is paid for in {paid["ms_a_step"]:.4f} ms of CPU, and {paid["steps"]:,} steps
-take {paid["bytes"]:,} bytes of the file, {paid["bytes"] / paid["steps"]:.2f} a step: many are
+        ledger=f"""A step is paid for in {paid["ms_a_step"]:.4f} ms of CPU, and {paid["steps"]:,}
+steps take {paid["bytes"]:,} bytes of the file, {paid["bytes"] / paid["steps"]:.2f} a step: many are
 reserved at a time, by one line of the file. ε of that ledger, for 10⁹ examples, takes
 {paid["epsilon_s"]:.2f} s.""",
         small=table(

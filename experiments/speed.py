@@ -47,7 +47,7 @@ class Method:
     Attributes:
         library: its name for `--against`.
         name: for people.
-        worker: module of `experiments.opponents`.
+        worker: its module.
         kinds: the worker's methods: `private`, `plain`, and perhaps others.
         variables: of the environment, for the worker.
         networks: on which it is timed.
@@ -61,39 +61,33 @@ class Method:
     networks: tuple[str, ...] = NETWORKS
 
 
-def _against_plain(private, plain="plain"):
-    return {"private": private, "plain": plain}
-
-
 _OURS = {"private": "private", "plain": "plain", "relu": "relu"}
-_JAX = {"KERAS_BACKEND": "jax"}
+_TENSORFLOW, _JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
+
+
+def _ours(name, variables):
+    return Method("lipdp", name, "experiments.opponents.ours", _OURS, variables)
+
+
+def _other(library, name, private, plain="plain", module=None, **more):
+    kinds = {"private": private, "plain": plain}
+    return Method(library, name, f"experiments.opponents.{module or library}", kinds, **more)
+
 
 METHODS = (
-    Method("lipdp", "lipdp, TensorFlow", "ours", _OURS, {"KERAS_BACKEND": "tensorflow"}),
-    Method("lipdp", "lipdp, JAX", "ours", _OURS, _JAX),
-    Method("opacus", "Opacus, ghost clipping", "opacus_torch", _against_plain("ghost")),
-    Method("opacus", "Opacus, hooks", "opacus_torch", _against_plain("hooks")),
+    _ours("lipdp, TensorFlow", _TENSORFLOW),
+    _ours("lipdp, JAX", _JAX),
+    _other("opacus", "Opacus, ghost clipping", "ghost", module="opacus"),
+    _other("opacus", "Opacus, hooks", "hooks", module="opacus"),
     # Of the layers that these networks have, it knows the dense ones. With any other it does what
     # DPModel does.
-    Method(
-        "tf_privacy",
-        "TF Privacy, fast clipping",
-        "tf_privacy",
-        _against_plain("fast"),
-        networks=("mlp", "scattering"),
-    ),
-    Method("tf_privacy", "TF Privacy, DPModel", "tf_privacy", _against_plain("dpmodel")),
-    Method("tf_privacy", "TF Privacy, vectorized", "tf_privacy", _against_plain("vectorized")),
-    Method(
-        "jax_privacy", "JAX-Privacy, Keras", "jax_privacy", _against_plain("keras", "keras_plain"),
-        _JAX,
-    ),
-    Method(
-        "jax_privacy", "JAX-Privacy, micro-batches", "jax_privacy", _against_plain("microbatches"),
-        _JAX,
-    ),
-    Method("jax_privacy", "JAX-Privacy, vmap", "jax_privacy", _against_plain("vmap"), _JAX),
-)  # fmt: skip
+    _other("tf_privacy", "TF Privacy, fast clipping", "fast", networks=("mlp", "scattering")),
+    _other("tf_privacy", "TF Privacy, DPModel", "dpmodel"),
+    _other("tf_privacy", "TF Privacy, vectorized", "vectorized"),
+    _other("jax_privacy", "JAX-Privacy, Keras", "keras", "keras_plain", variables=_JAX),
+    _other("jax_privacy", "JAX-Privacy, micro-batches", "microbatches", variables=_JAX),
+    _other("jax_privacy", "JAX-Privacy, vmap", "vmap", variables=_JAX),
+)
 
 #: What is installed, one call of pip after the other. TF Privacy asks for the large TensorFlow.
 ENVIRONMENTS = types.MappingProxyType(
@@ -126,7 +120,7 @@ class Worker:
     """
 
     def __init__(self, python, method, kind, network, batch_size):
-        command = [python, "-m", f"experiments.opponents.{method.worker}"]
+        command = [python, "-m", method.worker]
         command += [method.kinds[kind], network, str(batch_size)]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
@@ -369,7 +363,7 @@ def _table(rows):
     for row in sorted(rows, key=lambda r: (_place(r)[0], r["batch_size"], _place(r)[1])):
         about = [row["network"], str(row["batch_size"]), row["method"]]
         if "failed" in row:
-            table.add_row(*about, row["failed"][:60])
+            table.add_row(*about, "–")
             continue
         private, plain = row["private"], row["plain"]
         table.add_row(
@@ -619,7 +613,7 @@ def quick():
     kinds = {**_OURS, "secure": "secure"} if FLAGS.secure else _OURS
     results = []
     for backend, batch_size in track(cases, description="measuring", console=Console(stderr=True)):
-        method = Method("lipdp", backend, "ours", kinds, {"KERAS_BACKEND": backend})
+        method = dataclasses.replace(_ours(backend, {"KERAS_BACKEND": backend}), kinds=kinds)
         try:
             found = measure(sys.executable, method, "convnet", batch_size)
         except Failure as failure:
