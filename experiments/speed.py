@@ -232,7 +232,7 @@ def measure(python, method, network, batch_size):
         spent = {kind: [] for kind in workers}
         while result["steps"] < FLAGS.steps:
             total = sum(step["cpu_ms"] for steps in spent.values() for step in steps) / 1000
-            if total > FLAGS.seconds / 4 and result["steps"] >= LEAST:
+            if total > FLAGS.seconds / 8 and result["steps"] >= LEAST:
                 break
             order = list(workers) if result["steps"] % 2 else list(workers)[::-1]
             for kind in order:
