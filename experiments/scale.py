@@ -130,14 +130,31 @@ def overhead(widths, batch_sizes=(64, 512), steps=15):
         for batch_size in batch_sizes:
             for kind in ("private", "plain"):
                 step = _stepper(kind, width, batch_size)
-                spent = []
-                for _ in range(5 + steps):
-                    start = time.process_time()
-                    step()
-                    spent.append(1e3 * (time.process_time() - start))
-                row[f"{kind}_{batch_size}"] = statistics.median(spent[5:])
+                row[f"{kind}_{batch_size}"] = _median_ms(step, steps)
+        row["noise"] = _median_ms(_noise(width), steps)
         found.append(row)
     return found
+
+
+def _median_ms(step, count, warmup=5):
+    spent = []
+    for _ in range(warmup + count):
+        start = time.process_time()
+        step()
+        spent.append(1e3 * (time.process_time() - start))
+    return statistics.median(spent[warmup:])
+
+
+def _noise(width):
+    """Draws the noise of a square matrix on TensorFlow, as a step does."""
+    import tensorflow as tf
+
+    from lipdp import steps
+    from lipdp.noise import GaussianNoise
+
+    sums, key = tf.zeros((width, width)), tf.constant([1, 2, 3, 4], tf.uint32)
+    add = tf.function(GaussianNoise().add)
+    return lambda: add(steps.backend(), {"key": key}, [sums], [1.0])[0].numpy()
 
 
 def _stepper(kind, width, batch_size):
@@ -188,7 +205,7 @@ def ledger(steps):
             spent = time.process_time() - start
         grown = path.stat().st_size - opened
         start = time.process_time()
-        epsilon = accountants.Ledger(path).epsilon(delta=1e-10)
+        epsilon = accountants.Ledger(path).epsilon(delta=5e-10)
         reading = time.process_time() - start
     return {
         "steps": steps,
@@ -260,18 +277,25 @@ Made by `python -m experiments.scale`, which measures the figures of this page a
 ## What a step costs
 
 A dense layer of n × n weights, batch B. The plain step makes three matrix products, `6·B·n²`
-operations. What privacy adds does not grow with the batch: noise for `n²` weights, and a projection
-with its certificate, a few products of `n × n` matrices, `O(n³)`. So the share that privacy adds
-falls as `1/B`, and the batch beyond which it is small grows as `n`.
+operations. What privacy adds does not grow with the batch, so its share falls as `1/B`:
+
+- noise for `n²` weights;
+- a projection with its certificate. With a side above 256 that is some ten products with a block of
+  16 vectors, `O(n² log n)` (`lipdp.norms.probable_norm_bound`). Smaller matrices, and all of them
+  before the first step, are certified by a few products of whole matrices, `O(n³)`; orthogonal
+  layers take such products at each step;
+- work that depends on neither: the draw of the batch, the mask, the ledger.
+
+So for wide layers the batch beyond which the share is small hardly depends on n; if the projection
+took `O(n³)`, it would grow as n.
 
 Measured: one layer of n × n with sorted features and a layer of 10 behind it, SGD with momentum,
-TensorFlow, batches of a fixed size.
+TensorFlow, batches of a fixed size. CPU ms; the overhead is the mean of the two batch sizes.
 
 {overhead}
 
-By least squares the overhead is {a:.3g} ns·n² + {b:.3g} ns·n³, and the plain step takes
-{c:.3g} ns·n² for an example, so the overhead is under 1 % beyond a batch of about
-`{start:.0f} + {slope:.3g}·n`.
+By least squares the overhead is {constant:.1f} ms + {a:.3g} ns·n² + {b:.3g} ns·n³, and the plain
+step of the widest layer takes {c:.3g} ns·n² for an example.
 
 A convolution on p positions multiplies p rows for each example, and its matrix has
 `kernel² · channels` rows or columns: it gets there p times sooner. Token layers and patches do too.
@@ -282,16 +306,18 @@ With k workers that each take a share of the batch, a step exchanges what plain 
 the sum of the gradients: `2·(k − 1)/k · 4·P` bytes from each worker for P float32 weights with a
 ring. Privacy adds no traffic that grows with weights or examples: there is no per-example gradient
 and no norm of one to exchange, batches and noise come from keys that all have, and adaptive
-clipping adds one number. {communication} Projections are repeated by every worker, at the cost
-above, which does not shrink with k: what counts for the share is the batch of *one* worker.
+clipping adds one number. That is {communication}
+
+Projections are repeated by every worker, at the cost above, which does not shrink with k: what
+counts for the share is the batch of *one* worker.
 
 ## Drawing from 10⁹ examples
 
 `PoissonSampling` draws the size of a batch from a binomial distribution and then that many distinct
 indices, which is what independent coins for all examples give. NumPy draws them with Floyd's
-algorithm and a set of what was drawn, {floyd}. No array of all indices is made while a batch holds
-less than a twentieth of the data; beyond, there is one, of at most 160 bytes for each example of
-the batch. `TruncatedPoisson` and `FixedSize` draw in the same way.
+algorithm and a set of what was drawn. No array of all indices is made while a batch holds less than
+a twentieth of the data; beyond, there is one, of at most 160 bytes for each example of the batch.
+`TruncatedPoisson` and `FixedSize` draw in the same way.
 
 {draws}
 
@@ -330,37 +356,36 @@ def write_page(found, path):
     table = speed.markdown
     rows = found["overhead"]
     widths = np.array([row["width"] for row in rows], float)
-    fixed = np.array([row["private_64"] - row["plain_64"] for row in rows])
+    added = [[row[f"private_{b}"] - row[f"plain_{b}"] for b in (64, 512)] for row in rows]
+    added = np.mean(added, axis=1)
     per_example = np.array([(row["plain_512"] - row["plain_64"]) / 448 for row in rows])
     # Relative errors, so that the small widths count.
-    design = np.stack([widths**2, widths**3], axis=1) / fixed[:, None]
-    (a, b), _ = optimize.nnls(1e-6 * design, np.ones(len(rows)))
-    c = float(np.median(1e6 * per_example / widths**2))
+    powers = np.stack([widths**0, 1e-6 * widths**2, 1e-6 * widths**3], axis=1)
+    (constant, a, b), _ = optimize.nnls(powers / added[:, None], np.ones(len(rows)))
     lines = [
         [
             f"{row['width']:,}",
-            *(f"{row[k]:.1f}" for k in ("private_64", "plain_64", "private_512", "plain_512")),
+            *(f"{row[f'private_{b}']:.1f} / {row[f'plain_{b}']:.1f}" for b in (64, 512)),
             f"{more:.1f}",
+            f"{row['noise']:.1f}",
             f"{each:.3f}",
-            f"{100 * more / each:,.0f}",
+            *(f"{share * more / each:,.0f}" for share in (20, 100)),
         ]
-        for row, more, each in zip(rows, fixed, per_example, strict=True)
+        for row, more, each in zip(rows, added, per_example, strict=True)
     ]
-    head = ["n", "private, B = 64, ms", "plain", "private, B = 512", "plain"]
-    head += ["overhead, ms", "plain ms an example", "under 1 % beyond B ="]
+    head = ["n", "private / plain, B = 64", "B = 512", "overhead", "of which noise"]
+    head += ["plain, an example", "under 5 % beyond B =", "1 %"]
     weights = 25_000_000
     traffic = 2 * 7 / 8 * 4 * weights / 2**20
     drawn, kept, paid = found["draws"], found["schemes"], found["ledger"]
     text = _PAGE.format(
         device=found["device"],
         overhead=table(head, lines),
+        constant=constant,
         a=a,
         b=b,
-        c=c,
-        start=100 * a / c,
-        slope=100 * b / c,
-        communication=f"With 8 workers and {weights:,} weights that is {traffic:,.0f} MiB a step.",
-        floyd=f"{drawn['median_ms']:.2f} ms for a batch of {drawn['batch_size']:,}",
+        c=1e6 * per_example[-1] / widths[-1] ** 2,
+        communication=f"{traffic:,.0f} MiB a step with 8 workers and {weights:,} weights.",
         draws=table(
             ["examples", "expected batch", "draws", "CPU ms each", "memory that it took, MiB"],
             [
@@ -390,10 +415,10 @@ def write_page(found, path):
                 for name, of in kept["schemes"].items()
             ],
         ),
-        ledger=f"""A step is paid for in {paid["ms_a_step"]:.4f} ms of CPU, and {paid["steps"]:,}
-steps take {paid["bytes"]:,} bytes of the file, {paid["bytes"] / paid["steps"]:.2f} a step: many are
-reserved at a time, by one line of the file. ε of that ledger, for 10⁹ examples, takes
-{paid["epsilon_s"]:.2f} s.""",
+        ledger=f"""A step is paid for in {paid["ms_a_step"]:.4f} ms of CPU (without waiting for the
+disk), and {paid["steps"]:,} steps take {paid["bytes"]:,} bytes of the file: many are reserved at a
+time, by one line. ε of that ledger at δ = 5e-10, for 10⁹ examples, takes {paid["epsilon_s"]:.2f} s.
+The PLD accountant refuses a much smaller δ at so many steps, as its sums round; RDP takes any.""",
         small=table(
             ["", "CPU s"],
             [

@@ -7,8 +7,8 @@ also a private step with noise="secure".
 
 `python -m experiments.speed --against=all` does so for other libraries as well, each in a virtual
 environment that is made for it, and for five networks. It writes a JSON, and from it a page and a
-plot. What the JSON has already is not measured again, but for `--again`: `--only=lipdp --again`
-measures lipdp anew, and nothing else.
+plot; those of the documentation with `--out=docs/speed.json`. What the JSON has is not measured
+again, but for `--again`: `--only=lipdp --again` measures lipdp anew, and nothing else.
 
 Each kind of step has a process of its own, so that its peak memory is known; they take turns,
 step by step. CPU time counts all threads, draws of noise and of batches too. Medians.
@@ -292,7 +292,7 @@ def compare(libraries):
     from rich.console import Console
     from rich.progress import Progress
 
-    path = pathlib.Path(FLAGS.out or "docs/speed.json")
+    path = pathlib.Path(FLAGS.out or "build/speed.json")
     rows = json.loads(path.read_text())["measurements"] if path.exists() else []
     done = {(row["method"], row["network"], row["batch_size"]) for row in rows}
     cases = [
@@ -684,5 +684,5 @@ if __name__ == "__main__":
     flags.DEFINE_float("gib", 8.0, "Of memory that a process may use.", 0.1)
     flags.DEFINE_bool("secure", False, 'Without --against: time noise="secure" as well.')
     flags.DEFINE_string("environments", "build/environments", "Folder of the environments.")
-    flags.DEFINE_string("out", None, "The JSON; docs/speed.json in the comparison.")
+    flags.DEFINE_string("out", None, "The JSON; build/speed.json in the comparison.")
     app.run(main)
