@@ -405,7 +405,7 @@ which versions and on which day it was measured; all on {device}, each process o
   ReLU and maximum pooling stands beside it.
 - Memory is the peak of the process, framework and data (four batches) included. A method that
   needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger
-  batches then. The reasons are below.
+  batches then. The reasons are below. What is empty has not been measured.
 - JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
   clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
 
@@ -487,18 +487,15 @@ def _ahead(rows, batches):
 
 
 def _page_tables(rows, batches):
-    by_case = {(row["method"], row["batch_size"]): row for row in rows if "failed" not in row}
+    by_case = {(row["method"], row["batch_size"]): row for row in rows}
     names = list(dict.fromkeys(row["method"] for row in rows))
-    relu = any("relu" in row for row in by_case.values())
+    relu = any("relu" in row for row in rows)
 
     def table(cell):
-        lines = []
-        for name in names:
-            cells = [
-                cell(by_case[name, b]) if (name, b) in by_case else "–" for b in batches
-            ]  # fmt: skip
-            lines.append([name, *cells])
-        return lines
+        return [[name, *(show(cell, by_case.get((name, b))) for b in batches)] for name in names]
+
+    def show(cell, row):
+        return "" if row is None else "–" if "failed" in row else cell(row)
 
     def times(row):
         private, plain = row["private"]["cpu_ms"], row["plain"]["cpu_ms"]
@@ -516,8 +513,8 @@ def _page_tables(rows, batches):
     text += markdown(["batch", *head], table(memory)) + "\n"
     lines = []
     for name in names:
-        fits = [_largest([by_case[name, b] for b in batches if (name, b) in by_case], kind)
-                for kind in ("private", "plain")]  # fmt: skip
+        of_it = [row for row in rows if row["method"] == name and "failed" not in row]
+        fits = [_largest(of_it, kind) for kind in ("private", "plain")]
         if all(fits):
             lines.append([name, *map(_count, fits), f"{fits[1] / fits[0]:.2f}"])
     if lines:
@@ -530,12 +527,14 @@ def _page_tables(rows, batches):
 
 
 def _largest(rows, kind):
-    """The batch at which the line through the last two peaks meets the limit; None without two."""
-    if len(rows) < 2:
+    """The batch at which the line through the last two peaks meets the limit; None without two,
+    and where they say too little.
+    """
+    if len(rows) < 2 or rows[-1]["batch_size"] < 1024:
         return None
     (b1, m1), (b2, m2) = ((row["batch_size"], row[kind]["mib"]) for row in rows[-2:])
     slope = (m2 - m1) / (b2 - b1)
-    if m2 - m1 < 50:  # too little for a slope
+    if m2 - m1 < 50:
         return None
     return int(b2 + (1024 * FLAGS.gib - m2) / slope)
 
