@@ -315,15 +315,17 @@ counts for the share is the batch of *one* worker.
 
 `PoissonSampling` draws the size of a batch from a binomial distribution and then that many distinct
 indices, which is what independent coins for all examples give. NumPy draws them with Floyd's
-algorithm and a set of what was drawn. No array of all indices is made while a batch holds less than
-a twentieth of the data; beyond, there is one, of at most 160 bytes for each example of the batch.
+algorithm and a set of what was drawn, in at most 25 bytes for each example drawn. Only where a
+batch holds more than a twentieth of the data, or the data no more than 10,000 examples, it makes an
+array of all indices: at most 168 bytes for each example drawn in the first case, 80 kB in the
+second.
 `TruncatedPoisson` and `FixedSize` draw in the same way.
 
 {draws}
 
 The sizes were compared with the binomial distribution, and the indices, in 1,000 bins, with the
-uniform one, by χ² tests (p = {p_sizes:.2f} and {p_positions:.2f}); each batch was sorted, in range,
-and without repetition.
+uniform one, by χ² tests (p = {p_sizes:.2f} and {p_positions:.2f}); each batch was sorted, in
+range, and without repetition.
 
 The other schemes decide once, an epoch or a run, about every example, and keep that in the smallest
 integers that hold it. Measured with {scheme_examples} examples, expected batches of {scheme_batch}

@@ -89,7 +89,9 @@ METHODS = (
     _other("jax_privacy", "JAX-Privacy, vmap", "vmap", variables=_JAX),
 )
 
-#: What is installed, one call of pip after the other. TF Privacy asks for the large TensorFlow.
+#: What is installed, one call of pip after the other. TF Privacy asks for the large TensorFlow, and
+#: the torch of PyPI brings CUDA, some GB, unless pip is told of wheels for CPUs (PIP_FIND_LINKS,
+#: PIP_EXTRA_INDEX_URL). TF Privacy needs Python 3.11 at most.
 ENVIRONMENTS = types.MappingProxyType(
     {
         "opacus": [["opacus==1.6.0", "torch==2.13.0"]],
