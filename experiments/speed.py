@@ -275,7 +275,7 @@ def environment(library):
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 errors = [line for line in run.stderr.splitlines() if "ERROR" in line]
-                raise Failure(f"not installed: {' '.join(errors) or run.stderr[-300:]}")
+                raise Failure(f"not installed: {' '.join(errors)[:300] or run.stderr[-300:]}")
         record.write(done, calls)
     return str(python.absolute())
 
@@ -592,8 +592,8 @@ def plot(rows, path):
         sizes = sorted({r["batch_size"] for r in rows})
         axes[1][column].set_xticks(sizes, [str(size) for size in sizes])
         axes[1][column].minorticks_off()
-    axes[0][0].set_ylabel("CPU time, private over plain step")
-    axes[1][0].set_ylabel("CPU ms of a private step (dotted: plain)")
+    axes[0][0].set_ylabel("private / plain, CPU time")
+    axes[1][0].set_ylabel("private, CPU ms (dotted: plain)")
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
     # Text stays text, and the same results make the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lipdp"}):
