@@ -1,7 +1,7 @@
 # make demo   trains a private network on digits, from nothing but Python 3.11
 # make test   sets up and runs the tests on both backends
 # make docs   builds the documentation site into build/site, and fails at a broken link
-# make bench  times a private step beside the plain one
+# make bench  times private steps beside plain ones, and beside other libraries; build/speed.md
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -32,7 +32,7 @@ test-slow: $(VENV)/.installed
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest -n 2 -q -m slow
 
 bench: $(VENV)/.installed
-	$(RUN) -m experiments.speed
+	$(RUN) -m experiments.speed --against=all
 
 $(VENV)/.docs: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[docs]'

@@ -1,177 +1,638 @@
 """What privacy costs: a private step beside the plain step of the same network.
 
-`python -m experiments.speed` times, alternating in one process, a step of `PrivateModel` (draw,
-noise, certificates and projections included), the plain Keras step of the same layers without
+`python -m experiments.speed` times, step by step in turns, a step of `PrivateModel` (draw, noise,
+certificates and projections included), the plain Keras step of the same layers without
 projections, and the plain step of the same network with ReLU and max pooling; with `--secure`
-also a private step with noise="secure". CPU time counts all threads, so draws of noise too. Peak
-memory is that of a process which does nothing but the one kind of step. Medians; `--out` keeps
-them as JSON.
+also a private step with noise="secure".
+
+`python -m experiments.speed --against=all` does so for other libraries as well, each in a virtual
+environment that is made for it, and for five networks. It writes a JSON, and from it a page and a
+plot; those of the documentation with `--out=docs/speed.json`. What the JSON has is not measured
+again, but for `--again`: `--only=lipdp --again` measures lipdp anew, and nothing else.
+
+Each kind of step has a process of its own, so that its peak memory is known; they take turns,
+step by step. CPU time counts all threads, draws of noise and of batches too. Medians.
 """
 
+import contextlib
+import dataclasses
+import datetime
 import json
 import os
 import pathlib
-import resource
+import platform
+import select
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import types
 
-import numpy as np
 from absl import app, flags
+
+from experiments import record
+from experiments.opponents import worker
 
 FLAGS = flags.FLAGS
 
-KINDS = ("private", "plain", "relu", "secure")
+NETWORKS = tuple(worker.SHAPES)
+WARMUP, LEAST = 5, 3  # steps that are not timed, fewer if they are slow; and that must be timed
 
 
-def build_network(kind):
-    """Two convolutions, two poolings, a dense layer of 1,024 and one of 10: 1.6 million weights."""
-    import keras
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way of taking private steps, and what it is held against.
 
-    from lipdp import layers
+    Attributes:
+        library: its name for `--against`.
+        name: for people.
+        worker: its module.
+        kinds: the worker's methods: `private`, `plain`, and perhaps others.
+        variables: of the environment, for the worker.
+        networks: on which it is timed.
+    """
 
-    if kind == "relu":
-        body = [
-            keras.layers.Conv2D(16, 3, padding="same", activation="relu"),
-            keras.layers.MaxPooling2D(2),
-            keras.layers.Conv2D(32, 3, padding="same", activation="relu"),
-            keras.layers.MaxPooling2D(2),
-            keras.layers.Flatten(),
-            keras.layers.Dense(1024, activation="relu"),
-            keras.layers.Dense(10),
-        ]
-    else:
-        body = [
-            layers.BallProjection(1.0),
-            layers.SpectralConv2D(16, 3, padding="same", use_bias=False),
-            layers.GroupSort(),
-            layers.L2NormPooling2D(2),
-            layers.SpectralConv2D(32, 3, padding="same", use_bias=False),
-            layers.GroupSort(),
-            layers.L2NormPooling2D(2),
-            keras.layers.Flatten(),
-            layers.SpectralDense(1024, use_bias=False),
-            layers.GroupSort(),
-            layers.SpectralDense(10, use_bias=False),
-        ]
-    network = keras.Sequential([keras.Input((28, 28, 1)), *body], name=kind)
-    if kind == "plain":
-        for variable in network.trainable_variables:
-            variable.constraint = None
-    return network
+    library: str
+    name: str
+    worker: str
+    kinds: dict[str, str]
+    variables: dict[str, str] = dataclasses.field(default_factory=dict)
+    networks: tuple[str, ...] = NETWORKS
 
 
-def stepper(kind, batch_size, steps):
-    """A generator that makes one step each time it is advanced."""
-    import keras
-
-    import lipdp
-
-    generator = np.random.default_rng(0)
-    examples = max(60_000, 8 * batch_size)
-    x = generator.random((examples, 28, 28, 1), dtype="float32")
-    y = generator.integers(0, 10, examples)
-    optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
-    network = build_network(kind)
-    if kind in ("private", "secure"):
-        model = lipdp.PrivateModel(
-            network,
-            noise_multiplier=1.0,
-            sampling=lipdp.PoissonSampling(batch_size),
-            noise="secure" if kind == "secure" else "gaussian",
-        )
-        model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-        for batch in model.batches(x, y, steps_per_epoch=steps):
-            model.train_on_batch(batch)
-            yield
-    else:
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        # The faster of Keras' two ways on this backend, as PrivateModel chooses too.
-        from lipdp import steps as backends
-
-        jit = backends.backend().default_jit_compile()
-        network.compile(optimizer, loss=loss, metrics=["accuracy"], jit_compile=jit)
-        for _ in range(steps):
-            rows = generator.integers(0, examples, batch_size)
-            network.train_on_batch(x[rows], y[rows])
-            yield
+_OURS = {"private": "private", "plain": "plain", "relu": "relu"}
+_TENSORFLOW, _JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
 
 
-def time_steps(batch_size, steps, warmup):
-    """Median CPU and wall milliseconds of each kind of step, alternating."""
-    kinds = KINDS if FLAGS.secure else KINDS[:-1]
-    running = {kind: stepper(kind, batch_size, warmup + steps) for kind in kinds}
-    spent = {kind: ([], []) for kind in kinds}
-    for step in range(warmup + steps):
-        for kind, generator in running.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            next(generator)
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if step >= warmup:
-                spent[kind][0].append(1e3 * cpu)
-                spent[kind][1].append(1e3 * wall)
-    return {
-        kind: {"cpu_ms": statistics.median(cpu), "wall_ms": statistics.median(wall)}
-        for kind, (cpu, wall) in spent.items()
+def _ours(name, variables):
+    return Method("lipdp", name, "experiments.opponents.ours", _OURS, variables)
+
+
+def _other(library, name, private, plain="plain", module=None, **more):
+    kinds = {"private": private, "plain": plain}
+    return Method(library, name, f"experiments.opponents.{module or library}", kinds, **more)
+
+
+METHODS = (
+    _ours("lipdp, TensorFlow", _TENSORFLOW),
+    _ours("lipdp, JAX", _JAX),
+    _other("opacus", "Opacus, ghost clipping", "ghost", module="opacus"),
+    _other("opacus", "Opacus, hooks", "hooks", module="opacus"),
+    # Of the layers that these networks have, it knows the dense ones. With any other it does what
+    # DPModel does.
+    _other("tf_privacy", "TF Privacy, fast clipping", "fast", networks=("mlp", "scattering")),
+    _other("tf_privacy", "TF Privacy, DPModel", "dpmodel"),
+    _other("tf_privacy", "TF Privacy, vectorized", "vectorized"),
+    _other("jax_privacy", "JAX-Privacy, Keras", "keras", "keras_plain", variables=_JAX),
+    _other("jax_privacy", "JAX-Privacy, micro-batches", "microbatches", variables=_JAX),
+    _other("jax_privacy", "JAX-Privacy, vmap", "vmap", variables=_JAX),
+)
+
+#: What is installed, one call of pip after the other. TF Privacy asks for the large TensorFlow, and
+#: the torch of PyPI brings CUDA, some GB, unless pip is told of wheels for CPUs (PIP_FIND_LINKS,
+#: PIP_EXTRA_INDEX_URL). TF Privacy needs Python 3.11 at most.
+ENVIRONMENTS = types.MappingProxyType(
+    {
+        "opacus": [["opacus==1.6.0", "torch==2.13.0"]],
+        "tf_privacy": [
+            ["tensorflow-cpu==2.15.1", "tensorflow-probability==0.22.1", "dp-accounting==0.4.3",
+             "dm-tree==0.1.8", "numpy==1.26.4", "packaging==22.0", "scikit-learn<2", "scipy<2"],
+            ["--no-deps", "tensorflow-privacy==0.9.0", "tensorflow-estimator==2.15.0"],
+        ],
+        "jax_privacy": [["jax-privacy==2.0.0", "jax==0.10.2", "keras==3.15.1"]],
     }
+)  # fmt: skip
+LIBRARIES = tuple(ENVIRONMENTS)
 
 
-def peak_memory(kind, batch_size, steps):
-    """Peak resident MiB of this process after some steps of one kind."""
-    for _ in stepper(kind, batch_size, steps):
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+class Failure(Exception):
+    """A library cannot be installed, or a step not be timed; says why."""
 
 
-def worker():
-    """One measurement in a process of its own; prints it as JSON."""
-    if FLAGS.worker == "time":
-        warmup = 12 if os.environ["KERAS_BACKEND"] == "jax" else 3
-        result = time_steps(FLAGS.batch, FLAGS.steps, warmup)
+# --- one measurement ------------------------------------------------------------------------------
+
+
+class Worker:
+    """A process that makes steps of one kind.
+
+    Args:
+        python: of its environment.
+        method, kind, network, batch_size: what to make steps of.
+    """
+
+    def __init__(self, python, method, kind, network, batch_size):
+        command = [python, "-m", method.worker]
+        command += [method.kinds[kind], network, str(batch_size)]
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            command,
+            cwd=pathlib.Path(__file__).parents[1],
+            env=variables(FLAGS.threads) | method.variables,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+        )  # fmt: skip
+
+    def answer(self, limit):
+        """What it says next.
+
+        Args:
+            limit: CPU seconds that the process may have spent since it began. They say more than
+                the clock on a machine that is busy; the clock ends what hangs.
+
+        Raises:
+            Failure: it died, spent more than the limit, or took more memory than it may.
+        """
+        hangs = time.monotonic() + 10 * FLAGS.seconds
+        while not select.select([self.process.stdout], [], [], 0.1)[0]:
+            if self.cpu_seconds() > limit:
+                raise Failure(f"takes more than {FLAGS.seconds} s of CPU")
+            if time.monotonic() > hangs:
+                raise Failure(f"says nothing for {10 * FLAGS.seconds} s")
+            if _resident_gib(self.process.pid) > FLAGS.gib:
+                raise Failure(f"needs more than {FLAGS.gib:g} GiB")
+            if _available_gib() < 1:
+                raise Failure("the machine ran out of memory")
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            last = [line.strip() for line in self.log if line.strip()][-1:]
+            raise Failure(f"exit status {self.process.returncode}: {''.join(last)[:300]}")
+        return json.loads(line)
+
+    def step(self, limit=None):
+        """Makes a step; by default it has `--seconds` for itself."""
+        limit = self.cpu_seconds() + FLAGS.seconds if limit is None else limit
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        return self.answer(limit)
+
+    def cpu_seconds(self):
+        with contextlib.suppress(OSError):
+            stat = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text()
+            user, system = stat.rsplit(")", 1)[1].split()[11:13]
+            return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+        return 0.0
+
+    def close(self):
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+
+def variables(threads=1):
+    """The environment of a process whose framework uses so many threads; 0 leaves it to itself."""
+    found = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    if threads:
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
+        names += ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+        found |= {name: str(threads) for name in names}
+    if threads == 1:
+        found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    return found
+
+
+def _resident_gib(pid):
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS"):
+                return int(line.split()[1]) / 2**20
+    return 0.0
+
+
+def _available_gib():
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) / 2**20
+    return float("inf")
+
+
+def measure(python, method, network, batch_size):
+    """Medians of a method's kinds of steps, which take turns.
+
+    Returns:
+        `{kind: {"cpu_ms", "mean_cpu_ms", "wall_ms", "mib"}}`, with the number of steps and the
+        versions.
+
+    Raises:
+        Failure: a kind cannot be measured.
+    """
+    workers, result = {}, {"steps": 0}
+    try:
+        for kind in method.kinds:
+            workers[kind] = Worker(python, method, kind, network, batch_size)
+            try:
+                result["versions"] = workers[kind].answer(FLAGS.seconds)["versions"]
+                spent_on_it = 0.0
+                for step in range(WARMUP):
+                    if step >= 2 and spent_on_it > FLAGS.seconds / 10:
+                        break
+                    spent_on_it += workers[kind].step(FLAGS.seconds)["cpu_ms"] / 1000
+            except Failure as failure:
+                raise Failure(f"{kind}: {failure}") from failure
+        spent = {kind: [] for kind in workers}
+        while result["steps"] < FLAGS.steps:
+            total = sum(step["cpu_ms"] for steps in spent.values() for step in steps) / 1000
+            if total > FLAGS.seconds / 8 and result["steps"] >= LEAST:
+                break
+            order = list(workers) if result["steps"] % 2 else list(workers)[::-1]
+            for kind in order:
+                spent[kind].append(workers[kind].step())
+            result["steps"] += 1
+    finally:
+        for process in workers.values():
+            process.close()
+    for kind, steps in spent.items():
+        cpu = [step["cpu_ms"] for step in steps]
+        result[kind] = {
+            "cpu_ms": round(statistics.median(cpu), 3),
+            "mean_cpu_ms": round(statistics.mean(cpu), 3),
+            "wall_ms": round(statistics.median(step["wall_ms"] for step in steps), 3),
+            "mib": round(steps[-1]["mib"], 1),
+        }
+    return result
+
+
+# --- the whole matrix -----------------------------------------------------------------------------
+
+
+def environment(library):
+    """The Python of a library's environment, which is made where there is none.
+
+    Raises:
+        Failure: a package cannot be installed.
+    """
+    if library == "lipdp":
+        return sys.executable
+    folder = pathlib.Path(FLAGS.environments) / library
+    python, done = folder / "bin" / "python", folder / "installed.json"
+    calls = ENVIRONMENTS[library]
+    if not done.exists() or json.loads(done.read_text()) != calls:
+        made = [[sys.executable, "-m", "venv", "--clear", str(folder)]]
+        made += [[str(python), "-m", "pip", "install", "--quiet", *call] for call in calls]
+        for command in made:
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode:
+                errors = [line for line in run.stderr.splitlines() if "ERROR" in line]
+                raise Failure(f"not installed: {' '.join(errors)[:300] or run.stderr[-300:]}")
+        record.write(done, calls)
+    return str(python.absolute())
+
+
+def machine():
+    """The processor's name, and how many cores there are."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def compare(libraries):
+    """Measures what the JSON lacks, and keeps it after each measurement."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    path = pathlib.Path(FLAGS.out or "build/speed.json")
+    rows = json.loads(path.read_text())["measurements"] if path.exists() else []
+    done = {(row["method"], row["network"], row["batch_size"]) for row in rows}
+    cases = [
+        (method, network, int(batch_size))
+        for batch_size in FLAGS.batch_sizes or ["64", "256", "1024", "4096"]
+        for network in FLAGS.networks
+        for method in METHODS
+        if method.library in libraries and network in method.networks
+    ]
+    if FLAGS.again:
+        rows = [row for row in rows if row["library"] not in libraries or "failed" not in row]
     else:
-        result = peak_memory(FLAGS.worker, FLAGS.batch, 8)
-    print(json.dumps(result))
+        cases = [c for c in cases if (c[0].name, *c[1:]) not in done]
+    pythons, console = {}, Console(stderr=True)
+    with Progress(console=console) as progress:
+        task = progress.add_task("measuring", total=len(cases))
+        for method, network, batch_size in cases:
+            progress.update(task, description=f"{method.name}, {network}, {batch_size}")
+            row = {
+                "library": method.library,
+                "method": method.name,
+                "network": network,
+                "batch_size": batch_size,
+                "device": machine(),
+                "threads": FLAGS.threads,
+                "date": datetime.date.today().isoformat(),
+            }
+            try:
+                if method.library not in pythons:
+                    try:
+                        pythons[method.library] = environment(method.library)
+                    except Failure as failure:
+                        pythons[method.library] = failure
+                if isinstance(pythons[method.library], Failure):
+                    raise pythons[method.library]
+                for other in rows:
+                    # A batch that did not fit, or took too long, leaves no hope for larger ones.
+                    if (
+                        "failed" in other
+                        and (other["method"], other["network"]) == (method.name, network)
+                        and other["batch_size"] < batch_size
+                    ):
+                        reason = other["failed"].split(" (at batch ")[0]
+                        raise Failure(f"{reason} (at batch {other['batch_size']})")
+                row |= measure(pythons[method.library], method, network, batch_size)
+            except Failure as failure:
+                row["failed"] = str(failure)
+                progress.print(f"{method.name}, {network}, {batch_size}: {failure}")
+            rows = sorted([r for r in rows if _place(r) != _place(row)] + [row], key=_place)
+            record.write(path, {"measurements": rows})
+            progress.advance(task)
+    Console().print(_table(rows))
+    write_page(rows, path)
 
 
-def measure(backend, batch_size, what):
-    command = [sys.executable, "-m", "experiments.speed", f"--worker={what}"]
-    command += [f"--batch={batch_size}", f"--steps={FLAGS.steps}", f"--secure={FLAGS.secure}"]
-    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+def _place(row):
+    names = [method.name for method in METHODS]
+    method = names.index(row["method"]) if row["method"] in names else len(names)
+    return NETWORKS.index(row["network"]), method, row["batch_size"]
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    if FLAGS.worker:
-        return worker()
+def _table(rows):
+    from rich.table import Table
+
+    table = Table(title="CPU ms of a step, medians, and peak MiB")
+    for column in ("network", "batch", "method", "private", "plain", "ratio", "MiB", "MiB ratio"):
+        table.add_column(column, justify="left" if column in ("network", "method") else "right")
+    for row in sorted(rows, key=lambda r: (_place(r)[0], r["batch_size"], _place(r)[1])):
+        about = [row["network"], str(row["batch_size"]), row["method"]]
+        if "failed" in row:
+            table.add_row(*about, "–")
+            continue
+        private, plain = row["private"], row["plain"]
+        table.add_row(
+            *about,
+            f"{private['cpu_ms']:.1f}",
+            f"{plain['cpu_ms']:.1f}",
+            f"{private['cpu_ms'] / plain['cpu_ms']:.2f}",
+            f"{private['mib']:.0f}",
+            f"{private['mib'] / plain['mib']:.2f}",
+        )
+    return table
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+_TITLES = {
+    "convnet": "ConvNet: two convolutions, dense layers of 1,024 and 10, on 28×28×1",
+    "vgg5": "VGG5: three convolutions (32, 64, 128), dense layers of 256 and 10, on 32×32×3",
+    "mlp": "MLP: three dense layers of 1,024 and one of 10, on 28×28×1",
+    "mixer": "Mixer: patches of 4, two blocks of 64 features, on 32×32×3",
+    "scattering": "Scattering head: a dense layer of 10 on 2,187 features",
+}
+
+_HEAD = """# Speed
+
+Made by `python -m experiments.speed --against=all` from `{json}`, which says of each figure with
+which versions and on which day it was measured; all on {device}, each process on {threads}.
+
+- A private step beside the plain step of the same network and framework: random rows, optimizer
+  (SGD with momentum) and noise included, and of lipdp the Poisson draw, the projections and their
+  certificates.
+- Each kind of step has a process of its own; private and plain ones take turns, step by step. CPU
+  time of all threads, medians of {least} to {steps} steps, after 2 to {warmup} that are not timed;
+  a median says nothing about compilation, which the first steps pay (on JAX for each new shape of a
+  batch).
+- Opponents have the fastest layers they offer, ReLU and maximum pooling, and batches of a fixed
+  size, drawn more cheaply than their own loaders do. lipdp has its own layers: sorting activations,
+  norm pooling, centering. Its ratio is over the plain step of *those* layers; the plain step with
+  ReLU and maximum pooling stands beside it.
+- Memory is the peak of the process, framework and data (four batches) included. A method that
+  needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger
+  batches then. The reasons are below. What is empty has not been measured.
+- JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
+  clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
+
+![ratio and CPU time over the batch size](speed.svg)
+
+## Who is ahead
+
+CPU milliseconds of a private step: lipdp on the backend that is faster there, and the fastest of
+the others.
+
+{ahead}
+"""
+
+
+def write_page(rows, path):
+    """Writes the page and the plot that belong to a JSON, beside it."""
+    measured = [row for row in rows if "failed" not in row]
+    if not measured:
+        return
+    batches = sorted({row["batch_size"] for row in rows})
+    threads = sorted({row["threads"] for row in measured})
+    text = _HEAD.format(
+        json=path.name,
+        device=" and on ".join(sorted({row["device"] for row in measured})),
+        threads={(1,): "one thread"}.get(tuple(threads), f"{threads} threads (0: as it likes)"),
+        steps=max(row["steps"] for row in measured),
+        least=min(row["steps"] for row in measured),
+        warmup=WARMUP,
+        gib=FLAGS.gib,
+        seconds=FLAGS.seconds,
+        ahead=_ahead(measured, batches),
+    )
+    for network in NETWORKS:
+        of_it = [row for row in rows if row["network"] == network]
+        if any("failed" not in row for row in of_it):
+            text += f"\n## {_TITLES[network]}\n\n{_page_tables(of_it, batches)}"
+    text += _failures(rows) + "\n## Versions\n\n"
+    versions = {}
+    for row in measured:
+        for name, version in row["versions"].items():
+            if name in ("commit", "python", "numpy", "dp_accounting"):
+                continue
+            versions.setdefault(row["library"], {}).setdefault(name, set()).add(version)
+    for library, found in versions.items():
+        listed = ", ".join(f"{name} {' and '.join(sorted(v))}" for name, v in found.items())
+        text += f"- `{library}`: {listed}\n"
+    path.with_suffix(".md").write_text(text)
+    plot(measured, path.with_suffix(".svg"))
+
+
+def markdown(head, lines):
+    rule = "|---" * len(head) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
+
+
+def _ahead(rows, batches):
+    def best(network, batch_size, ours):
+        found = [
+            (row["private"]["cpu_ms"], row["method"])
+            for row in rows
+            if (row["network"], row["batch_size"]) == (network, batch_size)
+            and (row["library"] == "lipdp") == ours
+        ]
+        return min(found, default=None)
+
+    lines = []
+    for network in NETWORKS:
+        cells = []
+        for batch_size in batches:
+            mine, other = (best(network, batch_size, ours) for ours in (True, False))
+            if mine is None or other is None:
+                cells.append("–")
+            else:
+                winner = "**" if mine[0] <= other[0] else ""
+                cells.append(f"{winner}{_ms(mine[0])}{winner} / {_ms(other[0])} ({other[1]})")
+        if any(cell != "–" for cell in cells):
+            lines.append([_TITLES[network].split(":")[0], *cells])
+    return markdown(["lipdp / the fastest other", *map(_count, batches)], lines)
+
+
+def _page_tables(rows, batches):
+    by_case = {(row["method"], row["batch_size"]): row for row in rows}
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    relu = any("relu" in row for row in rows)
+
+    def table(cell):
+        return [[name, *(show(cell, by_case.get((name, b))) for b in batches)] for name in names]
+
+    def show(cell, row):
+        return "" if row is None else "–" if "failed" in row else cell(row)
+
+    def times(row):
+        private, plain = row["private"]["cpu_ms"], row["plain"]["cpu_ms"]
+        fast = f" ({_ms(row['relu']['cpu_ms'])})" if "relu" in row else ""
+        return f"{_ms(private)} / {_ms(plain)}{fast} = {private / plain:.2f}"
+
+    def memory(row):
+        private, plain = row["private"]["mib"], row["plain"]["mib"]
+        return f"{private:,.0f} / {plain:,.0f} = {private / plain:.2f}"
+
+    head = [*map(_count, batches)]
+    text = "CPU ms, private / plain = ratio"
+    text += "; in brackets the plain step with ReLU and maximum pooling.\n\n" if relu else ".\n\n"
+    text += markdown(["batch", *head], table(times)) + "\n\nPeak MiB, private / plain = ratio.\n\n"
+    text += markdown(["batch", *head], table(memory)) + "\n"
+    lines = []
+    for name in names:
+        of_it = [row for row in rows if row["method"] == name and "failed" not in row]
+        fits = [_largest(of_it, kind) for kind in ("private", "plain")]
+        if all(fits):
+            lines.append([name, *map(_count, fits), f"{fits[1] / fits[0]:.2f}"])
+    if lines:
+        text += (
+            f"\nBatches that fit into {FLAGS.gib:g} GiB, by the line through the two largest that "
+            "were measured.\n\n"
+        )
+        text += markdown(["", "private", "plain", "plain over private"], lines) + "\n"
+    return text
+
+
+def _largest(rows, kind):
+    """The batch at which the line through the last two peaks meets the limit; None without two,
+    and where they say too little.
+    """
+    if len(rows) < 2 or rows[-1]["batch_size"] < 1024:
+        return None
+    (b1, m1), (b2, m2) = ((row["batch_size"], row[kind]["mib"]) for row in rows[-2:])
+    slope = (m2 - m1) / (b2 - b1)
+    if m2 - m1 < 50:
+        return None
+    return int(b2 + (1024 * FLAGS.gib - m2) / slope)
+
+
+def _failures(rows):
+    failed = [row for row in rows if "failed" in row]
+    if not failed:
+        return ""
+    lines = [
+        [row["method"], row["network"], _count(row["batch_size"]), row["failed"].replace("|", "/")]
+        for row in failed
+    ]
+    table = markdown(["method", "network", "batch", "reason"], lines)
+    return f"\n## Not measured\n\n{table}\n"
+
+
+def _ms(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _count(value):
+    return f"{value:,}"
+
+
+def plot(rows, path):
+    """Ratio and CPU time over the batch size, for each network."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    networks = [name for name in NETWORKS if any(row["network"] == name for row in rows)]
+    figure = Figure(figsize=(3.1 * len(networks) + 0.4, 6.6), layout="constrained")
+    axes = figure.subplots(2, len(networks), squeeze=False, sharex=True)
+    labelled = {}
+    for column, network in enumerate(networks):
+        for index, method in enumerate(METHODS):
+            of_it = [r for r in rows if (r["network"], r["method"]) == (network, method.name)]
+            if not of_it:
+                continue
+            batches = [r["batch_size"] for r in of_it]
+            private, plain = ([r[k]["cpu_ms"] for r in of_it] for k in ("private", "plain"))
+            ours = method.library == "lipdp"
+            style = {"color": f"C{index}", "marker": "o" if ours else ".", "lw": 2.2 if ours else 1}
+            ratios = [a / b for a, b in zip(private, plain, strict=True)]
+            axes[0][column].plot(batches, ratios, **style)
+            labelled[method.name] = axes[1][column].plot(batches, private, **style)[0]
+            axes[1][column].plot(batches, plain, ":", color=style["color"], lw=1)
+        axes[0][column].axhline(1.0, color="0.5", lw=0.8)
+        axes[0][column].set_title(_TITLES[network].split(":")[0])
+        axes[1][column].set_xlabel("batch size")
+        for axis in (axes[0][column], axes[1][column]):
+            axis.set(xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+        sizes = sorted({r["batch_size"] for r in rows})
+        axes[1][column].set_xticks(sizes, [str(size) for size in sizes])
+        axes[1][column].minorticks_off()
+    axes[0][0].set_ylabel("private / plain, CPU time")
+    axes[1][0].set_ylabel("private, CPU ms (dotted: plain)")
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
+    # Text stays text, and the same results make the same file.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lipdp"}):
+        figure.savefig(path, format="svg", metadata={"Date": None})
+
+
+# --- the quick use --------------------------------------------------------------------------------
+
+
+def quick():
+    """lipdp beside the plain step, on one network; prints a table, and the JSON."""
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
-    cases = [(b, int(n)) for b in FLAGS.backends for n in FLAGS.batch_sizes]
+    sizes = FLAGS.batch_sizes or ["64", "256", "1024"]
+    cases = [(b, int(n)) for b in FLAGS.backends for n in sizes]
+    kinds = {**_OURS, "secure": "secure"} if FLAGS.secure else _OURS
     results = []
     for backend, batch_size in track(cases, description="measuring", console=Console(stderr=True)):
-        times = measure(backend, batch_size, "time")
-        memory = {kind: measure(backend, batch_size, kind) for kind in ("private", "plain")}
-        result = {
-            "backend": backend,
-            "batch_size": batch_size,
-            **{f"{k}_{m}": round(v, 2) for k, t in times.items() for m, v in t.items()},
-            "cpu_ratio": round(times["private"]["cpu_ms"] / times["plain"]["cpu_ms"], 3),
-            "private_mib": round(memory["private"]),
-            "plain_mib": round(memory["plain"]),
-            "memory_ratio": round(memory["private"] / memory["plain"], 3),
+        method = dataclasses.replace(_ours(backend, {"KERAS_BACKEND": backend}), kinds=kinds)
+        try:
+            found = measure(sys.executable, method, "convnet", batch_size)
+        except Failure as failure:
+            raise RuntimeError(f"{backend}, batch {batch_size}: {failure}") from failure
+        private, plain = found["private"], found["plain"]
+        result = {"backend": backend, "batch_size": batch_size, "threads": FLAGS.threads}
+        for kind in kinds:
+            result |= {f"{kind}_{k}": found[kind][k] for k in ("cpu_ms", "mean_cpu_ms", "wall_ms")}
+        result |= {
+            "cpu_ratio": round(private["cpu_ms"] / plain["cpu_ms"], 3),
+            "private_mib": round(private["mib"]),
+            "plain_mib": round(plain["mib"]),
+            "memory_ratio": round(private["mib"] / plain["mib"], 3),
         }
         if FLAGS.secure:
-            ratio = times["secure"]["cpu_ms"] / times["private"]["cpu_ms"]
-            result["secure_over_private"] = round(ratio, 3)
+            result["secure_over_private"] = round(found["secure"]["cpu_ms"] / private["cpu_ms"], 3)
         results.append(result)
-    table = Table(title=f"Medians of {FLAGS.steps} steps, CPU ms (all threads)")
+    table = Table(title=f"Medians of up to {FLAGS.steps} steps, CPU ms (all threads)")
     columns = ["backend", "batch", "private", "plain", "ratio", "ReLU plain", "MiB", "MiB ratio"]
     columns += ["secure", "secure/private"] if FLAGS.secure else []
     for column in columns:
@@ -195,12 +656,34 @@ def main(argv):
     print(line)
 
 
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+    if FLAGS.against is None:
+        return quick()
+    chosen = list(LIBRARIES) if FLAGS.against == ["all"] else FLAGS.against
+    known = {"against": (chosen, LIBRARIES), "only": (FLAGS.only or [], ("lipdp", *LIBRARIES)),
+             "networks": (FLAGS.networks, NETWORKS)}  # fmt: skip
+    for flag, (given, accepted) in known.items():
+        if unknown := set(given) - set(accepted):
+            raise app.UsageError(
+                f"--{flag} takes {', '.join(accepted)}; got {', '.join(sorted(unknown))}."
+            )
+    compare(FLAGS.only or ["lipdp", *chosen])
+
+
 if __name__ == "__main__":
-    flags.DEFINE_list("backends", ["tensorflow", "jax"], "Keras backends to time.")
-    flags.DEFINE_list("batch_sizes", ["64", "256", "1024"], "Expected batch sizes.")
-    flags.DEFINE_integer("steps", 30, "Timed steps of each kind.", lower_bound=3)
-    flags.DEFINE_bool("secure", False, 'Time a step with noise="secure" as well.')
-    flags.DEFINE_string("out", None, "File to which the result is written as JSON as well.")
-    flags.DEFINE_enum("worker", None, ["time", *KINDS], "Internal: one measurement.")
-    flags.DEFINE_integer("batch", 64, "Internal: the batch size of the worker.")
+    flags.DEFINE_list("against", None, "Libraries to compare with: all, or names; may be empty.")
+    flags.DEFINE_list("only", None, "Of the comparison: libraries to measure now, e.g. lipdp.")
+    flags.DEFINE_bool("again", False, "Of the comparison: measures what the JSON has, too.")
+    flags.DEFINE_list("networks", list(NETWORKS), "Of the comparison: networks to time.")
+    flags.DEFINE_list("backends", ["tensorflow", "jax"], "Without --against: backends to time.")
+    flags.DEFINE_list("batch_sizes", None, "64, 256, 1024, and 4096 in the comparison.")
+    flags.DEFINE_integer("steps", 30, "Timed steps of each kind, at most.", lower_bound=LEAST)
+    flags.DEFINE_integer("threads", 1, "Of each process; 0 leaves it to the framework.", 0)
+    flags.DEFINE_integer("seconds", 120, "Of CPU, in which to get ready, or to make a step.", 1)
+    flags.DEFINE_float("gib", 8.0, "Of memory that a process may use.", 0.1)
+    flags.DEFINE_bool("secure", False, 'Without --against: time noise="secure" as well.')
+    flags.DEFINE_string("environments", "build/environments", "Folder of the environments.")
+    flags.DEFINE_string("out", None, "The JSON; build/speed.json in the comparison.")
     app.run(main)

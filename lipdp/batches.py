@@ -292,22 +292,22 @@ class DrawnBatches(keras.utils.PyDataset):
                 count = min(count, sampling.physical_batch_size)
             return np.sort(generator.choice(n, count, replace=False, shuffle=False))
         if isinstance(sampling, CyclicPoisson):
-            groups = self._once(run, lambda generator: generator.integers(sampling.bands, size=n))
+            groups = self._once(run, lambda generator: _assigned(generator, n, sampling.bands))
             turn = self._step(epoch, index) % sampling.bands
-            group = np.flatnonzero(groups == turn)
+            # A coin for every example, of which those of the group count: no list of the group.
             generator = self.source.generator(*place)
-            count = generator.binomial(len(group), sampling.sampling_probability(n))
-            return np.sort(generator.choice(group, count, replace=False, shuffle=False))
+            count = generator.binomial(n, sampling.sampling_probability(n))
+            rows = np.sort(generator.choice(n, count, replace=False, shuffle=False))
+            return rows[groups[rows] == turn]
         if isinstance(sampling, (ShuffledEpochs, FixedEpochs)):
             start, end = (min(n, i * sampling.batch_size) for i in (index, index + 1))
             if isinstance(self.examples, Stream):
                 return np.arange(start, end)  # in its own order
             where = run if isinstance(sampling, FixedEpochs) else (*run, epoch)
-            return self._once(where, lambda generator: generator.permutation(n))[start:end]
+            order = self._once(where, lambda generator: _shuffled(generator, n))
+            return order[start:end].astype(np.int64)
         if isinstance(sampling, RandomAllocation):
-            steps = self._once(
-                (*run, epoch), lambda generator: generator.integers(self.steps, size=n)
-            )
+            steps = self._once((*run, epoch), lambda generator: _assigned(generator, n, self.steps))
             return np.flatnonzero(steps == index)
         raise TypeError(f"No batches can be drawn as {sampling!r} says.")
 
@@ -321,3 +321,17 @@ class DrawnBatches(keras.utils.PyDataset):
                 kept = dict([*self._drawn.items()][-1:])  # a loop may still ask for the last one
                 self._drawn = {**kept, place: drawn}
             return self._drawn[place]
+
+
+# What a scheme keeps of every example is as small as its range allows: 10⁹ of them are 1 to 4 GB.
+
+
+def _assigned(generator, n, parts):
+    """For each of n examples one of so many parts, independently."""
+    return generator.integers(parts, size=n, dtype=np.min_scalar_type(parts - 1))
+
+
+def _shuffled(generator, n):
+    order = np.arange(n, dtype=np.min_scalar_type(max(n - 1, 0)))
+    generator.shuffle(order)
+    return order

@@ -1,0 +1,78 @@
+"""What the workers share: the data, and how a step is asked for and timed."""
+
+import os
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+__all__ = ["SHAPES", "examples", "peak_mib", "rows", "serve"]
+
+#: Of an example, for each network.
+SHAPES = {
+    "convnet": (28, 28, 1),
+    "vgg5": (32, 32, 3),
+    "mlp": (28, 28, 1),
+    "mixer": (32, 32, 3),
+    "scattering": (2187,),
+}
+
+
+def examples(network: str, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random examples of ten classes, four batches of them."""
+    generator = np.random.default_rng(0)
+    count = max(1024, 4 * batch_size)
+    x = generator.random((count, *SHAPES[network]), dtype="float32")
+    return x, generator.integers(0, 10, count)
+
+
+def rows(network: str, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of that many random rows, without end."""
+    x, y = examples(network, batch_size)
+    generator = np.random.default_rng(1)
+    while True:
+        drawn = generator.integers(0, len(x), batch_size)
+        yield x[drawn], y[drawn]
+
+
+def serve(build: Callable[[str, str, int], tuple[Callable[[], object], dict]]) -> None:
+    """Makes a step for each line on stdin, and answers with what it took, as JSON.
+
+    The CPU time is that of all threads since the answer before, so that what a library does in the
+    background between two steps counts.
+
+    Args:
+        build: takes the method, the network and the batch size; returns a function that makes one
+            step and waits for its end, and the versions to report.
+    """
+    import json
+
+    # Libraries print; answers go where stdout went, and stdout goes to stderr.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(values):
+        print(json.dumps(values), file=answers, flush=True)
+
+    method, network, batch_size = sys.argv[1:]
+    step, versions = build(method, network, int(batch_size))
+    answer({"versions": versions, "mib": peak_mib()})
+    spent = time.process_time()
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        wall, cpu = time.perf_counter() - start, time.process_time()
+        answer({"cpu_ms": 1e3 * (cpu - spent), "wall_ms": 1e3 * wall, "mib": peak_mib()})
+        spent = cpu
+
+
+def peak_mib() -> float:
+    """Of this program; `ru_maxrss` would count the one that started it as well."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

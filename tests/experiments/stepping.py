@@ -1,0 +1,27 @@
+"""A worker of `experiments.speed` that only pretends to make steps."""
+
+import time
+
+import numpy as np
+
+from experiments.opponents import worker
+
+
+def build(method, network, batch_size):
+    if method == "dies":
+        raise RuntimeError("no such layer")
+    print("what libraries print is no answer")
+    kept = []
+
+    def step():
+        until = time.process_time() + (0.03 if method == "private" else 0.01)
+        if method == "large":
+            kept.append(np.ones(2**25))  # 256 MiB
+        while method == "endless" or time.process_time() < until:
+            pass
+
+    return step, {"pretence": f"1.0 of {network}"}
+
+
+if __name__ == "__main__":
+    worker.serve(build)

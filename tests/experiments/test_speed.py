@@ -1,0 +1,135 @@
+"""The comparison keeps what it measures, and says why it lacks the rest."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from experiments import speed
+from experiments.opponents import worker
+
+pytestmark = pytest.mark.any_backend
+
+
+def method(name, library="lipdp", **kinds):
+    kinds = kinds or {"private": "private", "plain": "plain"}
+    return speed.Method(library, name, "tests.experiments.stepping", kinds)
+
+
+@pytest.fixture
+def flags(monkeypatch, tmp_path):
+    values = types.SimpleNamespace(
+        steps=3, threads=1, seconds=2, gib=0.4, again=False, batch_sizes=["64", "256"],
+        networks=["mlp"], out=str(tmp_path / "speed.json"), environments=str(tmp_path),
+    )  # fmt: skip
+    monkeypatch.setattr(speed, "FLAGS", values)
+    return values
+
+
+def rows(flags):
+    found = json.loads(open(flags.out).read())["measurements"]
+    return {(row["method"], row["batch_size"]): row for row in found}
+
+
+def test_kinds_take_turns_and_each_has_its_own_process(flags):
+    found = speed.measure(sys.executable, method("ours"), "mlp", 64)
+    assert found["steps"] == 3 and found["versions"] == {"pretence": "1.0 of mlp"}
+    private, plain = found["private"], found["plain"]
+    assert 30 <= private["cpu_ms"] < 60 and 10 <= plain["cpu_ms"] < 30
+    assert 10 < plain["mib"] < 200
+
+
+@pytest.mark.parametrize(
+    ("private", "reason"),
+    [
+        ("dies", "private: exit status 1: RuntimeError: no such layer"),
+        ("endless", "private: takes more than 2 s of CPU"),
+        ("large", "private: needs more than 0.4 GiB"),
+    ],
+)
+def test_reasons(flags, private, reason):
+    with pytest.raises(speed.Failure, match=reason):
+        speed.measure(sys.executable, method("x", private=private, plain="plain"), "mlp", 64)
+
+
+def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(flags, monkeypatch):
+    methods = (
+        method("lipdp, TensorFlow"),
+        method("dying", "opacus", private="dies", plain="plain"),
+        method("not there", "tf_privacy"),
+        method("other", "jax_privacy"),
+    )
+    monkeypatch.setattr(speed, "METHODS", methods)
+
+    def environment(library):
+        if library == "tf_privacy":
+            raise speed.Failure("not installed: no such version")
+        return sys.executable
+
+    monkeypatch.setattr(speed, "environment", environment)
+    speed.compare(["lipdp", "opacus", "tf_privacy", "jax_privacy"])
+    found = rows(flags)
+    assert len(found) == 8
+    assert found["not there", 64]["failed"] == "not installed: no such version"
+    assert found["dying", 256]["failed"].endswith("no such layer (at batch 64)")
+    assert "failed" not in found["other", 256]
+    page = open(flags.out.replace(".json", ".md")).read()
+    assert "| not there | mlp | 64 | not installed: no such version |" in page
+    assert page.count("RuntimeError: no such layer") == 2
+    assert "</svg>" in open(flags.out.replace(".json", ".svg")).read()
+
+    # Nothing is measured twice, unless it is asked for, and then nothing else.
+    made = {key: found["other", 64][key] for key in ("private", "plain", "versions")}
+    monkeypatch.setattr(speed, "measure", lambda *_: {**made, "steps": 7})
+    speed.compare(["lipdp", "opacus", "tf_privacy", "jax_privacy"])
+    assert rows(flags) == found
+    flags.again = True
+    speed.compare(["lipdp"])
+    again = rows(flags)
+    assert [key for key in found if again[key] != found[key]] == [
+        ("lipdp, TensorFlow", 64),
+        ("lipdp, TensorFlow", 256),
+    ]
+
+
+def test_who_is_ahead_and_what_would_fit(flags):
+    def row(name, library, batch_size, ms, mib):
+        kinds = {"private": {"cpu_ms": ms, "mib": mib}, "plain": {"cpu_ms": ms / 2, "mib": mib}}
+        return {"method": name, "library": library, "network": "mlp", "batch_size": batch_size,
+                **kinds}  # fmt: skip
+
+    found = [row("ours", "lipdp", 64, 20.0, 100.0), row("theirs", "opacus", 64, 30.0, 100.0)]
+    found += [row("ours", "lipdp", 256, 200.0, 292.0), row("theirs", "opacus", 256, 30.0, 100.0)]
+    assert "| MLP | **20.0** / 30.0 (theirs) | 200 / 30.0 (theirs) |" in speed._ahead(
+        found, [64, 256]
+    )
+    flags.gib = 1.0
+    ours = [r for r in found if r["library"] == "lipdp"]
+    assert speed._largest(ours, "private") is None  # too small to go by
+    ours[1]["batch_size"] = 1024
+    assert speed._largest(ours, "private") == 1024 + (1024 - 292) * 5
+    assert speed._largest([r for r in found if r["library"] == "opacus"], "private") is None
+
+
+def test_every_library_has_an_environment_and_every_network_a_shape():
+    assert {m.library for m in speed.METHODS} == {"lipdp", *speed.ENVIRONMENTS}
+    for m in speed.METHODS:
+        assert set(m.networks) <= set(worker.SHAPES) == set(speed._TITLES)
+        assert "private" in m.kinds and "plain" in m.kinds
+
+
+@pytest.mark.parametrize("network", worker.SHAPES)
+def test_both_networks_of_a_name_are_alike(network):
+    import keras
+
+    from experiments.opponents import networks, ours
+
+    theirs = keras.Model(*networks.layers_of(network, keras))
+    mine = ours.network_of(network)
+    assert mine.input_shape == theirs.input_shape and mine.output_shape == theirs.output_shape
+    kernels = [
+        sorted(tuple(v.shape) for v in n.trainable_variables if len(v.shape) > 1)
+        for n in (mine, theirs)
+    ]
+    assert kernels[0] == kernels[1]
