@@ -223,7 +223,6 @@ class DrawnBatches(keras.utils.PyDataset):
         self.epoch = 0
         self.taken = taken
         self.devices = devices
-        self._looked = 0  # epochs that began before the run did
         self._drawn = {}
         self._lock = threading.Lock()
         self._ahead = (None, None)  # (epoch, index), and the future of that batch
@@ -238,7 +237,7 @@ class DrawnBatches(keras.utils.PyDataset):
 
     def on_epoch_begin(self):
         if self.taken is not None and self.taken() == 0:
-            self._looked = self.epoch  # a loop may look at batches before it trains
+            self.epoch = 0  # a loop may look at batches before it trains
         else:
             self.check_taken(self.steps)
         self.epoch += 1
@@ -262,7 +261,7 @@ class DrawnBatches(keras.utils.PyDataset):
 
     def _step(self, epoch, index):
         """The number in the run, from 0, of step `index` of an epoch."""
-        return (epoch - 1 - self._looked) * self.steps + index
+        return (epoch - 1) * self.steps + index
 
     def _independent(self):
         """Whether any choice of the steps is accounted as so many steps are."""

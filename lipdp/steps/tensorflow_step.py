@@ -105,7 +105,11 @@ def train_step(model, data):
     for variable, value in zip(projected, values, strict=True):
         variable.assign(value)
     # A replica's own metrics are of its rows; outside of the replicas they are of all rows.
-    return replica.merge_call(lambda strategy: model.get_metrics_result())
+    logs = replica.merge_call(lambda strategy: model.get_metrics_result())
+    if model.devices.processes > 1:
+        # Among several workers Keras averages over an axis 0.
+        logs = tf.nest.map_structure(lambda value: tf.reshape(value, (1,)), logs)
+    return logs
 
 
 def default_jit_compile():
@@ -156,6 +160,11 @@ def devices(model):
         raise ValueError(
             f"`jit_compile` must be False under {type(strategy).__name__}: XLA compiles for one "
             "device. Call compile(..., jit_compile=False)."
+        )
+    if model.steps_per_execution > 1:
+        raise ValueError(
+            f"`steps_per_execution` must be 1 under {type(strategy).__name__}: TensorFlow cannot "
+            f"reduce over replicas within Keras' loop of steps. Got {model.steps_per_execution}."
         )
     cluster = strategy.cluster_resolver
     workers = 1

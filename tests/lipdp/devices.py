@@ -1,0 +1,146 @@
+"""Trains small models on several devices, in processes of their own: `test_devices` starts them.
+
+`python -m tests.lipdp.devices KIND FOLDER CASE...` writes what each case came to into the folder.
+Devices are made before anything else runs, so that no test can do it in its own process.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import sys
+
+import keras
+import numpy as np
+
+import lipdp
+from tests.lipdp.helpers import conv_network, data, dense_network
+
+SEED = 7
+REPLICAS = 3  # a number that divides neither batches nor a key
+
+
+def cases():
+    """By name, the arguments of a model, and what else is out of the ordinary."""
+    poisson = {"sampling": lipdp.PoissonSampling(16)}
+    return {
+        "poisson": poisson,
+        "loop": poisson | {"loop": True},
+        "eager": poisson | {"compile": {"run_eagerly": True}},
+        "tiny": {"sampling": lipdp.PoissonSampling(1)},  # shards and whole batches are empty
+        "conv": poisson | {"network": conv_network, "shape": (8, 8, 1)},
+        "adaptive": poisson | {"clip": lipdp.AdaptiveClip(0.5), "physical_batch_size": 3},
+        "shuffled": {"sampling": lipdp.ShuffledEpochs(13), "weights": True},
+        "augmented": poisson
+        | {"augmentation": lipdp.Augmentation(keras.layers.GaussianNoise(0.0), views=2)},
+        "clipnorm": poisson | {"optimizer": {"global_clipnorm": 0.1}},
+        "accumulated": poisson | {"optimizer": {"gradient_accumulation_steps": 2}},
+        "banded": {"noise": lipdp.BandedNoise(), "sampling": lipdp.CyclicPoisson(8, bands=3)},
+        "toeplitz": {"noise": lipdp.ToeplitzNoise(), "sampling": lipdp.FixedEpochs(16, epochs=5)},
+        "together": poisson | {"compile": {"steps_per_execution": 2}},
+        "plain": poisson | {"compile": {"jit_compile": False}},
+        "unseeded": poisson | {"seed": None},
+        "noise": {"noisy": True},
+        "secure noise": {"noisy": True, "noise": "secure", "seed": None},
+    }
+
+
+def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=()):
+    """Trains the model of a case; returns it and the last logs."""
+    options = {"seed": SEED, **cases()[name]}
+    noisy, loop = options.pop("noisy", False), options.pop("loop", False)
+    shape = options.pop("shape", (6,))
+    compile = options.pop("compile", {})
+    optimizer = options.pop("optimizer", {})
+    network = options.pop("network", dense_network)
+    weighted = options.pop("weights", False)
+    keras.utils.set_random_seed(1)
+    x, y = data(64, shape)
+    fit = {"epochs": 5}
+    if noisy:
+        # Kernels get no gradient from zeros: one step of length 1 is their noise.
+        x, options["sampling"] = np.zeros_like(x), lipdp.FullBatch()
+        fit = {"epochs": 1, "steps_per_epoch": 1}
+    if weighted:
+        fit["sample_weight"] = np.linspace(0.0, 2.0, 64)
+        compile = {"max_sample_weight": 2.0}
+    with scope():
+        model = lipdp.PrivateModel(
+            network(hidden=256) if noisy else network(), noise_multiplier=1.0, ledger=ledger,
+            **options,
+        )
+        optimizer = keras.optimizers.SGD(1.0) if noisy else keras.optimizers.Adam(0.05, **optimizer)
+        model.compile(
+            optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], **compile
+        )
+    if noisy:
+        for variable in model.network.trainable_variables:
+            variable.constraint = None
+    before = [np.array(w) for w in model.network.get_weights()]
+    if loop:
+        for batch in model.batches(x, y, **fit):
+            logs = model.train_on_batch(batch, return_dict=True)
+    else:
+        history = model.fit(x, y, verbose=0, callbacks=list(callbacks), **fit).history
+        logs = {key: values[-1] for key, values in history.items()}
+    for copies in map(copies_of, model.network.trainable_variables):
+        assert all((copy == copies[0]).all() for copy in copies), "replicas differ"
+    if noisy:
+        logs["std"] = float(np.std(model.network.get_weights()[0] - before[0]))
+    return model, {key: float(value) for key, value in logs.items()}
+
+
+def copies_of(variable):
+    """What each device of this process holds of a weight."""
+    value = variable.value
+    if keras.backend.backend() == "jax":
+        return [np.asarray(shard.data) for shard in value.addressable_shards]
+    return [copy.numpy() for copy in getattr(value, "values", [value])]
+
+
+def write(folder, name, model, logs, process=0):
+    folder = pathlib.Path(folder)
+    np.savez(folder / f"{name}-{process}.npz", *model.network.get_weights())
+    told = logs | {"steps": model.spent(1e-5).steps, "replicas": model.devices.replicas}
+    (folder / f"{name}-{process}.json").write_text(json.dumps(told))
+
+
+def scope_of(kind):
+    """Makes the devices; returns the scope for models, and the number of this process."""
+    if kind == "one":
+        return contextlib.nullcontext, 0
+    if kind in ("mirrored", "workers"):
+        import tensorflow as tf
+
+        count = REPLICAS if kind == "mirrored" else 1
+        tf.config.set_logical_device_configuration(
+            tf.config.list_physical_devices("CPU")[0],
+            [tf.config.LogicalDeviceConfiguration()] * count,
+        )
+        if kind == "mirrored":
+            names = [f"CPU:{i}" for i in range(REPLICAS)]
+            return tf.distribute.MirroredStrategy(names).scope, 0
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+        return strategy.scope, strategy.cluster_resolver.task_id
+    import jax
+
+    process = 0
+    if kind == "processes":
+        process = int(os.environ["PROCESS"])
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            os.environ["COORDINATOR"], 2, process, heartbeat_timeout_seconds=10
+        )
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    return contextlib.nullcontext, process
+
+
+def main(kind, folder, *names):
+    scope, process = scope_of(kind)
+    for name in names:
+        keras.backend.clear_session(free_memory=False)
+        write(folder, name, *train(name, scope), process)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
