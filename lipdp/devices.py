@@ -101,7 +101,9 @@ def from_chief(gather: Callable[[np.ndarray], np.ndarray], own: Devices, fact: A
     """
     text = np.frombuffer(json.dumps(fact).encode() if own.chief else b"", np.uint8)
     length = int(gather(np.array([len(text)], np.int32))[0, 0])
-    told = gather(np.resize(text, length).astype(np.int32) if own.chief else np.zeros(length, np.int32))
+    told = gather(
+        np.resize(text, length).astype(np.int32) if own.chief else np.zeros(length, np.int32)
+    )
     return json.loads(told[0].astype(np.uint8).tobytes())
 
 
@@ -135,8 +137,6 @@ def agreed(
             f"The {own.processes} processes of this run differ in {', '.join(differ)}: each "
             "must be given the same model, the same data set (all of it, in the same order: which "
             "rows a process reads is worked out here) and the same arguments. This is process "
-            f"{own.process}, with "
-            + ", ".join(f"{name} {facts[name]!r}" for name in differ)
-            + "."
+            f"{own.process}, with " + ", ".join(f"{name} {facts[name]!r}" for name in differ) + "."
         )
     return SharedSource(told[0, -2:].astype(np.int32).tobytes())

@@ -128,7 +128,8 @@ class PrivateModel(keras.Model):
         seed: int | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name=name)
+        # Whatever the policy of the day: what it adds to the network is computed in float32.
+        super().__init__(name=name, dtype="float32")
         self.spending = Spending(budget, noise_multiplier, ledger, self._certificates)
         if not isinstance(sampling, Sampling):
             raise TypeError(
@@ -221,7 +222,8 @@ class PrivateModel(keras.Model):
         if max_sample_weight is not None:
             max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
         optimizer = keras.optimizers.get(optimizer)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if scaled or optimizer.loss_scale_factor is not None:
             raise ValueError(
                 "`optimizer` must not scale losses: the noise would be divided by its scale."
             )
@@ -242,6 +244,7 @@ class PrivateModel(keras.Model):
             run_eagerly=run_eagerly,
             steps_per_execution=_check_count(steps_per_execution, "steps_per_execution"),
             jit_compile=jit_compile,
+            auto_scale_loss=False,
         )
         self.private_loss = loss
         self.loss_gradient_bound = bound
@@ -578,6 +581,7 @@ class PrivateModel(keras.Model):
         if self.spending.run is not None:
             raise RuntimeError("This model is training already; a run has one loop at a time.")
         backend = steps.backend()
+        backend.check_precision()
         own = self.devices = backend.devices(self)
         gather = functools.partial(backend.gather, self)
         in_order = self.sampling.batch_size if isinstance(self.sampling, ShuffledEpochs) else None
@@ -742,3 +746,17 @@ def _check_network(network):
     gradient_bounds(network, 1.0)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
+    for layer in network._flatten_layers(include_self=False):
+        if layer.compute_dtype != "float32":
+            raise ValueError(
+                f"Private training computes in float32: what rounding may add to a gradient is "
+                f"within the bounds' allowance there, and nowhere else. Layer {layer.name!r} "
+                f"computes in {layer.compute_dtype}; make it with dtype='float32', or the whole "
+                "network under keras.config.set_dtype_policy('float32')."
+            )
+    for variable in network.trainable_variables:
+        if variable.dtype != "float32":
+            raise ValueError(
+                f"Private training updates weights in float32; {variable.path!r} has dtype "
+                f"{variable.dtype}. Make its layer with dtype='float32'."
+            )

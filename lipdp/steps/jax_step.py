@@ -94,6 +94,22 @@ def default_jit_compile():
     return True
 
 
+def check_precision():
+    """Refuses matrix products of rounded factors, which no bound allows for.
+
+    Raises:
+        ValueError: a GPU or TPU would compute them with fewer bits than float32 has.
+    """
+    precision = jax.config.jax_default_matmul_precision
+    if jax.default_backend() != "cpu" and precision not in ("float32", "highest"):
+        raise ValueError(
+            f"Products of float32 matrices are computed in less than float32 on a "
+            f"{jax.default_backend().upper()} by default, and norms and gradients may surpass "
+            "their bounds. Call jax.config.update('jax_default_matmul_precision', 'float32') "
+            f"first; got {precision!r}."
+        )
+
+
 # --- several devices ------------------------------------------------------------------------------
 
 
@@ -126,10 +142,11 @@ def devices(model):
                 "keras.distribution.set_distribution(keras.distribution.DataParallel()) first."
             )
         return ALONE
-    if not isinstance(distribution, keras.distribution.DataParallel):
+    kinds = (keras.distribution.DataParallel, keras.distribution.ModelParallel)
+    if not isinstance(distribution, kinds[: 1 if jax.process_count() > 1 else 2]):
         raise ValueError(
-            "A private model trains under keras.distribution.DataParallel; got "
-            f"{type(distribution).__name__}."
+            "A private model trains under keras.distribution.DataParallel, or in a single process "
+            f"under ModelParallel; got {type(distribution).__name__} in {jax.process_count()}."
         )
     mesh = distribution.device_mesh.backend_mesh
     for variable in (*model.network.variables, *model.optimizer.variables):

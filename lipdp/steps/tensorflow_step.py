@@ -119,6 +119,23 @@ def default_jit_compile():
     return not tf.distribute.has_strategy() and bool(tf.config.list_physical_devices("GPU"))
 
 
+def check_precision():
+    """Refuses matrix products of rounded factors, which no bound allows for.
+
+    Raises:
+        ValueError: a GPU would compute them in TensorFloat-32.
+    """
+    if (
+        tf.config.list_logical_devices("GPU")
+        and tf.config.experimental.tensor_float_32_execution_enabled()
+    ):
+        raise ValueError(
+            "Products of float32 matrices are computed in TensorFloat-32 here, with factors of 11 "
+            "bits, and norms and gradients may surpass their bounds. Call "
+            "tf.config.experimental.enable_tensor_float_32_execution(False) first."
+        )
+
+
 # --- several devices ------------------------------------------------------------------------------
 
 
@@ -231,8 +248,11 @@ class _Parts(DataAdapter):
 
         like = self.drawn.request(0).as_data()
         features, *rest = tf.nest.map_structure(_rows, like)
-        features |= {n: tf.TensorSpec.from_tensor(tf.convert_to_tensor(like[0][n]))
-                     for n in ("key", "noise") if n in features}
+        features |= {
+            n: tf.TensorSpec.from_tensor(tf.convert_to_tensor(like[0][n]))
+            for n in ("key", "noise")
+            if n in features
+        }
         dataset = tf.data.Dataset.from_generator(parts, output_signature=(features, *rest))
         return self.strategy.distribute_datasets_from_function(lambda context: dataset)
 

@@ -14,6 +14,8 @@ import keras
 import numpy as np
 
 import lipdp
+import lipdp.batches
+import lipdp.steps
 from tests.lipdp.helpers import conv_network, data, dense_network
 
 SEED = 7
@@ -40,6 +42,8 @@ def cases():
         "together": poisson | {"compile": {"steps_per_execution": 2}},
         "plain": poisson | {"compile": {"jit_compile": False}},
         "unseeded": poisson | {"seed": None},
+        "long": poisson | {"epochs": 100_000},
+        "resumed": poisson | {"epochs": 2},
         "noise": {"noisy": True},
         "secure noise": {"noisy": True, "noise": "secure", "seed": None},
     }
@@ -56,26 +60,29 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=()):
     weighted = options.pop("weights", False)
     keras.utils.set_random_seed(1)
     x, y = data(64, shape)
-    fit = {"epochs": 5}
+    fit = {"epochs": options.pop("epochs", 5)}
     if noisy:
         # Kernels get no gradient from zeros: one step of length 1 is their noise.
         x, options["sampling"] = np.zeros_like(x), lipdp.FullBatch()
-        fit = {"epochs": 1, "steps_per_epoch": 1}
+        fit = {"epochs": 1}
     if weighted:
         fit["sample_weight"] = np.linspace(0.0, 2.0, 64)
         compile = {"max_sample_weight": 2.0}
     with scope():
         model = lipdp.PrivateModel(
-            network(hidden=256) if noisy else network(), noise_multiplier=1.0, ledger=ledger,
+            network(hidden=256) if noisy else network(),
+            noise_multiplier=1.0,
+            ledger=ledger,
             **options,
         )
         optimizer = keras.optimizers.SGD(1.0) if noisy else keras.optimizers.Adam(0.05, **optimizer)
-        model.compile(
-            optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], **compile
-        )
+        model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], **compile)
     if noisy:
         for variable in model.network.trainable_variables:
             variable.constraint = None
+    if ledger is not None and (checkpoint := ledger.parent / "checkpoint.npz").exists():
+        with np.load(checkpoint) as arrays:
+            model.network.set_weights([arrays[key] for key in arrays])
     before = [np.array(w) for w in model.network.get_weights()]
     if loop:
         for batch in model.batches(x, y, **fit):
@@ -135,11 +142,59 @@ def scope_of(kind):
     return contextlib.nullcontext, process
 
 
+class Released(keras.callbacks.Callback):
+    """Writes down each step, and the chief the weights of each epoch; goes on from the last."""
+
+    def __init__(self, folder, process):
+        super().__init__()
+        self.folder, self.process = pathlib.Path(folder), process
+
+    def on_train_batch_end(self, batch, logs=None):
+        with open(self.folder / f"released-{self.process}", "ab") as file:
+            file.write(b"x")
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.process == 0:
+            np.savez(self.folder / "partial.npz", *self.model.network.get_weights())
+            os.replace(self.folder / "partial.npz", self.folder / "checkpoint.npz")
+
+
+def mutate(name):
+    """Plausible mistakes, which the tests must catch."""
+    backend = lipdp.steps.backend()
+    if name == "own noise":  # drawn by each replica, in its own stream
+        import tensorflow as tf
+
+        normal = backend.normal
+        backend.normal = lambda key, stream, shape: normal(
+            key + tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, key.dtype),
+            stream,
+            shape,
+        )
+        backend.once = lambda updates: [u / REPLICAS for u in updates]
+    elif name == "every update":  # each replica's, noise and all, and the optimizer adds them up
+        backend.once = lambda updates: updates
+    elif name == "noise of parts":  # before the sums are added up
+        backend.total, backend.once = (lambda sums: sums), (lambda updates: updates)
+    elif name == "own sums":
+        backend.total = lambda sums: sums
+    elif name == "same rows":
+        lipdp.batches.DrawnBatch.parts = lambda batch, number, first=True: [batch] * number
+    else:
+        raise ValueError(name)
+
+
 def main(kind, folder, *names):
     scope, process = scope_of(kind)
+    if "MUTANT" in os.environ:
+        mutate(os.environ["MUTANT"])
     for name in names:
-        keras.backend.clear_session(free_memory=False)
-        write(folder, name, *train(name, scope), process)
+        options = {}
+        if name in ("long", "resumed"):
+            # Only the chief can write here: others never open it.
+            ledger = pathlib.Path(folder, "ledger" if process == 0 else "nowhere/ledger")
+            options = {"ledger": ledger, "callbacks": [Released(folder, process)]}
+        write(folder, name, *train(name, scope, **options), process)
 
 
 if __name__ == "__main__":
