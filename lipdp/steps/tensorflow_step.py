@@ -74,7 +74,7 @@ def compiled(function):
 def total(sums):
     """Sums over the rows of all replicas, the same on each of them."""
     replica = _replica()
-    return sums if replica is None else replica.all_reduce("SUM", sums)
+    return sums if replica is None or not sums else replica.all_reduce("SUM", sums)
 
 
 def once(updates):

@@ -22,6 +22,11 @@ SEED = 7
 REPLICAS = 3  # a number that divides neither batches nor a key
 
 
+def wide_network(hidden=8):
+    """Its kernels can be cut in two by their columns."""
+    return dense_network(classes=4, hidden=hidden)
+
+
 def cases():
     """By name, the arguments of a model, and what else is out of the ordinary."""
     poisson = {"sampling": lipdp.PoissonSampling(16)}
@@ -44,8 +49,16 @@ def cases():
         "unseeded": poisson | {"seed": None},
         "long": poisson | {"epochs": 100_000},
         "resumed": poisson | {"epochs": 2},
+        "wide": poisson | {"network": wide_network},
         "noise": {"noisy": True},
+        "compiled noise": {"noisy": True, "compile": {"jit_compile": True}},
         "secure noise": {"noisy": True, "noise": "secure", "seed": None},
+        "wide secure noise": {
+            "noisy": True,
+            "network": wide_network,
+            "noise": "secure",
+            "seed": None,
+        },
     }
 
 
@@ -70,7 +83,7 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=()):
         compile = {"max_sample_weight": 2.0}
     with scope():
         model = lipdp.PrivateModel(
-            network(hidden=256) if noisy else network(),
+            network(**({"hidden": 256} if noisy else {})),
             noise_multiplier=1.0,
             ledger=ledger,
             **options,
@@ -101,7 +114,10 @@ def copies_of(variable):
     """What each device of this process holds of a weight."""
     value = variable.value
     if keras.backend.backend() == "jax":
-        return [np.asarray(shard.data) for shard in value.addressable_shards]
+        shards = value.addressable_shards
+        if shards[0].data.shape != value.shape:
+            return [np.asarray(value)]
+        return [np.asarray(shard.data) for shard in shards]
     return [copy.numpy() for copy in getattr(value, "values", [value])]
 
 
@@ -138,7 +154,15 @@ def scope_of(kind):
         jax.distributed.initialize(
             os.environ["COORDINATOR"], 2, process, heartbeat_timeout_seconds=10
         )
-    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    if kind == "sharded":
+        names = [f"cpu:{i}" for i in range(4)]
+        mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), names)
+        layouts = keras.distribution.LayoutMap(mesh)
+        layouts[".*kernel"] = (None, "model")
+        distribution = keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch")
+    else:
+        distribution = keras.distribution.DataParallel()
+    keras.distribution.set_distribution(distribution)
     return contextlib.nullcontext, process
 
 
