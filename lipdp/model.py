@@ -303,6 +303,11 @@ class PrivateModel(keras.Model):
             x, y, steps_per_epoch, planned, sample_weight, class_weight, self.steps_per_execution
         )
         try:
+            if validation_data is not None and self.devices.processes > 1:
+                raise ValueError(
+                    "`validation_data` is for one process; with several, save the network and "
+                    "evaluate it by itself."
+                )
             asked = len(batches) * (epochs - initial_epoch)
             run = self.spending.run
             if run.limited:

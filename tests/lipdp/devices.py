@@ -44,6 +44,7 @@ def cases():
         "accumulated": poisson | {"optimizer": {"gradient_accumulation_steps": 2}},
         "banded": {"noise": lipdp.BandedNoise(), "sampling": lipdp.CyclicPoisson(8, bands=3)},
         "toeplitz": {"noise": lipdp.ToeplitzNoise(), "sampling": lipdp.FixedEpochs(16, epochs=5)},
+        "validated": poisson | {"validated": True},
         "together": poisson | {"compile": {"steps_per_execution": 2}},
         "plain": poisson | {"compile": {"jit_compile": False}},
         "unseeded": poisson | {"seed": None},
@@ -71,6 +72,7 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=()):
     optimizer = options.pop("optimizer", {})
     network = options.pop("network", dense_network)
     weighted = options.pop("weights", False)
+    validated = options.pop("validated", False)
     keras.utils.set_random_seed(1)
     x, y = data(64, shape)
     fit = {"epochs": options.pop("epochs", 5)}
@@ -81,6 +83,8 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=()):
     if weighted:
         fit["sample_weight"] = np.linspace(0.0, 2.0, 64)
         compile = {"max_sample_weight": 2.0}
+    if validated:
+        fit |= {"validation_data": (x[:48], y[:48]), "validation_batch_size": 12}
     with scope():
         model = lipdp.PrivateModel(
             network(**({"hidden": 256} if noisy else {})),

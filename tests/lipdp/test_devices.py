@@ -35,7 +35,7 @@ only_jax = pytest.mark.skipif(TENSORFLOW, reason="of JAX")
 # Steps go through Keras' own loops, in processes that have to start first.
 FAST = ["poisson", "tiny", "secure noise"]
 SLOW = [
-    *("loop", "conv", "adaptive", "shuffled", "augmented", "clipnorm", "accumulated"),
+    *("loop", "conv", "adaptive", "shuffled", "augmented", "clipnorm", "accumulated", "validated"),
     *("banded", "toeplitz", *(["eager"] if TENSORFLOW else ["together", "plain"])),
 ]
 
