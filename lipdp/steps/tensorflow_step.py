@@ -156,7 +156,7 @@ def devices(model):
             "the scope of a tf.distribute.MirroredStrategy or MultiWorkerMirroredStrategy."
         )
     strategy = model.distribute_strategy
-    if type(strategy) is type(tf.distribute.get_strategy()) and not tf.distribute.has_strategy():
+    if strategy is tf.distribute.get_strategy() and not tf.distribute.has_strategy():
         return ALONE
     known = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
     if not isinstance(strategy, known):

@@ -63,7 +63,7 @@ def cases():
     }
 
 
-def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=()):
+def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=(), checkpoint=None):
     """Trains the model of a case; returns it and the last logs."""
     options = {"seed": SEED, **cases()[name]}
     noisy, loop = options.pop("noisy", False), options.pop("loop", False)
@@ -97,7 +97,7 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=()):
     if noisy:
         for variable in model.network.trainable_variables:
             variable.constraint = None
-    if ledger is not None and (checkpoint := ledger.parent / "checkpoint.npz").exists():
+    if checkpoint is not None and checkpoint.exists():
         with np.load(checkpoint) as arrays:
             model.network.set_weights([arrays[key] for key in arrays])
     before = [np.array(w) for w in model.network.get_weights()]
@@ -222,6 +222,7 @@ def main(kind, folder, *names):
             # Only the chief can write here: others never open it.
             ledger = pathlib.Path(folder, "ledger" if process == 0 else "nowhere/ledger")
             options = {"ledger": ledger, "callbacks": [Released(folder, process)]}
+            options["checkpoint"] = pathlib.Path(folder, "checkpoint.npz")
         write(folder, name, *train(name, scope, **options), process)
 
 
