@@ -683,6 +683,7 @@ class PrivateModel(keras.Model):
         """What must be the same in each process of a run, as JSON tells it."""
         some = np.unique(np.linspace(0, len(examples) - 1, 16).astype(int))
         inputs, targets = examples.take(some, len(some))
+        optimizer = {k: v for k, v in self.optimizer.get_config().items() if k != "name"}
         return {
             "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
             "sample weights": None if weights is None else digest(weights),
@@ -692,7 +693,7 @@ class PrivateModel(keras.Model):
                 (self.loss_gradient_bound, self.clip, self.adaptive, self.allocation)
                 + (self.max_sample_weight, self.physical_batch_size, self.augmentation is None)
             ),
-            "optimizer": repr(self.optimizer.get_config()),
+            "optimizer": repr((type(self.optimizer).__name__, optimizer)),
             "weights": digest(*map(ops.convert_to_numpy, self.network.weights)),
         }
 

@@ -155,6 +155,13 @@ def devices(model):
                 f"The variable {variable.path!r} was made before the distribution was set: call "
                 "keras.distribution.set_distribution(...) before anything of Keras is made."
             )
+    for process in range(jax.process_count()):
+        found = sum(device.process_index == process for device in mesh.devices.flat)
+        if found * jax.process_count() != mesh.devices.size:
+            raise ValueError(
+                f"Each of the {jax.process_count()} processes must have equally many of the "
+                f"distribution's {mesh.devices.size} devices; process {process} has {found}."
+            )
     return Devices(_replicas(), jax.process_index(), jax.process_count(), distributed=True)
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 import keras
 import numpy as np
@@ -42,6 +43,8 @@ def cases():
         | {"augmentation": lipdp.Augmentation(keras.layers.GaussianNoise(0.0), views=2)},
         "clipnorm": poisson | {"optimizer": {"global_clipnorm": 0.1}},
         "accumulated": poisson | {"optimizer": {"gradient_accumulation_steps": 2}},
+        "ema": poisson | {"optimizer": {"use_ema": True, "ema_momentum": 0.5}},
+        "straggler": poisson,
         "banded": {"noise": lipdp.BandedNoise(), "sampling": lipdp.CyclicPoisson(8, bands=3)},
         "toeplitz": {"noise": lipdp.ToeplitzNoise(), "sampling": lipdp.FixedEpochs(16, epochs=5)},
         "validated": poisson | {"validated": True},
@@ -170,6 +173,13 @@ def scope_of(kind):
     return contextlib.nullcontext, process
 
 
+class Late(keras.callbacks.Callback):
+    """Has the others wait."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        time.sleep(0.2)
+
+
 class Released(keras.callbacks.Callback):
     """Writes down each step, and the chief the weights of each epoch; goes on from the last."""
 
@@ -217,7 +227,7 @@ def main(kind, folder, *names):
     if "MUTANT" in os.environ:
         mutate(os.environ["MUTANT"])
     for name in names:
-        options = {}
+        options = {"callbacks": [Late()]} if name == "straggler" and process == 1 else {}
         if name in ("long", "resumed"):
             # Only the chief can write here: others never open it.
             ledger = pathlib.Path(folder, "ledger" if process == 0 else "nowhere/ledger")

@@ -35,7 +35,17 @@ only_jax = pytest.mark.skipif(TENSORFLOW, reason="of JAX")
 # Steps go through Keras' own loops, in processes that have to start first.
 FAST = ["poisson", "tiny", "secure noise"]
 SLOW = [
-    *("loop", "conv", "adaptive", "shuffled", "augmented", "clipnorm", "accumulated", "validated"),
+    *(
+        "loop",
+        "conv",
+        "adaptive",
+        "shuffled",
+        "augmented",
+        "clipnorm",
+        "accumulated",
+        "ema",
+        "validated",
+    ),
     *("banded", "toeplitz", *(["eager"] if TENSORFLOW else ["together", "plain"])),
 ]
 
@@ -139,7 +149,16 @@ def test_whatever_a_step_holds(tmp_path):
 
 @pytest.mark.slow
 def test_processes_come_to_the_weights_of_one_device(tmp_path):
-    cases = ["poisson", "tiny", "loop", "adaptive", "banded", "unseeded", "secure noise"]
+    cases = [
+        "poisson",
+        "tiny",
+        "straggler",
+        "loop",
+        "adaptive",
+        "banded",
+        "unseeded",
+        "secure noise",
+    ]
     found = outcome(PROCESSES, tmp_path, *cases)
     for name in cases:
         (first, logs), (second, _) = found[name]
@@ -275,6 +294,33 @@ def test_processes_that_differ_are_all_refused(processes):
     for error in together(facts, processes):
         assert isinstance(error, ValueError)
         assert f"{processes} processes of this run differ in data:" in str(error)
+
+
+def facts(order=1, weigh=False, rate=0.5, seed=3, network=None, steps=4, **kwargs):
+    keras.utils.set_random_seed(1)
+    model = private(network, seed=seed, optimizer=keras.optimizers.SGD(rate), **kwargs)
+    x, y = (array[::order] for array in data())
+    run = model.spending.plan(model.sampling, len(y), steps, steps)
+    return model._facts(Arrays(x, y), np.ones(64) if weigh else None, run, (0, 0))
+
+
+@pytest.mark.any_backend
+def test_what_a_process_could_do_otherwise_is_told():
+    alike = facts()
+    for name, kwargs in {
+        "data": {"order": -1},
+        "sample weights": {"weigh": True},
+        "steps": {"steps": 5},
+        "mechanism": {"seed": 4},
+        "settings": {"clip": 0.5},
+        "optimizer": {"rate": 0.25},
+        "weights": {"network": dense_network(hidden=10)},
+    }.items():
+        other = facts(**kwargs)
+        assert [key for key in alike if alike[key] != other[key]] == [name]
+    assert facts(sampling=lipdp.FixedSize(16))["mechanism"] != alike["mechanism"]
+    assert facts(allocation="least")["settings"] != alike["settings"]
+    assert facts() == alike
 
 
 @pytest.mark.any_backend
