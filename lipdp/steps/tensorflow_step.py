@@ -96,8 +96,9 @@ def train_step(model, data):
         return private_step(model, data, steps.backend())
     features, y, mask = data
     if "noise" in features:
-        # Zeros but in the first replica; integers, so no sum rounds.
-        features = {**features, "noise": total([features["noise"]])[0]}
+        # Zeros but in the first replica; integers, so no sum rounds. What is reduced needs a
+        # device, which an argument has not.
+        features = {**features, "noise": total([tf.identity(features["noise"])])[0]}
     private_step(model, (features, y, mask), steps.backend())
     # Each replica has projected its own copy, and a norm need not round alike on all devices.
     projected = [v for v in model.network.trainable_variables if v.constraint is not None]
