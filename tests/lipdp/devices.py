@@ -35,7 +35,10 @@ def cases():
         "poisson": poisson,
         "loop": poisson | {"loop": True},
         "eager": poisson | {"compile": {"run_eagerly": True}},
-        "tiny": {"sampling": lipdp.PoissonSampling(1)},  # shards and whole batches are empty
+        "tiny": {
+            "sampling": lipdp.PoissonSampling(1),
+            "epochs": 1,
+        },  # shards and whole batches are empty
         "conv": poisson | {"network": conv_network, "shape": (8, 8, 1)},
         "adaptive": poisson | {"clip": lipdp.AdaptiveClip(0.5), "physical_batch_size": 3},
         "shuffled": {"sampling": lipdp.ShuffledEpochs(13), "weights": True},
