@@ -587,7 +587,9 @@ class PrivateModel(keras.Model):
             raise RuntimeError("This model is training already; a run has one loop at a time.")
         backend = steps.backend()
         backend.check_precision()
-        own = self.devices = backend.devices(self)
+        own = backend.devices(self)
+        if own != self.devices:
+            self.devices, self.train_function = own, None
         gather = functools.partial(backend.gather, self)
         in_order = self.sampling.batch_size if isinstance(self.sampling, ShuffledEpochs) else None
         examples = open_source(x, y, self.network, stream=in_order)

@@ -184,6 +184,12 @@ def devices(model):
             f"`steps_per_execution` must be 1 under {type(strategy).__name__}: TensorFlow cannot "
             f"reduce over replicas within Keras' loop of steps. Got {model.steps_per_execution}."
         )
+    for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+        if getattr(model.optimizer, name) is not None:
+            raise ValueError(
+                f"`optimizer` must have no {name} under {type(strategy).__name__}: Keras updates "
+                "in a branch of the step, within which TensorFlow cannot reduce over replicas."
+            )
     cluster = strategy.cluster_resolver
     workers = 1
     if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and cluster is not None:

@@ -46,7 +46,7 @@ SLOW = [
         "ema",
         "validated",
     ),
-    *("banded", "toeplitz", *(["eager"] if TENSORFLOW else ["together", "plain"])),
+    *("banded", "toeplitz", *(["eager"] if TENSORFLOW else ["together", "plain", "accumulated"])),
 ]
 
 
@@ -362,6 +362,12 @@ def test_strategies_that_are_refused():
     with strategy.scope():
         refused(lambda: built(jit_compile=True), "`jit_compile` must be False under Mirrored")
         refused(lambda: built(steps_per_execution=2), "`steps_per_execution` must be 1 under")
+        for argument in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+            optimizer = keras.optimizers.SGD(0.1, use_ema="ema" in argument, **{argument: 2})
+            refused(
+                lambda optimizer=optimizer: private(optimizer=optimizer),
+                f"`optimizer` must have no {argument} under",
+            )
     model = built()
     with strategy.scope(), pytest.raises(ValueError, match="made outside of the scope"):
         model.fit(*data(), verbose=0)
