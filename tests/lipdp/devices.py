@@ -34,7 +34,6 @@ def cases():
     return {
         "poisson": poisson,
         "loop": poisson | {"loop": True},
-        "eager": poisson | {"compile": {"run_eagerly": True}},
         "tiny": {
             "sampling": lipdp.PoissonSampling(1),
             "epochs": 1,

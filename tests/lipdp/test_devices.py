@@ -34,20 +34,8 @@ only_jax = pytest.mark.skipif(TENSORFLOW, reason="of JAX")
 
 # Steps go through Keras' own loops, in processes that have to start first.
 FAST = ["poisson", "tiny", "secure noise"]
-SLOW = [
-    *(
-        "loop",
-        "conv",
-        "adaptive",
-        "shuffled",
-        "augmented",
-        "clipnorm",
-        "accumulated",
-        "ema",
-        "validated",
-    ),
-    *("banded", "toeplitz", *(["eager"] if TENSORFLOW else ["together", "plain", "accumulated"])),
-]
+SLOW = ["loop", "conv", "adaptive", "shuffled", "augmented", "clipnorm", "ema", "validated"]
+SLOW += ["banded", "toeplitz", *([] if TENSORFLOW else ["together", "plain", "accumulated"])]
 
 
 def free_ports(count):
@@ -112,12 +100,12 @@ def outcome(kind, folder, *cases, **environment):
     return found
 
 
-def gap(name, found):
+def gap(name, found, logs_too=True):
     """How far the weights of all processes are from those of one device at most."""
     model, logs = train(name)
     for _, told in found:
         assert told["steps"] == model.spent(1e-5).steps
-        for key in logs if name != "together" else ():
+        for key in logs if logs_too else ():
             assert told[key] == pytest.approx(logs[key], abs=1e-4), key
     one = weights(model)
     return max(np.abs(a - b).max() for arrays, _ in found for a, b in zip(arrays, one, strict=True))
@@ -168,7 +156,7 @@ def test_processes_come_to_the_weights_of_one_device(tmp_path):
         if name == "secure noise":
             assert logs["std"] == pytest.approx(train("noise")[1]["std"], rel=0.1)
         elif name == "unseeded":
-            assert gap("poisson", found[name]) > 1e-3
+            assert gap("poisson", found[name], logs_too=False) > 1e-3
         else:
             assert gap(name, found[name]) < 1e-5, name
 
@@ -192,7 +180,7 @@ def test_weights_that_are_cut_up_come_to_those_of_one_device(tmp_path):
 )
 def test_mutants_come_to_other_weights(mutant, tmp_path):
     found = outcome(ONE_PROCESS, tmp_path, "poisson", MUTANT=mutant)
-    assert gap("poisson", found["poisson"]) > 1e-2
+    assert gap("poisson", found["poisson"], logs_too=False) > 1e-2
 
 
 # --- which rows are whose -------------------------------------------------------------------------
