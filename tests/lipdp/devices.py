@@ -97,7 +97,12 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=(), checkpo
             ledger=ledger,
             **options,
         )
-        optimizer = keras.optimizers.SGD(1.0) if noisy else keras.optimizers.Adam(0.05, **optimizer)
+        if noisy:
+            optimizer = keras.optimizers.SGD(1.0)
+        elif loop:
+            optimizer = keras.optimizers.Adam(0.05)
+        else:  # by which a sum that is added up too often shows, as by Adam it does not
+            optimizer = keras.optimizers.SGD(0.5, momentum=0.5, **optimizer)
         model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], **compile)
     if noisy:
         for variable in model.network.trainable_variables:
