@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import tree
 
 from accountants import (
     CyclicPoisson,
@@ -20,6 +21,7 @@ from accountants import (
     TruncatedPoisson,
 )
 from accountants.sampling import Sampling
+from lipdp.devices import ALONE, Devices
 from lipdp.noise import RandomSource
 from lipdp.sources import Arrays, Records, Stream, as_array, padded
 
@@ -53,6 +55,32 @@ class DrawnBatch:
             if value is not None:
                 features[name] = value
         return (features, self.targets, self.mask)
+
+    def parts(self, number: int, first: bool = True) -> list["DrawnBatch"]:
+        """The rows in equally many for each device. All have the key; noise of the host goes with
+        the first part of all only, to be added once.
+
+        Args:
+            number: how many, a divisor of the rows.
+            first: whether these parts begin the batch; another process may have its beginning.
+        """
+        size = len(self.mask) // number
+
+        def part(i):
+            rows = slice(i * size, (i + 1) * size)
+            noise = self.noise
+            if noise is not None and (i > 0 or not first):
+                noise = np.zeros_like(noise)
+            return DrawnBatch(
+                tree.map_structure(lambda a: a[rows], self.inputs),
+                self.targets[rows],
+                self.mask[rows],
+                self.key,
+                None if self.weights is None else self.weights[rows],
+                noise,
+            )
+
+        return [part(i) for i in range(number)]
 
 
 def check_weights(
@@ -167,6 +195,8 @@ class DrawnBatches(keras.utils.PyDataset):
         weights: `(examples,)`, or None where every example weighs 1.
         draw_noise: draws what a batch carries as its noise.
         taken: tells how many steps of the run were taken.
+        devices: which share out the rows. Every process draws the same batch, and reads from it
+            the rows of its own devices.
     """
 
     def __init__(
@@ -180,6 +210,7 @@ class DrawnBatches(keras.utils.PyDataset):
         weights: np.ndarray | None = None,
         draw_noise: Callable[[], np.ndarray | None] = lambda: None,
         taken: Callable[[], int] | None = None,
+        devices: Devices = ALONE,
     ) -> None:
         super().__init__()
         self.examples, self.weights = examples, weights
@@ -191,7 +222,7 @@ class DrawnBatches(keras.utils.PyDataset):
         self.draw_noise = draw_noise
         self.epoch = 0
         self.taken = taken
-        self._looked = 0  # epochs that began before the run did
+        self.devices = devices
         self._drawn = {}
         self._lock = threading.Lock()
         self._ahead = (None, None)  # (epoch, index), and the future of that batch
@@ -206,7 +237,7 @@ class DrawnBatches(keras.utils.PyDataset):
 
     def on_epoch_begin(self):
         if self.taken is not None and self.taken() == 0:
-            self._looked = self.epoch  # a loop may look at batches before it trains
+            self.epoch = 0  # a loop may look at batches before it trains
         else:
             self.check_taken(self.steps)
         self.epoch += 1
@@ -230,7 +261,7 @@ class DrawnBatches(keras.utils.PyDataset):
 
     def _step(self, epoch, index):
         """The number in the run, from 0, of step `index` of an epoch."""
-        return (epoch - 1 - self._looked) * self.steps + index
+        return (epoch - 1) * self.steps + index
 
     def _independent(self):
         """Whether any choice of the steps is accounted as so many steps are."""
@@ -266,6 +297,8 @@ class DrawnBatches(keras.utils.PyDataset):
         place = (*self.position, epoch, index)
         rows = self._rows(place, epoch, index)
         size = max(1, -(-len(rows) // self.bucket)) * self.bucket
+        size //= self.devices.processes
+        rows = rows[self.devices.process * size :][:size]
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0
         weights = None if self.weights is None else padded(self.weights, rows, size)

@@ -20,6 +20,7 @@ from accountants import (
     PoissonSampling,
     RandomAllocation,
     ShuffledEpochs,
+    TrainingRun,
     TruncatedPoisson,
 )
 from accountants.sampling import Sampling
@@ -29,10 +30,11 @@ from lipdp.augmentation import Augmentation
 from lipdp.batches import DrawnBatch, DrawnBatches, check_weights
 from lipdp.bounds import gradient_bounds
 from lipdp.clipping import AdaptiveClip
+from lipdp.devices import ALONE, agreed, digest, from_chief
 from lipdp.noise import RandomSource, SecureNoise, make_noise, shares
 from lipdp.projections import Projection
 from lipdp.report import Report, attained_gradients
-from lipdp.sources import Arrays, open_source
+from lipdp.sources import Arrays, Stream, open_source
 from lipdp.spending import Spending, Spent
 
 __all__ = ["Mechanism", "PrivateModel"]
@@ -126,7 +128,8 @@ class PrivateModel(keras.Model):
         seed: int | None = None,
         name: str | None = None,
     ) -> None:
-        super().__init__(name=name)
+        # Whatever the policy of the day: what it adds to the network is computed in float32.
+        super().__init__(name=name, dtype="float32")
         self.spending = Spending(budget, noise_multiplier, ledger, self._certificates)
         if not isinstance(sampling, Sampling):
             raise TypeError(
@@ -219,7 +222,8 @@ class PrivateModel(keras.Model):
         if max_sample_weight is not None:
             max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
         optimizer = keras.optimizers.get(optimizer)
-        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if scaled or optimizer.loss_scale_factor is not None:
             raise ValueError(
                 "`optimizer` must not scale losses: the noise would be divided by its scale."
             )
@@ -240,6 +244,7 @@ class PrivateModel(keras.Model):
             run_eagerly=run_eagerly,
             steps_per_execution=_check_count(steps_per_execution, "steps_per_execution"),
             jit_compile=jit_compile,
+            auto_scale_loss=False,
         )
         self.private_loss = loss
         self.loss_gradient_bound = bound
@@ -298,6 +303,11 @@ class PrivateModel(keras.Model):
             x, y, steps_per_epoch, planned, sample_weight, class_weight, self.steps_per_execution
         )
         try:
+            if validation_data is not None and self.devices.processes > 1:
+                raise ValueError(
+                    "`validation_data` is for one process; with several, save the network and "
+                    "evaluate it by itself."
+                )
             asked = len(batches) * (epochs - initial_epoch)
             run = self.spending.run
             if run.limited:
@@ -307,7 +317,7 @@ class PrivateModel(keras.Model):
                     stacklevel=2,
                 )
             history = super().fit(
-                batches,
+                self._handed_out(batches),
                 epochs=epochs,
                 verbose=verbose,
                 callbacks=callbacks,
@@ -377,11 +387,16 @@ class PrivateModel(keras.Model):
                 "nothing is known of others."
             )
         self._open_batch = None
-        features, targets, mask = batch.as_data()
+        features, targets, mask = (
+            steps.backend().placed(self, batch, self.devices)
+            if self.devices.distributed
+            else batch.as_data()
+        )
         return super().train_on_batch(
             features, targets, sample_weight=mask, return_dict=return_dict
         )
 
+    devices = ALONE
     _open_batch = None
     _together = 1  # steps of one call of the train function
 
@@ -408,6 +423,17 @@ class PrivateModel(keras.Model):
             return result
 
         self.train_function = pay_and_step
+
+    def _handed_out(self, batches):
+        if not self.devices.distributed:
+            return batches
+        return steps.backend().handed_out(self, batches, self.devices)
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # Everything is built when a run begins; Keras would average a batch over the devices, with
+        # its key, to see its shapes.
+        if self.spending.run is None:
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
     def train_step(self, *args):
         if not self._paying:
@@ -459,7 +485,11 @@ class PrivateModel(keras.Model):
         if initial is None:
             initial = self.loss_gradient_bound if math.isfinite(self.loss_gradient_bound) else 1.0
         self._clip_weight = self.add_weight(
-            shape=(), initializer=keras.initializers.Constant(initial), trainable=False, name="clip"
+            shape=(),
+            initializer=keras.initializers.Constant(initial),
+            trainable=False,
+            name="clip",
+            aggregation="only_first_replica",
         )
 
     def current_clip(self):
@@ -555,10 +585,21 @@ class PrivateModel(keras.Model):
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
             raise RuntimeError("This model is training already; a run has one loop at a time.")
+        backend = steps.backend()
+        backend.check_precision()
+        own = backend.devices(self)
+        if own != self.devices:
+            self.devices, self.train_function = own, None
+        gather = functools.partial(backend.gather, self)
         in_order = self.sampling.batch_size if isinstance(self.sampling, ShuffledEpochs) else None
         examples = open_source(x, y, self.network, stream=in_order)
         if isinstance(examples, Arrays):
             losses.check_targets(self.private_loss, examples.y, self.network.output_shape[1:])
+        if isinstance(examples, Stream) and own.processes > 1:
+            raise ValueError(
+                "`x` must be arrays, or records of which any can be read, for training in several "
+                "processes: each would have to read all of a stream."
+            )
         weights = check_weights(sample_weight, class_weight, examples, self.max_sample_weight)
         n = len(examples)
         self.sampling.validate(n)
@@ -577,6 +618,10 @@ class PrivateModel(keras.Model):
                 f"what is paid for is what runs; got {together}."
             )
         self._together = together
+        if own.processes > 1:
+            told = from_chief(gather, own, [run.to_dict() for run in self.spending.runs])
+            if not own.chief:
+                self.spending.follow([TrainingRun.from_dict(run) for run in told])
         constants = self.noise.plan(self.sampling, n, per_epoch * epochs)
         run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch, together)
 
@@ -589,7 +634,8 @@ class PrivateModel(keras.Model):
         mechanism = Mechanism(
             self.noise_multiplier, gradient_noise, count_noise, divisor, constants
         )
-        renewed = self.noise.begin(self.network.trainable_variables)
+        with backend.scope(self):
+            renewed = self.noise.begin(self.network.trainable_variables)
         if renewed or mechanism != self.mechanism:
             self.mechanism = mechanism
             self.train_function = None  # its constants are compiled in
@@ -597,7 +643,10 @@ class PrivateModel(keras.Model):
         self._project()  # loaded or assigned weights need not be where the bounds hold
         position = (sum(earlier.steps for earlier in run.earlier), self._fits)
         self._fits += 1
-        self.spending.begin(run)
+        source = self._source
+        if own.processes > 1:
+            shared = agreed(gather, own, self._facts(examples, weights, run, position))
+            source = shared if source.seed is None else source
         bucket = 1
         compiled = self.jit_compile or keras.backend.backend() == "jax"
         if self.physical_batch_size is not None:
@@ -609,18 +658,46 @@ class PrivateModel(keras.Model):
         ):
             # XLA compiles for each shape: about six lie within the batch size's spread.
             bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(divisor))))
+        if self.physical_batch_size is not None:
+            bucket *= own.replicas  # each computes so many rows at once
+        bucket = -(-bucket // own.replicas) * own.replicas
         entries = self.entries + (self.adaptive is not None)
-        return DrawnBatches(
+        drawn = DrawnBatches(
             examples,
             self.sampling,
-            self._source,
+            source,
             position,
             per_epoch,
             bucket,
             weights,
             draw_noise=functools.partial(self.noise.draw, entries),
             taken=lambda: run.paid,
+            devices=own,
         )
+        if own.distributed:
+            with backend.scope(self):
+                # Metrics have variables, and on several devices none are made within a step.
+                self._symbolic_build(data_batch=drawn.draw(0).as_data())
+        self.spending.begin(run)
+        return drawn
+
+    def _facts(self, examples, weights, run, position):
+        """What must be the same in each process of a run, as JSON tells it."""
+        some = np.unique(np.linspace(0, len(examples) - 1, 16).astype(int))
+        inputs, targets = examples.take(some, len(some))
+        optimizer = {k: v for k, v in self.optimizer.get_config().items() if k != "name"}
+        return {
+            "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
+            "sample weights": None if weights is None else digest(weights),
+            "steps": [run.per_epoch, self._together, run.allowed, *position],
+            "mechanism": repr((self.sampling, self.mechanism, type(self.noise), self._source.seed)),
+            "settings": repr(
+                (self.loss_gradient_bound, self.clip, self.adaptive, self.allocation)
+                + (self.max_sample_weight, self.physical_batch_size, self.augmentation is None)
+            ),
+            "optimizer": repr((type(self.optimizer).__name__, optimizer)),
+            "weights": digest(*map(ops.convert_to_numpy, self.network.weights)),
+        }
 
     def _project(self):
         """Puts every weight into the set in which its bounds hold."""
@@ -677,3 +754,17 @@ def _check_network(network):
     gradient_bounds(network, 1.0)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
+    for layer in network._flatten_layers(include_self=False):
+        if layer.compute_dtype != "float32":
+            raise ValueError(
+                f"Private training computes in float32: what rounding may add to a gradient is "
+                f"within the bounds' allowance there, and nowhere else. Layer {layer.name!r} "
+                f"computes in {layer.compute_dtype}; make it with dtype='float32', or the whole "
+                "network under keras.config.set_dtype_policy('float32')."
+            )
+    for variable in network.trainable_variables:
+        if variable.dtype != "float32":
+            raise ValueError(
+                f"Private training updates weights in float32; {variable.path!r} has dtype "
+                f"{variable.dtype}. Make its layer with dtype='float32'."
+            )

@@ -146,6 +146,13 @@ class Spending:
             raise BudgetExceeded(self._exceeded())
         return Run(prior, run, allowed, allowed < planned, per_epoch)
 
+    def follow(self, runs: Sequence[TrainingRun]) -> None:
+        """Counts what another process has spent, which keeps the ledger: a ledger has one writer.
+        Here nothing is written from now on.
+        """
+        self.ledger = None
+        self._ended = list(runs)
+
     def begin(self, run: "Run") -> None:
         """Opens a planned run."""
         run.open(self.ledger)

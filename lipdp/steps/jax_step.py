@@ -1,9 +1,15 @@
 """The private step on JAX."""
 
+import contextlib
+
 import jax
 import keras
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from lipdp import steps
+from lipdp.devices import ALONE, Devices
 from lipdp.steps.private_step import private_step
 
 
@@ -23,17 +29,34 @@ def pull_back(network, x):
 
 def accumulate(part, arrays, size):
     """`part` of `size` rows at a time: sums are added up, what has a row an example is joined."""
+    replicas = _replicas()  # a piece has rows of each, which stay where they are
+    arrays = jax.tree.map(lambda a: a.reshape(replicas, -1, *a.shape[1:]), arrays)
     sums, rows = None, []
-    for start in range(0, len(arrays[-1]), size):
-        added, joined = part(*jax.tree.map(lambda a, i=start: a[i : i + size], arrays))
+    for start in range(0, arrays[-1].shape[1], size):
+        piece = jax.tree.map(lambda a, i=start: _flat(a[:, i : i + size]), arrays)
+        added, joined = part(*piece)
         sums = added if sums is None else [a + b for a, b in zip(sums, added, strict=True)]
-        rows.append(joined)
-    return sums, tuple(jax.numpy.concatenate(r) for r in zip(*rows, strict=True))
+        rows.append([r.reshape(replicas, -1, *r.shape[1:]) for r in joined])
+    return sums, tuple(_flat(jax.numpy.concatenate(r, axis=1)) for r in zip(*rows, strict=True))
+
+
+def _flat(array):
+    return array.reshape(-1, *array.shape[2:])
 
 
 def compiled(function):
     """The function itself: the whole step is compiled."""
     return function
+
+
+def total(sums):
+    """The sums, whole on each device: they are over all rows already, wherever those are."""
+    return sums if keras.distribution.distribution() is None else [_everywhere(s) for s in sums]
+
+
+def once(updates):
+    """What the optimizer is handed; there is one of it, whatever the number of devices."""
+    return updates
 
 
 def train_step(model, state, data):
@@ -49,6 +72,13 @@ def train_step(model, state, data):
         for group, values in zip(groups, state, strict=True)
         for pair in zip(group, values, strict=True)
     ]
+    if keras.distribution.distribution() is not None:
+        features, y, mask = data
+        features = {**features, "key": _everywhere(features["key"][0])}
+        if "noise" in features:
+            # Zeros but in the first row; integers, so no sum rounds.
+            features["noise"] = _everywhere(features["noise"].sum(axis=0))
+        data = features, y, mask
     with keras.StatelessScope(state_mapping=mapping) as scope:
         logs = private_step(model, data, steps.backend())
     return logs, tuple([scope.get_current_value(v) for v in group] for group in groups)
@@ -56,3 +86,121 @@ def train_step(model, state, data):
 
 def default_jit_compile():
     return True
+
+
+def check_precision():
+    """Refuses matrix products of rounded factors, which no bound allows for.
+
+    Raises:
+        ValueError: a GPU or TPU would compute them with fewer bits than float32 has.
+    """
+    precision = jax.config.jax_default_matmul_precision
+    if jax.default_backend() != "cpu" and precision not in ("float32", "highest"):
+        raise ValueError(
+            f"Products of float32 matrices are computed in less than float32 on a "
+            f"{jax.default_backend().upper()} by default, and norms and gradients may surpass "
+            "their bounds. Call jax.config.update('jax_default_matmul_precision', 'float32') "
+            f"first; got {precision!r}."
+        )
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+
+def _everywhere(array):
+    """The array without a part of it for each device."""
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def _replicas():
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    mesh = distribution.device_mesh
+    return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+
+
+def devices(model):
+    """The `Devices` of the distribution in use.
+
+    Raises:
+        ValueError: an unknown distribution, one that splits up weights, or a variable that was made
+            before the distribution was set.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"{jax.process_count()} processes of JAX train one model each: call "
+                "keras.distribution.set_distribution(keras.distribution.DataParallel()) first."
+            )
+        return ALONE
+    kinds = (keras.distribution.DataParallel, keras.distribution.ModelParallel)
+    if not isinstance(distribution, kinds[: 1 if jax.process_count() > 1 else 2]):
+        raise ValueError(
+            "A private model trains under keras.distribution.DataParallel, or in a single process "
+            f"under ModelParallel; got {type(distribution).__name__} in {jax.process_count()}."
+        )
+    mesh = distribution.device_mesh.backend_mesh
+    for variable in (*model.network.variables, *model.optimizer.variables):
+        if variable.value.sharding.device_set != set(mesh.devices.flat):
+            raise ValueError(
+                f"The variable {variable.path!r} was made before the distribution was set: call "
+                "keras.distribution.set_distribution(...) before anything of Keras is made."
+            )
+    for process in range(jax.process_count()):
+        found = sum(device.process_index == process for device in mesh.devices.flat)
+        if found * jax.process_count() != mesh.devices.size:
+            raise ValueError(
+                f"Each of the {jax.process_count()} processes must have equally many of the "
+                f"distribution's {mesh.devices.size} devices; process {process} has {found}."
+            )
+    return Devices(_replicas(), jax.process_index(), jax.process_count(), distributed=True)
+
+
+def scope(model):
+    """In which variables of a model are made."""
+    return contextlib.nullcontext()
+
+
+def gather(model, array):
+    """An int32 array of this process to those of all processes, `(processes, ...)`."""
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array))
+
+
+def placed(model, batch, own):
+    """The arguments of `train_on_batch`: the rows of this process."""
+    features, y, mask = batch.as_data()
+    features["key"] = np.tile(batch.key, (own.local, 1))
+    if batch.noise is not None:
+        features["noise"] = np.zeros((own.local, len(batch.noise)), batch.noise.dtype)
+        features["noise"][0] = batch.noise if own.chief else 0
+    return features, y, mask
+
+
+def handed_out(model, drawn, own):
+    """What `fit` gives to Keras for batches whose rows go to several devices."""
+    return _Rows(drawn, own)
+
+
+class _Rows(DataAdapter):
+    """Drawn batches, the rows of this process."""
+
+    def __init__(self, drawn, own):
+        self.drawn, self.own = drawn, own
+
+    def get_jax_iterator(self):
+        for index in range(len(self.drawn)):
+            yield placed(None, self.drawn.request(index), self.own)
+
+    num_batches = property(lambda self: len(self.drawn))
+    batch_size = has_partial_batch = partial_batch_size = None
+
+    def on_epoch_begin(self):
+        self.drawn.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.drawn.on_epoch_end()

@@ -58,6 +58,7 @@ def private_step(model, data, backend):
         # One example moves the sum of centred indicators by ½.
         sums = [*sums, ops.sum(within - 0.5 * ops.cast(mask, within.dtype))]
         stds = [*stds, 0.5 * mechanism.count_noise_multiplier]
+    sums = backend.total(sums)  # over the rows of all devices: noise is added to that, once
     if any(ops.is_tensor(std) for std in stds):
         stds = _together(stds)
     noisy = model.noise.add(backend, features, sums, stds)
@@ -78,7 +79,7 @@ def private_step(model, data, backend):
         return backend.compiled(norms.probable_norm_bound)(matrix, probe, expected)
 
     with certified_by(certificate):
-        model.optimizer.apply(updates, variables)
+        model.optimizer.apply(backend.once(updates), variables)
 
     if model.adaptive is not None:
         model.move_clip(noisy[-1] / divisor + 0.5)

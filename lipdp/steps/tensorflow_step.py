@@ -2,9 +2,13 @@
 
 import functools
 
+import keras
+import numpy as np
 import tensorflow as tf
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from lipdp import steps
+from lipdp.devices import ALONE, Devices
 from lipdp.steps.private_step import private_step
 
 
@@ -60,11 +64,207 @@ def compiled(function):
     return tf.function(function, jit_compile=True)
 
 
+def total(sums):
+    """Sums over the rows of all replicas, the same on each of them."""
+    replica = _replica()
+    return sums if replica is None or not sums else replica.all_reduce("SUM", sums)
+
+
+def once(updates):
+    """What each replica is to hand to the optimizer, which adds up what all of them hand in: the
+    first one the updates, the others zeros. Nothing is rounded or clipped otherwise than on one
+    device.
+    """
+    replica = _replica()
+    if replica is None:
+        return updates
+    first = tf.equal(replica.replica_id_in_sync_group, 0)
+    return [tf.where(first, update, tf.zeros_like(update)) for update in updates]
+
+
 def train_step(model, data):
     """Keras' `train_step` on TensorFlow: variables change in place."""
-    return private_step(model, data, steps.backend())
+    replica = _replica()
+    if replica is None:
+        return private_step(model, data, steps.backend())
+    features, y, mask = data
+    if "noise" in features:
+        # Zeros but in the first replica; integers, so no sum rounds. What is reduced needs a
+        # device, which an argument has not.
+        features = {**features, "noise": total([tf.identity(features["noise"])])[0]}
+    private_step(model, (features, y, mask), steps.backend())
+    # Each replica has projected its own copy, and a norm need not round alike on all devices.
+    projected = [v for v in model.network.trainable_variables if v.constraint is not None]
+    values = total(once([tf.convert_to_tensor(v.value) for v in projected]))
+    for variable, value in zip(projected, values, strict=True):
+        variable.assign(value)
+    # A replica's own metrics are of its rows; outside of the replicas they are of all rows.
+    logs = replica.merge_call(lambda strategy: model.get_metrics_result())
+    if model.devices.processes > 1:
+        # Among several workers Keras averages over an axis 0.
+        logs = tf.nest.map_structure(lambda value: tf.reshape(value, (1,)), logs)
+    return logs
 
 
 def default_jit_compile():
-    """XLA only where there is a GPU: on CPUs its convolutions take up to twice the time."""
-    return bool(tf.config.list_physical_devices("GPU"))
+    """XLA only where there is a GPU: on CPUs its convolutions take up to twice the time. XLA
+    compiles for one device.
+    """
+    return not tf.distribute.has_strategy() and bool(tf.config.list_physical_devices("GPU"))
+
+
+def check_precision():
+    """Refuses matrix products of rounded factors, which no bound allows for.
+
+    Raises:
+        ValueError: a GPU would compute them in TensorFloat-32.
+    """
+    if (
+        tf.config.list_logical_devices("GPU")
+        and tf.config.experimental.tensor_float_32_execution_enabled()
+    ):
+        raise ValueError(
+            "Products of float32 matrices are computed in TensorFloat-32 here, with factors of 11 "
+            "bits, and norms and gradients may surpass their bounds. Call "
+            "tf.config.experimental.enable_tensor_float_32_execution(False) first."
+        )
+
+
+# --- several devices ------------------------------------------------------------------------------
+
+
+def _replica():
+    """The replica that this code runs for, or None where there is but one device."""
+    return tf.distribute.get_replica_context() if tf.distribute.has_strategy() else None
+
+
+def devices(model):
+    """The `Devices` of a model's strategy.
+
+    Raises:
+        ValueError: an unknown strategy, or a variable that was made outside of its scope.
+    """
+    if keras.distribution.distribution() is not None:
+        raise ValueError(
+            "keras.distribution is for JAX; on TensorFlow make network, model and optimizer in "
+            "the scope of a tf.distribute.MirroredStrategy or MultiWorkerMirroredStrategy."
+        )
+    strategy = model.distribute_strategy
+    if strategy is tf.distribute.get_strategy() and not tf.distribute.has_strategy():
+        return ALONE
+    known = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if not isinstance(strategy, known):
+        raise ValueError(
+            "A private model trains under tf.distribute.MirroredStrategy or "
+            f"MultiWorkerMirroredStrategy; got {type(strategy).__name__}, of which it is not known "
+            "that each step's sums are whole before noise is added."
+        )
+    variables = [*model.network.variables, *model.optimizer.variables, *model.metrics_variables]
+    for variable in variables:
+        if not strategy.extended.variable_created_in_scope(variable.value):
+            raise ValueError(
+                f"The variable {variable.path!r} was made outside of the scope of the model's "
+                f"{type(strategy).__name__}: make the network, the optimizer and the PrivateModel, "
+                "and call compile(...), within `with strategy.scope():`."
+            )
+    if model.jit_compile:
+        raise ValueError(
+            f"`jit_compile` must be False under {type(strategy).__name__}: XLA compiles for one "
+            "device. Call compile(..., jit_compile=False)."
+        )
+    if model.steps_per_execution > 1:
+        raise ValueError(
+            f"`steps_per_execution` must be 1 under {type(strategy).__name__}: TensorFlow cannot "
+            f"reduce over replicas within Keras' loop of steps. Got {model.steps_per_execution}."
+        )
+    for name in ("gradient_accumulation_steps", "ema_overwrite_frequency"):
+        if getattr(model.optimizer, name) is not None:
+            raise ValueError(
+                f"`optimizer` must have no {name} under {type(strategy).__name__}: Keras updates "
+                "in a branch of the step, within which TensorFlow cannot reduce over replicas."
+            )
+    cluster = strategy.cluster_resolver
+    workers = 1
+    if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy) and cluster is not None:
+        jobs = cluster.cluster_spec().as_dict()
+        workers = sum(len(jobs.get(job, ())) for job in ("chief", "worker")) or 1
+    process = 0
+    if workers > 1:
+        number = cluster.task_id or 0
+        process = number + (cluster.task_type == "worker" and len(jobs.get("chief", ())))
+    return Devices(strategy.num_replicas_in_sync, process, workers, distributed=True)
+
+
+def scope(model):
+    """In which variables of a model are made."""
+    return model.distribute_strategy.scope()
+
+
+def gather(model, array):
+    """An int32 array of this process to those of all processes, `(processes, ...)`."""
+    strategy, own = model.distribute_strategy, devices(model)
+    whole = np.zeros((own.processes, *array.shape), np.int32)
+    whole[own.process] = array
+    zeros = np.zeros_like(whole)
+    values = strategy.experimental_distribute_values_from_function(
+        # Its replicas are counted within the process.
+        lambda context: tf.constant(
+            whole if context.replica_id_in_sync_group % own.local == 0 else zeros
+        )
+    )
+    return np.asarray(strategy.reduce("SUM", values, axis=None))
+
+
+def placed(model, batch, own):
+    """The arguments of `train_on_batch`, each with one value a replica."""
+    parts = iter([part.as_data() for part in batch.parts(own.local, own.chief)])
+    parts = [tf.nest.map_structure(tf.convert_to_tensor, part) for part in parts]
+    strategy = model.distribute_strategy
+
+    def distributed(*values):
+        values = iter(values)
+        return strategy.experimental_distribute_values_from_function(lambda context: next(values))
+
+    return tf.nest.map_structure(distributed, *parts)
+
+
+def handed_out(model, drawn, own):
+    """What `fit` gives to Keras for batches that are cut into a part for each replica."""
+    return _Parts(model.distribute_strategy, drawn, own)
+
+
+class _Parts(DataAdapter):
+    """Drawn batches, a part for each local replica after the other."""
+
+    def __init__(self, strategy, drawn, own):
+        self.strategy, self.drawn, self.own = strategy, drawn, own
+
+    def get_tf_dataset(self):
+        def parts():
+            for index in range(len(self.drawn)):
+                batch = self.drawn.request(index)
+                for part in batch.parts(self.own.local, self.own.chief):
+                    yield part.as_data()
+
+        like = self.drawn.request(0).as_data()
+        features, *rest = tf.nest.map_structure(_rows, like)
+        features |= {
+            n: tf.TensorSpec.from_tensor(tf.convert_to_tensor(like[0][n]))
+            for n in ("key", "noise")
+            if n in features
+        }
+        dataset = tf.data.Dataset.from_generator(parts, output_signature=(features, *rest))
+        return self.strategy.distribute_datasets_from_function(lambda context: dataset)
+
+    num_batches = property(lambda self: len(self.drawn))
+    batch_size = has_partial_batch = partial_batch_size = None
+
+    def on_epoch_begin(self):
+        self.drawn.on_epoch_begin()
+
+    def on_epoch_end(self):
+        self.drawn.on_epoch_end()
+
+
+def _rows(array):
+    return tf.TensorSpec((None, *array.shape[1:]), array.dtype)
