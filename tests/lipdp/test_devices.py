@@ -75,7 +75,7 @@ def started(kind, folder, *cases, **environment):
     return processes
 
 
-def ended(processes, timeout=400):
+def ended(processes, timeout=900):
     """Return codes of the processes, none of which is left running."""
     end = time.monotonic() + timeout
     try:
