@@ -221,8 +221,6 @@ def mutate(name):
         backend.once = lambda updates: updates
     elif name == "noise of parts":  # before the sums are added up
         backend.total, backend.once = (lambda sums: sums), (lambda updates: updates)
-    elif name == "own sums":
-        backend.total = lambda sums: sums
     elif name == "same rows":
         lipdp.batches.DrawnBatch.parts = lambda batch, number, first=True: [batch] * number
     else:
