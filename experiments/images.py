@@ -33,6 +33,16 @@ def build_features(shape, settings):
 
     if settings.front == "pixels":
         return None
+    if settings.front == "patches":
+        return features.patches(
+            shape,
+            settings.center,
+            settings.filters,
+            settings.patch_size,
+            settings.cells,
+            settings.threshold,
+            settings.mirror,
+        )
     return features.scattering(
         shape, settings.scales, settings.groups, settings.padding, settings.mirror
     )
@@ -165,13 +175,23 @@ def with_features(images, settings, folder):
     front = build_features(images.x_train.shape[1:], settings)
     if front is None:
         return images, None
-    names = [getattr(settings, name) for name in ("front", "scales", "groups", "padding", "mirror")]
+    names = ("front", *_OF_FRONT[settings.front], "mirror")
+    names = [getattr(settings, name) for name in names]
     made = {}
     for part, x in (("train", images.x_train), ("test", images.x_test)):
         file = f"{images.name}-{part}-{len(x)}-{'-'.join(map(str, names))}.npy"
         made[f"x_{part}"] = features.cached(front, x, folder / file)
-    mean = features.mean_of_drawings(front, settings.center) if settings.center else None
+    mean = None  # patches are centred already
+    if settings.front == "scattering" and settings.center:
+        mean = features.mean_of_drawings(front, settings.center)
     return dataclasses.replace(images, **made), mean
+
+
+# The settings of features, beside `mirror`.
+_OF_FRONT = {
+    "scattering": ("scales", "groups", "padding"),
+    "patches": ("center", "filters", "patch_size", "cells", "threshold"),
+}
 
 
 def run_key(images, settings, epsilon, delta, seed):

@@ -16,15 +16,18 @@ class Settings:
     """Of one run.
 
     Attributes:
-        front: `"pixels"` or `"scattering"`.
+        front: `"pixels"`, `"scattering"` or `"patches"`.
         head: what is trained behind it: a name of `lipdp.models`, or `"linear"`, `"dense"`,
             `"conv"`.
-        width, depth, patch_size: of the head, where it has them.
+        width, depth, patch_size: of the head, where it has them; `patch_size` is that of patches
+            in front, too.
         radius: of the ball in front of pixels; one below the norm of most images makes them
             equally long.
         scales, groups, padding, mirror: of the scattering, as in `features.scattering`.
-        center: `"strokes"` or `"blobs"`: the features' mean over made-up drawings of that kind, a
-            public constant, is subtracted, and what is left brought to one norm. Empty: it is not.
+        filters, cells, threshold, mirror: of the patches, as in `features.patches`.
+        center: `"strokes"`, `"blobs"` or `"leaves"`: the features' mean over made-up drawings of
+            that kind, a public constant, is subtracted, and what is left brought to one norm.
+            Empty: it is not. Patches are compared with those of such drawings.
         batch_size: expected size of a Poisson batch.
         physical_batch_size: most rows that are computed at once, or None.
         epochs, learning_rate, momentum: of SGD, decayed to zero along a cosine.
@@ -45,6 +48,9 @@ class Settings:
     groups: int = 27
     padding: str = "zeros"
     mirror: bool = False
+    filters: int = 512
+    cells: int = 3
+    threshold: float = 0.25
     center: str = ""
     batch_size: int = 4096
     physical_batch_size: int | None = None
@@ -64,6 +70,12 @@ NETWORKS = types.MappingProxyType(
         "scattering-linear": {"front": "scattering", "head": "linear"},
         "scattering-dense": {"front": "scattering", "head": "dense"},
         "scattering-conv": {"front": "scattering", "head": "conv"},
+        "patches-linear": {
+            "front": "patches",
+            "head": "linear",
+            "patch_size": 6,
+            "center": "leaves",
+        },
         "mlp": {"head": "mlp"},
         "conv_net": {"head": "conv_net"},
         "vgg5": {"head": "vgg", "depth": 5, "width": 16},
