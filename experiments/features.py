@@ -42,6 +42,7 @@ def patches(
     size: int = 6,
     cells: int = 3,
     threshold: float = 0.25,
+    whitening: float = 0.3,
     mirror: bool = False,
 ) -> keras.Model:
     """How like the patches of an image are to those of made-up drawings, by cells of the image.
@@ -49,9 +50,10 @@ def patches(
     Every patch of an image is centred, scaled and whitened, all of one length, and compared with
     a dictionary of patches that were treated alike; what exceeds the threshold, on either side, is
     averaged over the positions of a cell (after Coates, Ng & Lee, "An Analysis of Single-Layer
-    Networks in Unsupervised Feature Learning", AISTATS 2011). The dictionary, the whitening, and
-    the mean and deviation by which each feature is centred and scaled are those of `drawings`:
-    constants to which no image of a data set contributes.
+    Networks in Unsupervised Feature Learning", AISTATS 2011). What a cell has of features is
+    centred, scaled and partly whitened, so that the few directions in which most of them vary leave
+    room for others. The dictionary and all these statistics are those of `drawings`: constants to
+    which no image of a data set contributes.
 
     Args:
         shape: of an image, `(height, width, channels)`.
@@ -60,6 +62,7 @@ def patches(
         size: pixels of a patch each way.
         cells: of the image each way.
         threshold: of the cosine between two patches.
+        whitening: exponent of the features' covariance; 0 scales them only, 1/2 whitens them.
         mirror: average an image's features with those of its mirror image.
 
     Returns:
@@ -67,12 +70,12 @@ def patches(
     """
     images = drawings(kind, shape, 1500)
     floor = 10.0  # of a patch's deviation in grey levels, squared
-    whitening, dictionary = _patches_of(images, size, filters, floor)
+    kernel, dictionary = _patches_of(images, size, filters, floor)
     side = min(shape[:2]) - size + 1
     pool = side // cells
     margin = (side - pool * cells) // 2
     constant = {"use_bias": False, "trainable": False}
-    whiten = keras.layers.Conv2D(whitening.shape[-1], size, **constant)
+    whiten = keras.layers.Conv2D(kernel.shape[-1], size, **constant)
     compare = keras.layers.Conv2D(filters, 1, **constant)
     mean_of_patch = keras.layers.AveragePooling2D(size, strides=1)
     mean_of_cell = keras.layers.AveragePooling2D(pool)
@@ -93,12 +96,12 @@ def patches(
     if mirror:
         x = (x + features_of(ops.flip(inputs, axis=2))) / 2
     raw = keras.Model(inputs, x)
-    whiten.set_weights([whitening])
+    whiten.set_weights([kernel])
     compare.set_weights([dictionary[None, None]])
-    found = raw.predict(images[:500], batch_size=4, verbose=0)
-    by_channel = found.reshape(-1, found.shape[-1])
-    scale = keras.layers.Rescaling(1.0 / np.maximum(by_channel.std(axis=0), 1e-4))
-    x = scale(x - found.mean(axis=0))
+    found = raw.predict(images, batch_size=4, verbose=0)
+    balance = keras.layers.Dense(2 * filters, **constant)
+    x = balance(x - found.mean(axis=0))
+    balance.set_weights([_balanced(found.reshape(-1, 2 * filters), whitening)])
     x = layers.FlooredNormalization(1.0, 1e-3, center=False)(x)
     return keras.Model(inputs, x, name="patches")
 
@@ -121,6 +124,16 @@ def _patches_of(images, size, count, floor):
     chosen /= np.linalg.norm(chosen, axis=1, keepdims=True)
     whitening -= whitening.mean(axis=0)
     return whitening.reshape(size, size, channels, -1), chosen.T
+
+
+def _balanced(features, exponent):
+    """The matrix that scales features to deviation one, and their covariance's eigenvectors by
+    its eigenvalues to the power of `−exponent`.
+    """
+    scale = 1.0 / np.maximum(features.std(axis=0, dtype=float), 1e-4)
+    values, vectors = np.linalg.eigh(np.cov(features * scale, rowvar=False))
+    weights = (np.maximum(values, 0.0) / values.mean() + 0.01) ** -exponent
+    return scale[:, None] * ((vectors * weights) @ vectors.T)
 
 
 def cached(network: keras.Model, x: np.ndarray, path: pathlib.Path) -> np.ndarray:

@@ -41,6 +41,7 @@ def build_features(shape, settings):
             settings.patch_size,
             settings.cells,
             settings.threshold,
+            settings.whitening,
             settings.mirror,
         )
     return features.scattering(
@@ -190,7 +191,7 @@ def with_features(images, settings, folder):
 # The settings of features, beside `mirror`.
 _OF_FRONT = {
     "scattering": ("scales", "groups", "padding"),
-    "patches": ("center", "filters", "patch_size", "cells", "threshold"),
+    "patches": ("center", "filters", "patch_size", "cells", "threshold", "whitening"),
 }
 
 

@@ -24,7 +24,7 @@ class Settings:
         radius: of the ball in front of pixels; one below the norm of most images makes them
             equally long.
         scales, groups, padding, mirror: of the scattering, as in `features.scattering`.
-        filters, cells, threshold, mirror: of the patches, as in `features.patches`.
+        filters, cells, threshold, whitening, mirror: of the patches, as in `features.patches`.
         center: `"strokes"`, `"blobs"` or `"leaves"`: the features' mean over made-up drawings of
             that kind, a public constant, is subtracted, and what is left brought to one norm.
             Empty: it is not. Patches are compared with those of such drawings.
@@ -51,6 +51,7 @@ class Settings:
     filters: int = 512
     cells: int = 3
     threshold: float = 0.25
+    whitening: float = 0.3
     center: str = ""
     batch_size: int = 4096
     physical_batch_size: int | None = None
@@ -99,6 +100,11 @@ _TABLE = {
     ("fashion_mnist", "scattering-linear"): {
         0: {"center": "blobs", "learning_rate": 1200.0},
         3: {"learning_rate": 2400.0, "epochs": 20},
+    },
+    ("cifar10", "patches-linear"): {
+        0: {"mirror": True, "batch_size": 8192, "epochs": 12, "learning_rate": 400.0},
+        3: {"epochs": 20, "learning_rate": 450.0},
+        8: {"epochs": 30, "learning_rate": 500.0},
     },
     ("mnist", "mlp"): {0: _MLP},
     ("fashion_mnist", "mlp"): {0: _MLP},
