@@ -80,7 +80,7 @@ def build_network(shape, classes, settings, mean=None):
             last = layers.SpectralDense(classes, use_bias=False)
         return keras.Sequential([*body, last], name=settings.head)
     build = {
-        "mlp": lambda: models.mlp(shape, classes, width, depth, settings.radius),
+        "mlp": lambda: _mlp(shape, classes, settings),
         "conv_net": lambda: models.conv_net(shape, classes, width, settings.radius),
         "vgg": lambda: models.vgg(shape, classes, depth, width, settings.radius),
         "resnet": lambda: models.resnet(shape, classes, depth, width, settings.radius),
@@ -96,6 +96,27 @@ def build_network(shape, classes, settings, mean=None):
     return keras.Sequential(
         [keras.Input(shape), keras.layers.Rescaling(1 / 255), layers.Centering(), network]
     )
+
+
+def _mlp(shape, classes, settings):
+    """`models.mlp`, in which hidden vectors may be projected on a ball, too.
+
+    A hidden layer of orthogonal rows that are fewer than its inputs keeps only a part of their
+    norm. With a ball of about what is left, the next layer's bound is no larger than need be.
+    """
+    import keras
+
+    from lipdp import layers, models
+
+    plain = models.mlp(shape, classes, settings.width, settings.depth, settings.radius)
+    if not settings.hidden_radius:
+        return plain
+    body = []
+    for layer in plain.layers:
+        body.append(layer)
+        if isinstance(layer, layers.GroupSort):
+            body.append(layers.BallProjection(settings.hidden_radius))
+    return keras.Sequential([keras.Input(shape), *body], name="mlp")
 
 
 # --- training -------------------------------------------------------------------------------------

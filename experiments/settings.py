@@ -23,6 +23,7 @@ class Settings:
             in front, too.
         radius: of the ball in front of pixels; one below the norm of most images makes them
             equally long.
+        hidden_radius: of the ball behind each hidden layer of `mlp`; 0: there is none.
         scales, groups, padding, mirror: of the scattering, as in `features.scattering`.
         filters, cells, threshold, whitening, mirror: of the patches, as in `features.patches`.
         center: `"strokes"`, `"blobs"` or `"leaves"`: the features' mean over made-up drawings of
@@ -44,6 +45,7 @@ class Settings:
     depth: int = 2
     patch_size: int = 4
     radius: float = 1.0
+    hidden_radius: float = 0.0
     scales: int = 2
     groups: int = 27
     padding: str = "zeros"
