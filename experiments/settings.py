@@ -108,6 +108,14 @@ _TABLE = {
         3: {"epochs": 20, "learning_rate": 450.0},
         8: {"epochs": 30, "learning_rate": 500.0},
     },
+    ("fashion_mnist", "patches-linear"): {
+        0: {"filters": 256, "learning_rate": 400.0},
+        3: {"epochs": 20, "learning_rate": 450.0},
+    },
+    ("mnist", "patches-linear"): {
+        0: {"filters": 256, "center": "strokes", "learning_rate": 400.0},
+        3: {"epochs": 20, "learning_rate": 450.0},
+    },
     ("mnist", "mlp"): {0: _MLP},
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
