@@ -109,12 +109,18 @@ _TABLE = {
         8: {"epochs": 30, "learning_rate": 500.0},
     },
     ("fashion_mnist", "patches-linear"): {
-        0: {"filters": 256, "learning_rate": 400.0},
-        3: {"epochs": 20, "learning_rate": 450.0},
+        0: {"filters": 256, "batch_size": 8192, "epochs": 20, "learning_rate": 300.0},
+        3: {"epochs": 30, "learning_rate": 800.0},
     },
     ("mnist", "patches-linear"): {
-        0: {"filters": 256, "center": "strokes", "learning_rate": 400.0},
-        3: {"epochs": 20, "learning_rate": 450.0},
+        0: {
+            "filters": 256,
+            "center": "strokes",
+            "batch_size": 8192,
+            "epochs": 20,
+            "learning_rate": 300.0,
+        },
+        3: {"epochs": 30, "learning_rate": 800.0},
     },
     ("mnist", "mlp"): {0: _MLP},
     ("fashion_mnist", "mlp"): {0: _MLP},
