@@ -122,7 +122,9 @@ _TABLE = {
         },
         3: {"epochs": 30, "learning_rate": 800.0},
     },
-    ("mnist", "mlp"): {0: _MLP},
+    ("mnist", "mlp"): {
+        0: _MLP | {"hidden_radius": 0.3, "batch_size": 8192, "epochs": 24, "learning_rate": 8.0}
+    },
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
 }

@@ -151,7 +151,7 @@ def test_drawings_are_constants_in_the_range_of_pixels(kind):
     assert 0 <= images.min() < 1 and 200 < images.max() <= 255
     assert images[:, 8:20, 8:20].mean() > 2 * images[:, :4].mean()
     np.testing.assert_array_equal(images, features.drawings(kind, (28, 28, 2), 20))
-    with pytest.raises(ValueError, match="'strokes' or 'blobs'"):
+    with pytest.raises(ValueError, match="'strokes', 'blobs' or 'leaves'"):
         features.drawings("cats", (28, 28, 1))
 
 
