@@ -33,6 +33,17 @@ def build_features(shape, settings):
 
     if settings.front == "pixels":
         return None
+    if settings.front == "patches":
+        return features.patches(
+            shape,
+            settings.center,
+            settings.filters,
+            settings.patch_size,
+            settings.cells,
+            settings.threshold,
+            settings.whitening,
+            settings.mirror,
+        )
     return features.scattering(
         shape, settings.scales, settings.groups, settings.padding, settings.mirror
     )
@@ -69,7 +80,7 @@ def build_network(shape, classes, settings, mean=None):
             last = layers.SpectralDense(classes, use_bias=False)
         return keras.Sequential([*body, last], name=settings.head)
     build = {
-        "mlp": lambda: models.mlp(shape, classes, width, depth, settings.radius),
+        "mlp": lambda: _mlp(shape, classes, settings),
         "conv_net": lambda: models.conv_net(shape, classes, width, settings.radius),
         "vgg": lambda: models.vgg(shape, classes, depth, width, settings.radius),
         "resnet": lambda: models.resnet(shape, classes, depth, width, settings.radius),
@@ -85,6 +96,27 @@ def build_network(shape, classes, settings, mean=None):
     return keras.Sequential(
         [keras.Input(shape), keras.layers.Rescaling(1 / 255), layers.Centering(), network]
     )
+
+
+def _mlp(shape, classes, settings):
+    """`models.mlp`, in which hidden vectors may be projected on a ball, too.
+
+    A hidden layer of orthogonal rows that are fewer than its inputs keeps only a part of their
+    norm. With a ball of about what is left, the next layer's bound is no larger than need be.
+    """
+    import keras
+
+    from lipdp import layers, models
+
+    plain = models.mlp(shape, classes, settings.width, settings.depth, settings.radius)
+    if not settings.hidden_radius:
+        return plain
+    body = []
+    for layer in plain.layers:
+        body.append(layer)
+        if isinstance(layer, layers.GroupSort):
+            body.append(layers.BallProjection(settings.hidden_radius))
+    return keras.Sequential([keras.Input(shape), *body], name="mlp")
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -165,13 +197,23 @@ def with_features(images, settings, folder):
     front = build_features(images.x_train.shape[1:], settings)
     if front is None:
         return images, None
-    names = [getattr(settings, name) for name in ("front", "scales", "groups", "padding", "mirror")]
+    names = ("front", *_OF_FRONT[settings.front], "mirror")
+    names = [getattr(settings, name) for name in names]
     made = {}
     for part, x in (("train", images.x_train), ("test", images.x_test)):
         file = f"{images.name}-{part}-{len(x)}-{'-'.join(map(str, names))}.npy"
         made[f"x_{part}"] = features.cached(front, x, folder / file)
-    mean = features.mean_of_drawings(front, settings.center) if settings.center else None
+    mean = None  # patches are centred already
+    if settings.front == "scattering" and settings.center:
+        mean = features.mean_of_drawings(front, settings.center)
     return dataclasses.replace(images, **made), mean
+
+
+# The settings of features, beside `mirror`.
+_OF_FRONT = {
+    "scattering": ("scales", "groups", "padding"),
+    "patches": ("center", "filters", "patch_size", "cells", "threshold", "whitening"),
+}
 
 
 def run_key(images, settings, epsilon, delta, seed):

@@ -16,15 +16,19 @@ class Settings:
     """Of one run.
 
     Attributes:
-        front: `"pixels"` or `"scattering"`.
+        front: `"pixels"`, `"scattering"` or `"patches"`.
         head: what is trained behind it: a name of `lipdp.models`, or `"linear"`, `"dense"`,
             `"conv"`.
-        width, depth, patch_size: of the head, where it has them.
+        width, depth, patch_size: of the head, where it has them; `patch_size` is that of patches
+            in front, too.
         radius: of the ball in front of pixels; one below the norm of most images makes them
             equally long.
+        hidden_radius: of the ball behind each hidden layer of `mlp`; 0: there is none.
         scales, groups, padding, mirror: of the scattering, as in `features.scattering`.
-        center: `"strokes"` or `"blobs"`: the features' mean over made-up drawings of that kind, a
-            public constant, is subtracted, and what is left brought to one norm. Empty: it is not.
+        filters, cells, threshold, whitening, mirror: of the patches, as in `features.patches`.
+        center: `"strokes"`, `"blobs"` or `"leaves"`: the features' mean over made-up drawings of
+            that kind, a public constant, is subtracted, and what is left brought to one norm.
+            Empty: it is not. Patches are compared with those of such drawings.
         batch_size: expected size of a Poisson batch.
         physical_batch_size: most rows that are computed at once, or None.
         epochs, learning_rate, momentum: of SGD, decayed to zero along a cosine.
@@ -41,10 +45,15 @@ class Settings:
     depth: int = 2
     patch_size: int = 4
     radius: float = 1.0
+    hidden_radius: float = 0.0
     scales: int = 2
     groups: int = 27
     padding: str = "zeros"
     mirror: bool = False
+    filters: int = 512
+    cells: int = 3
+    threshold: float = 0.25
+    whitening: float = 0.3
     center: str = ""
     batch_size: int = 4096
     physical_batch_size: int | None = None
@@ -64,6 +73,12 @@ NETWORKS = types.MappingProxyType(
         "scattering-linear": {"front": "scattering", "head": "linear"},
         "scattering-dense": {"front": "scattering", "head": "dense"},
         "scattering-conv": {"front": "scattering", "head": "conv"},
+        "patches-linear": {
+            "front": "patches",
+            "head": "linear",
+            "patch_size": 6,
+            "center": "leaves",
+        },
         "mlp": {"head": "mlp"},
         "conv_net": {"head": "conv_net"},
         "vgg5": {"head": "vgg", "depth": 5, "width": 16},
@@ -88,7 +103,28 @@ _TABLE = {
         0: {"center": "blobs", "learning_rate": 1200.0},
         3: {"learning_rate": 2400.0, "epochs": 20},
     },
-    ("mnist", "mlp"): {0: _MLP},
+    ("cifar10", "patches-linear"): {
+        0: {"mirror": True, "batch_size": 8192, "epochs": 12, "learning_rate": 400.0},
+        3: {"epochs": 20, "learning_rate": 450.0},
+        8: {"epochs": 30, "learning_rate": 500.0},
+    },
+    ("fashion_mnist", "patches-linear"): {
+        0: {"filters": 256, "batch_size": 8192, "epochs": 20, "learning_rate": 300.0},
+        3: {"epochs": 30, "learning_rate": 800.0},
+    },
+    ("mnist", "patches-linear"): {
+        0: {
+            "filters": 256,
+            "center": "strokes",
+            "batch_size": 8192,
+            "epochs": 20,
+            "learning_rate": 300.0,
+        },
+        3: {"epochs": 30, "learning_rate": 800.0},
+    },
+    ("mnist", "mlp"): {
+        0: _MLP | {"hidden_radius": 0.3, "batch_size": 8192, "epochs": 24, "learning_rate": 8.0}
+    },
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
 }

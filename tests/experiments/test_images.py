@@ -117,10 +117,26 @@ def test_every_network_has_bounds(network):
     assert all(0 < float(b) < 10 for b in bounds.values())
 
 
-def test_a_mirrored_image_has_the_same_features():
+def test_a_ball_behind_a_hidden_layer_bounds_what_the_next_one_reads():
     from dataclasses import replace
 
-    settings = replace(settings_of("unknown", "scattering-linear", 1.0), mirror=True)
+    from lipdp import gradient_bounds
+
+    settings = replace(settings_of("unknown", "mlp", 1.0), width=6, depth=3)
+    without, within = (
+        images.build_network((4, 4, 1), 3, replace(settings, hidden_radius=radius))
+        for radius in (0.0, 0.25)
+    )
+    assert [w.shape for w in without.weights] == [w.shape for w in within.weights]
+    bounds = [[float(b) for b in gradient_bounds(net, 1.0).values()] for net in (without, within)]
+    np.testing.assert_allclose(np.divide(*bounds), [1.0, 4.0, 4.0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("network", ["scattering-linear", "patches-linear"])
+def test_a_mirrored_image_has_the_same_features(network):
+    from dataclasses import replace
+
+    settings = replace(settings_of("unknown", network, 1.0), mirror=True, filters=4, cells=2)
     front = images.build_features((8, 8, 1), settings)
     x = np.random.default_rng(0).uniform(0, 255, (2, 8, 8, 1)).astype("float32")
     found = np.asarray(front(x))
@@ -135,8 +151,33 @@ def test_drawings_are_constants_in_the_range_of_pixels(kind):
     assert 0 <= images.min() < 1 and 200 < images.max() <= 255
     assert images[:, 8:20, 8:20].mean() > 2 * images[:, :4].mean()
     np.testing.assert_array_equal(images, features.drawings(kind, (28, 28, 2), 20))
-    with pytest.raises(ValueError, match="'strokes' or 'blobs'"):
+    with pytest.raises(ValueError, match="'strokes', 'blobs' or 'leaves'"):
         features.drawings("cats", (28, 28, 1))
+
+
+def test_leaves_are_constants_in_colours():
+    images = features.drawings("leaves", (16, 16, 3), 20)
+    assert images.shape == (20, 16, 16, 3) and images.dtype == np.float32
+    assert 0 <= images.min() < 5 and 250 < images.max() <= 255
+    assert np.ptp(images, axis=-1).mean() > 10
+    np.testing.assert_array_equal(images, features.drawings("leaves", (16, 16, 3), 20))
+
+
+def test_features_of_patches():
+    shape = (11, 11, 2)
+    front = features.patches(shape, "leaves", filters=5, size=3, cells=2)
+    assert front.output_shape == (None, 2, 2, 10) and not front.trainable_variables
+    x = np.random.default_rng(0).uniform(0, 255, (3, *shape)).astype("float32")
+    x[2] = 7.0
+    found = np.asarray(front(x))
+    np.testing.assert_allclose(np.linalg.norm(found.reshape(3, -1), axis=1), 1.0, rtol=1e-4)
+    # Neither brightness nor contrast is seen, but for what the floor of the deviation takes.
+    np.testing.assert_allclose(np.asarray(front(0.5 * x + 60))[:2], found[:2], atol=0.01)
+    # Each image is treated by itself, a constant image is finite, the constants are constant.
+    np.testing.assert_allclose(np.asarray(front(x[:1])), found[:1], atol=1e-5)
+    assert np.isfinite(found).all()
+    again = features.patches(shape, "leaves", filters=5, size=3, cells=2)
+    np.testing.assert_allclose(np.asarray(again(x)), found, atol=1e-5)
 
 
 def test_settings_follow_epsilon_and_the_network_is_known():
