@@ -63,18 +63,24 @@ def standard_normal(key: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor
     Args:
         key: uint32 `(4,)`, 128 random bits; the same bits give the same numbers.
         stream: uint32 scalar; the streams of a key have no number in common.
-        shape: of the result, of at most 2³² entries.
+        shape: of the result.
 
     Returns:
         A float32 tensor.
+
+    Raises:
+        ValueError: 2³¹ entries or more, whose places would repeat.
 
     >>> key = ops.convert_to_tensor(np.arange(4, dtype="uint32"))
     >>> z = standard_normal(key, np.uint32(0), (100, 100))
     >>> z.shape == (100, 100), round(float(ops.std(z)), 1)
     (True, 1.0)
     """
+    entries = math.prod(shape)
+    if entries >= 2**31:
+        raise ValueError(f"`shape` must have fewer than 2**31 entries; got {tuple(shape)}.")
     word = np.uint32
-    place = ops.cast(ops.arange(math.prod(shape), dtype="int32"), "uint32")
+    place = ops.cast(ops.arange(entries, dtype="int32"), "uint32")
     counter = (place + key[2], ops.zeros_like(place) + ops.bitwise_xor(key[3], stream))
     first, second = threefry((key[0], key[1]), counter)
 

@@ -115,6 +115,11 @@ def test_neighbours_streams_and_keys_are_independent():
             assert abs(correlation) < 5 / np.sqrt(first.size)
 
 
+def test_places_that_would_repeat_are_refused():
+    with pytest.raises(ValueError, match="fewer than"):
+        standard_normal(ops.convert_to_tensor(KEY), np.uint32(0), (2**16, 2**15))
+
+
 def test_noise_is_added_at_its_std():
     total = ops.convert_to_tensor(np.full((100, 1000), 3.0, "float32"))
     key = ops.convert_to_tensor(KEY)
