@@ -446,7 +446,7 @@ def test_weights_of_another_precision_are_refused():
         [
             keras.Input((6,)),
             layers.BallProjection(1.0),
-            layers.SpectralDense(3, dtype=Rounded("float32")),
+            layers.FrobeniusDense(3, kernel_initializer="ones", dtype=Rounded("float32")),
         ]
     )
     assert network.trainable_variables[0].dtype == "float16"
