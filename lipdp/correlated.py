@@ -30,7 +30,6 @@ from keras import ops
 from accountants import CyclicPoisson, FixedEpochs
 from accountants.sampling import Sampling
 from lipdp.noise import GaussianNoise
-from lipdp.normal import standard_normal
 
 __all__ = ["BandedNoise", "CorrelatedNoise", "ToeplitzNoise", "mean_error"]
 
@@ -204,9 +203,10 @@ class _Stream(GaussianNoise):
         return renewed
 
     def add(self, backend: Any, features: dict, sums: list, stds: list) -> list:
-        noisy, draw = [], backend.compiled(standard_normal)
+        noisy = []
         for index, (total, std) in enumerate(zip(sums, stds, strict=True)):
-            noise = draw(features["key"], np.uint32(index), tuple(total.shape))
+            zeros = ops.zeros(total.shape, "float32")
+            noise = backend.add_noise(zeros, 1.0, features["key"], np.uint32(index))
             if self.variables:
                 noise = self._correlated(noise, self.variables[index])
             noisy.append(total + std * noise)

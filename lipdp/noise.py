@@ -12,7 +12,6 @@ from accountants import FixedEpochs
 from accountants.sampling import Sampling
 from lipdp._validation import check_number
 from lipdp.discrete import discrete_gaussian
-from lipdp.normal import add_noise
 
 __all__ = [
     "ALLOCATIONS",
@@ -149,16 +148,17 @@ class GaussianNoise:
         """The sums of one step with their noise.
 
         Args:
-            backend: the backend's step module, for `compiled`.
+            backend: the backend's step module: `add_noise`, `compiled`.
             features: what the step's batch carries beside its inputs: `"key"`, and as `"noise"`
                 what `draw` gave.
             sums, stds: of each weight, in the order of the trainable variables, and of the count
                 of an adaptive clip. Stream `i` of the key belongs to sum `i`, streams from their
                 number on to others.
         """
-        add = backend.compiled(add_noise)
         return [
-            add(total, ops.convert_to_tensor(std, "float32"), features["key"], np.uint32(index))
+            backend.add_noise(
+                total, ops.convert_to_tensor(std, "float32"), features["key"], np.uint32(index)
+            )
             for index, (total, std) in enumerate(zip(sums, stds, strict=True))
         ]
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from lipdp import steps
+from lipdp import normal, steps
 from lipdp.devices import ALONE, Devices
 from lipdp.steps.private_step import private_step
 
@@ -42,6 +42,9 @@ def accumulate(part, arrays, size):
 
 def _flat(array):
     return array.reshape(-1, *array.shape[2:])
+
+
+add_noise = normal.add_noise
 
 
 def compiled(function):

@@ -1,5 +1,6 @@
 """The private step on TensorFlow."""
 
+import contextvars
 import functools
 
 import keras
@@ -7,9 +8,11 @@ import numpy as np
 import tensorflow as tf
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from lipdp import steps
+from lipdp import normal, steps
 from lipdp.devices import ALONE, Devices
 from lipdp.steps.private_step import private_step
+
+_whole_step = contextvars.ContextVar("whole_step", default=False)  # whether XLA compiles it
 
 
 def pull_back(network, x):
@@ -58,6 +61,18 @@ def accumulate(part, arrays, size):
     return sums, tuple(whole)
 
 
+def add_noise(total, std, key, stream):
+    """`lipdp.normal.add_noise`; with TensorFlow's own normal numbers where XLA compiles the whole
+    step, in which it was seen to take more than half an hour over those of `lipdp.normal`. Both are
+    functions of all 128 bits of the key.
+    """
+    if not _whole_step.get():
+        return compiled(normal.add_noise)(total, std, key, stream)
+    seed = tf.bitcast(tf.reshape(tf.cast(key, tf.uint32), (2, 2)), tf.int64)
+    seed = tf.bitwise.bitwise_xor(seed, tf.constant([0, int(stream)], tf.int64))
+    return total + std * tf.random.stateless_normal(total.shape, seed, alg="philox")
+
+
 @functools.cache
 def compiled(function):
     """The function through XLA, which fuses its small products."""
@@ -86,7 +101,11 @@ def train_step(model, data):
     """Keras' `train_step` on TensorFlow: variables change in place."""
     replica = _replica()
     if replica is None:
-        return private_step(model, data, steps.backend())
+        token = _whole_step.set(model.jit_compile)
+        try:
+            return private_step(model, data, steps.backend())
+        finally:
+            _whole_step.reset(token)
     features, y, mask = data
     if "noise" in features:
         # Zeros but in the first replica; integers, so no sum rounds. What is reduced needs a

@@ -529,9 +529,9 @@ def several(together, jit_compile, **kwargs):
     ],
 )
 def test_steps_however_they_run_come_to_the_same_weights(together, jit_compile):
-    (a, epsilon), (b, same) = (
-        several(*how, noise_multiplier=1.0) for how in ((1, False), (together, jit_compile))
-    )
+    """On TensorFlow a step that XLA compiles has other normal numbers: there, without noise."""
+    kwargs = {"noise_multiplier": 0.0 if TENSORFLOW and jit_compile else 1.0}
+    (a, epsilon), (b, same) = several(1, False, **kwargs), several(together, jit_compile, **kwargs)
     assert epsilon == same
     for one, other in zip(a, b, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
