@@ -210,11 +210,12 @@ def mutate(name):
     if name == "own noise":  # drawn by each replica, in its own stream
         import tensorflow as tf
 
-        normal = backend.normal
-        backend.normal = lambda key, stream, shape: normal(
+        add_noise = backend.add_noise
+        backend.add_noise = lambda total, std, key, stream: add_noise(
+            total,
+            std,
             key + tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, key.dtype),
             stream,
-            shape,
         )
         backend.once = lambda updates: [u / REPLICAS for u in updates]
     elif name == "every update":  # each replica's, noise and all, and the optimizer adds them up

@@ -106,7 +106,7 @@ KILLED = textwrap.dedent(
             model.fit(x, y, epochs=10_000, verbose=0, callbacks=[release])
             os._exit(3)
         # From before the ledger is open to some tens of steps later.
-        time.sleep(random.uniform(0.2, 2.4))
+        time.sleep(random.uniform(0.2, 4.0))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), status
