@@ -299,11 +299,18 @@ class DrawnBatches(keras.utils.PyDataset):
         size = max(1, -(-len(rows) // self.bucket)) * self.bucket
         size //= self.devices.processes
         rows = rows[self.devices.process * size :][:size]
+        return self._batch(rows, size, self.source.key(*place))
+
+    def blank(self) -> DrawnBatch:
+        """Padding alone, in the shapes and types of a drawn batch. Nothing is drawn or read."""
+        size = self.bucket // self.devices.processes
+        return self._batch(np.arange(0), size, np.zeros(4, np.uint32))
+
+    def _batch(self, rows, size, key):
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0
         weights = None if self.weights is None else padded(self.weights, rows, size)
-        taken, key = self.examples.take(rows, size), self.source.key(*place)
-        return DrawnBatch(*taken, mask, key, weights, self.draw_noise())
+        return DrawnBatch(*self.examples.take(rows, size), mask, key, weights, self.draw_noise())
 
     def _rows(self, place, epoch, index):
         """Which examples step `index` takes, exactly as the scheme's accounting wants them drawn.

@@ -30,6 +30,7 @@ from keras import ops
 from accountants import CyclicPoisson, FixedEpochs
 from accountants.sampling import Sampling
 from lipdp.noise import GaussianNoise
+from lipdp.normal import standard_normal
 
 __all__ = ["BandedNoise", "CorrelatedNoise", "ToeplitzNoise", "mean_error"]
 
@@ -205,8 +206,8 @@ class _Stream(GaussianNoise):
     def add(self, backend: Any, features: dict, sums: list, stds: list) -> list:
         noisy = []
         for index, (total, std) in enumerate(zip(sums, stds, strict=True)):
-            zeros = ops.zeros(total.shape, "float32")
-            noise = backend.add_noise(zeros, 1.0, features["key"], np.uint32(index))
+            key, shape = features["key"], tuple(total.shape)
+            noise = backend.compiled(standard_normal)(key, np.uint32(index), shape)
             if self.variables:
                 noise = self._correlated(noise, self.variables[index])
             noisy.append(total + std * noise)

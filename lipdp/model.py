@@ -388,9 +388,7 @@ class PrivateModel(keras.Model):
             )
         self._open_batch = None
         features, targets, mask = (
-            steps.backend().placed(self, batch, self.devices)
-            if self.devices.distributed
-            else batch.as_data()
+            steps.backend().placed(self, batch) if self.devices.distributed else batch.as_data()
         )
         return super().train_on_batch(
             features, targets, sample_weight=mask, return_dict=return_dict
@@ -427,7 +425,7 @@ class PrivateModel(keras.Model):
     def _handed_out(self, batches):
         if not self.devices.distributed:
             return batches
-        return steps.backend().handed_out(self, batches, self.devices)
+        return steps.backend().HandedOut(self, batches)
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Everything is built when a run begins; Keras would average a batch over the devices, with
@@ -677,7 +675,7 @@ class PrivateModel(keras.Model):
         if own.distributed:
             with backend.scope(self):
                 # Metrics have variables, and on several devices none are made within a step.
-                self._symbolic_build(data_batch=drawn.draw(0).as_data())
+                self._symbolic_build(data_batch=drawn.blank().as_data())
         self.spending.begin(run)
         return drawn
 

@@ -12,6 +12,7 @@ from accountants import FixedEpochs
 from accountants.sampling import Sampling
 from lipdp._validation import check_number
 from lipdp.discrete import discrete_gaussian
+from lipdp.normal import add_noise
 
 __all__ = [
     "ALLOCATIONS",
@@ -148,17 +149,16 @@ class GaussianNoise:
         """The sums of one step with their noise.
 
         Args:
-            backend: the backend's step module: `add_noise`, `compiled`.
+            backend: the backend's step module, of which `compiled` is needed.
             features: what the step's batch carries beside its inputs: `"key"`, and as `"noise"`
                 what `draw` gave.
             sums, stds: of each weight, in the order of the trainable variables, and of the count
                 of an adaptive clip. Stream `i` of the key belongs to sum `i`, streams from their
                 number on to others.
         """
+        noisy = backend.compiled(add_noise)
         return [
-            backend.add_noise(
-                total, ops.convert_to_tensor(std, "float32"), features["key"], np.uint32(index)
-            )
+            noisy(total, ops.convert_to_tensor(std, "float32"), features["key"], np.uint32(index))
             for index, (total, std) in enumerate(zip(sums, stds, strict=True))
         ]
 

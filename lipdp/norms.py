@@ -42,7 +42,7 @@ _PROBES = 16
 # Rows of a multiple of so many numbers lie in the same few lines of a processor's cache: products
 # with such a matrix take a third more time than with one that is wider by the padding.
 _ALIASED, _PADDING = 256, 16
-# The reciprocal of a larger number underflows on JAX: norms of larger entries are infinite.
+# The reciprocal of a larger number underflows on JAX: norms of larger tensors are infinite.
 _HUGE = 1e37
 # What the FFT certificate of a convolution may hold in memory, in numbers.
 _FFT_LIMIT = 2**22
@@ -50,6 +50,18 @@ _FFT_LIMIT = 2**22
 
 def _rounding(*sides):
     return 1.0 + _ROUNDING * max(1.0, max(sides) / 1024)
+
+
+def _scaled(x, axis=None):
+    """The sum of the magnitudes, and `x` divided by it: squares of that neither overflow nor, as
+    far as they count, underflow.
+
+    A sum, where the largest entry would do: what is certified is a noisy weight, and LLVM has been
+    seen to take hours over a maximum of a few entries that each are computed by the generator of
+    `lipdp.normal` (it looks for a checksum's loop behind the maximum, along every path).
+    """
+    scale = ops.sum(ops.abs(x), axis=axis, keepdims=True)
+    return scale, x / ops.where(scale > 0, scale, ops.ones_like(scale))
 
 
 def euclidean_norm(x: Tensor, axis: int | None = None) -> Tensor:
@@ -60,15 +72,14 @@ def euclidean_norm(x: Tensor, axis: int | None = None) -> Tensor:
         axis: the axis of the norm; by default all of them.
 
     Returns:
-        A scalar tensor, or one without the axis; infinite for entries above 1e37.
+        A scalar tensor, or one without the axis; infinite where the entries' magnitudes sum to more
+        than 1e37.
 
     >>> float(euclidean_norm(ops.array([3.0, 4.0]))) >= 5.0
     True
     """
-    # Divided by the largest entry the squares neither overflow nor underflow.
-    scale = ops.max(ops.abs(x), axis=axis, keepdims=True)
-    safe = ops.where(scale > 0, scale, ops.ones_like(scale))
-    squares = ops.sum(ops.square(x / safe), axis=axis, keepdims=True)
+    scale, unit = _scaled(x, axis)
+    squares = ops.sum(ops.square(unit), axis=axis, keepdims=True)
     norm = ops.where(scale > _HUGE, math.inf, scale * ops.sqrt(squares) * _rounding(1))
     return ops.squeeze(norm, axis)
 
@@ -91,7 +102,7 @@ def spectral_norm_bound(kernel: Tensor, gap: float = _GAP) -> Tensor:
 
     Returns:
         A tensor of shape `(...)`: the bound of each matrix. Zero for zeros, NaN for NaN, infinite
-        for entries above 1e37.
+        where the entries' magnitudes sum to more than 1e37.
 
     Raises:
         ValueError: the kernel is not a matrix.
@@ -113,8 +124,7 @@ def spectral_norm_bound(kernel: Tensor, gap: float = _GAP) -> Tensor:
     while math.log(worst) > 2**iterations * math.log1p(gap / 2):
         iterations += 1
 
-    scale = ops.max(ops.abs(kernel), axis=(-2, -1), keepdims=True)
-    matrix = kernel / ops.where(scale > 0, scale, ops.ones_like(scale))
+    scale, matrix = _scaled(kernel, (-2, -1))
     transposed = ops.swapaxes(matrix, -2, -1)
     gram = ops.matmul(transposed, matrix) if columns <= rows else ops.matmul(matrix, transposed)
     log_norm = ops.zeros_like(scale)
@@ -530,9 +540,8 @@ def almost_orthogonal_scales(kernel: Tensor) -> tuple[Tensor, int]:
         )
     *taps, rows, columns = kernel.shape
     axis = -2 if rows < columns else -1
-    # Entries of about one keep the products away from overflow and underflow.
-    size = ops.max(ops.abs(kernel))
-    unit = kernel / ops.where(size > 0, size, ops.ones_like(size))
+    size, unit = _scaled(kernel)
+    size = ops.reshape(size, ())
     if axis == -1:
         unit = ops.swapaxes(unit, -2, -1)
     # (taps..., scaled channels, others): the products of the channels at all shifts.

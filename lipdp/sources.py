@@ -118,6 +118,8 @@ class Stream:
 
     def __init__(self, dataset: Any, examples: int, batch_size: int, pack: Any) -> None:
         self._batches = dataset.batch(batch_size)
+        x, y = dataset.element_spec
+        self._spec = pack(x), y
         self._examples = examples
         self._pack = pack
         self._pass, self._read = iter(()), 0
@@ -130,13 +132,17 @@ class Stream:
         """The next examples of the pass, padded with zeros to `size` rows.
 
         Args:
-            rows: their places in the pass, consecutive; place 0 begins a new pass.
+            rows: their places in the pass, consecutive; place 0 begins a new pass. Without any
+                nothing is read.
             size: how many rows are returned.
 
         Raises:
-            ValueError: the pass has fewer or more examples than announced.
+            ValueError: the pass has fewer or more examples than announced, or the data set does not
+                know its shapes, and there are no rows that tell.
             RuntimeError: these are not the next ones: what was read is gone.
         """
+        if len(rows) == 0:
+            return tree.map_structure(lambda spec: _zeros(spec, size), self._spec)
         with self._lock:
             if rows[0] == 0:
                 self._pass, self._read = self._batches.as_numpy_iterator(), 0
@@ -160,6 +166,15 @@ class Stream:
             "that is accounted for is of the number announced. Announce it by "
             "tf.data.experimental.assert_cardinality, and drop no example by what it holds."
         )
+
+
+def _zeros(spec, size):
+    if not spec.shape.is_fully_defined():
+        raise ValueError(
+            f"`x` must know the shape of its examples here; got {spec.shape}. Set it, with "
+            "dataset.map(lambda x, y: (tf.ensure_shape(x, ...), tf.ensure_shape(y, ...)))."
+        )
+    return np.zeros((size, *spec.shape), spec.dtype.as_numpy_dtype)
 
 
 def padded(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:

@@ -6,10 +6,9 @@ import jax
 import keras
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from lipdp import normal, steps
-from lipdp.devices import ALONE, Devices
+from lipdp import steps
+from lipdp.devices import ALONE, Devices, HandedOutBatches
 from lipdp.steps.private_step import private_step
 
 
@@ -42,9 +41,6 @@ def accumulate(part, arrays, size):
 
 def _flat(array):
     return array.reshape(-1, *array.shape[2:])
-
-
-add_noise = normal.add_noise
 
 
 def compiled(function):
@@ -128,8 +124,9 @@ def devices(model):
     """The `Devices` of the distribution in use.
 
     Raises:
-        ValueError: an unknown distribution, one that splits up weights, or a variable that was made
-            before the distribution was set.
+        ValueError: several processes without a distribution, one that is unknown or splits up
+            weights among processes, processes with unequally many devices, or a variable that was
+            made before the distribution was set.
     """
     distribution = keras.distribution.distribution()
     if distribution is None:
@@ -174,8 +171,9 @@ def gather(model, array):
     return np.asarray(multihost_utils.process_allgather(array))
 
 
-def placed(model, batch, own):
+def placed(model, batch):
     """The arguments of `train_on_batch`: the rows of this process."""
+    own = model.devices
     features, y, mask = batch.as_data()
     features["key"] = np.tile(batch.key, (own.local, 1))
     if batch.noise is not None:
@@ -184,26 +182,9 @@ def placed(model, batch, own):
     return features, y, mask
 
 
-def handed_out(model, drawn, own):
-    """What `fit` gives to Keras for batches whose rows go to several devices."""
-    return _Rows(drawn, own)
-
-
-class _Rows(DataAdapter):
-    """Drawn batches, the rows of this process."""
-
-    def __init__(self, drawn, own):
-        self.drawn, self.own = drawn, own
+class HandedOut(HandedOutBatches):
+    """The rows of this process."""
 
     def get_jax_iterator(self):
         for index in range(len(self.drawn)):
-            yield placed(None, self.drawn.request(index), self.own)
-
-    num_batches = property(lambda self: len(self.drawn))
-    batch_size = has_partial_batch = partial_batch_size = None
-
-    def on_epoch_begin(self):
-        self.drawn.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.drawn.on_epoch_end()
+            yield placed(self.model, self.drawn.request(index))

@@ -10,6 +10,7 @@ from lipdp.bounds import gradient_bounds
 from lipdp.clipping import clip_rows, held, weigh_rows
 from lipdp.losses import per_example
 from lipdp.noise import shares, standard_deviations
+from lipdp.normal import standard_normal
 from lipdp.projections import certified_by
 from lipdp.steps.autodiff import gradient
 
@@ -24,7 +25,7 @@ def private_step(model, data, backend):
     Args:
         model: the `PrivateModel`.
         data: what `DrawnBatch.as_data` gives.
-        backend: the backend's module: `pull_back`, `accumulate`, `add_noise`, `compiled`.
+        backend: the backend's module: `pull_back`, `accumulate`, `total`, `once`, `compiled`.
 
     Returns:
         The metrics' results.
@@ -73,8 +74,8 @@ def private_step(model, data, backend):
     streams = iter(range(len(sums), 1_000_000))
 
     def certificate(matrix, expected):
-        zeros = ops.zeros(norms.probe_shape(matrix.shape), "float32")
-        probe = backend.add_noise(zeros, 1.0, key, np.uint32(next(streams)))
+        shape = norms.probe_shape(matrix.shape)
+        probe = backend.compiled(standard_normal)(key, np.uint32(next(streams)), shape)
         return backend.compiled(norms.probable_norm_bound)(matrix, probe, expected)
 
     with certified_by(certificate):

@@ -1,18 +1,14 @@
 """The private step on TensorFlow."""
 
-import contextvars
 import functools
 
 import keras
 import numpy as np
 import tensorflow as tf
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from lipdp import normal, steps
-from lipdp.devices import ALONE, Devices
+from lipdp import steps
+from lipdp.devices import ALONE, Devices, HandedOutBatches
 from lipdp.steps.private_step import private_step
-
-_whole_step = contextvars.ContextVar("whole_step", default=False)  # whether XLA compiles it
 
 
 def pull_back(network, x):
@@ -61,18 +57,6 @@ def accumulate(part, arrays, size):
     return sums, tuple(whole)
 
 
-def add_noise(total, std, key, stream):
-    """`lipdp.normal.add_noise`; with TensorFlow's own normal numbers where XLA compiles the whole
-    step, in which it was seen to take more than half an hour over those of `lipdp.normal`. Both are
-    functions of all 128 bits of the key.
-    """
-    if not _whole_step.get():
-        return compiled(normal.add_noise)(total, std, key, stream)
-    seed = tf.bitcast(tf.reshape(tf.cast(key, tf.uint32), (2, 2)), tf.int64)
-    seed = tf.bitwise.bitwise_xor(seed, tf.constant([0, int(stream)], tf.int64))
-    return total + std * tf.random.stateless_normal(total.shape, seed, alg="philox")
-
-
 @functools.cache
 def compiled(function):
     """The function through XLA, which fuses its small products."""
@@ -101,11 +85,7 @@ def train_step(model, data):
     """Keras' `train_step` on TensorFlow: variables change in place."""
     replica = _replica()
     if replica is None:
-        token = _whole_step.set(model.jit_compile)
-        try:
-            return private_step(model, data, steps.backend())
-        finally:
-            _whole_step.reset(token)
+        return private_step(model, data, steps.backend())
     features, y, mask = data
     if "noise" in features:
         # Zeros but in the first replica; integers, so no sum rounds. What is reduced needs a
@@ -234,10 +214,10 @@ def gather(model, array):
     return np.asarray(strategy.reduce("SUM", values, axis=None))
 
 
-def placed(model, batch, own):
+def placed(model, batch):
     """The arguments of `train_on_batch`, each with one value a replica."""
-    parts = iter([part.as_data() for part in batch.parts(own.local, own.chief)])
-    parts = [tf.nest.map_structure(tf.convert_to_tensor, part) for part in parts]
+    parts = batch.parts(model.devices.local, model.devices.chief)
+    parts = [tf.nest.map_structure(tf.convert_to_tensor, part.as_data()) for part in parts]
     strategy = model.distribute_strategy
 
     def distributed(*values):
@@ -247,25 +227,19 @@ def placed(model, batch, own):
     return tf.nest.map_structure(distributed, *parts)
 
 
-def handed_out(model, drawn, own):
-    """What `fit` gives to Keras for batches that are cut into a part for each replica."""
-    return _Parts(model.distribute_strategy, drawn, own)
-
-
-class _Parts(DataAdapter):
-    """Drawn batches, a part for each local replica after the other."""
-
-    def __init__(self, strategy, drawn, own):
-        self.strategy, self.drawn, self.own = strategy, drawn, own
+class HandedOut(HandedOutBatches):
+    """A part for each local replica after the other."""
 
     def get_tf_dataset(self):
+        own = self.model.devices
+
         def parts():
             for index in range(len(self.drawn)):
                 batch = self.drawn.request(index)
-                for part in batch.parts(self.own.local, self.own.chief):
+                for part in batch.parts(own.local, own.chief):
                     yield part.as_data()
 
-        like = self.drawn.request(0).as_data()
+        like = self.drawn.blank().as_data()
         features, *rest = tf.nest.map_structure(_rows, like)
         features |= {
             n: tf.TensorSpec.from_tensor(tf.convert_to_tensor(like[0][n]))
@@ -273,16 +247,8 @@ class _Parts(DataAdapter):
             if n in features
         }
         dataset = tf.data.Dataset.from_generator(parts, output_signature=(features, *rest))
-        return self.strategy.distribute_datasets_from_function(lambda context: dataset)
-
-    num_batches = property(lambda self: len(self.drawn))
-    batch_size = has_partial_batch = partial_batch_size = None
-
-    def on_epoch_begin(self):
-        self.drawn.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.drawn.on_epoch_end()
+        strategy = self.model.distribute_strategy
+        return strategy.distribute_datasets_from_function(lambda context: dataset)
 
 
 def _rows(array):

@@ -41,6 +41,7 @@ def cases():
         "conv": poisson | {"network": conv_network, "shape": (8, 8, 1)},
         "adaptive": poisson | {"clip": lipdp.AdaptiveClip(0.5), "physical_batch_size": 3},
         "shuffled": {"sampling": lipdp.ShuffledEpochs(13), "weights": True},
+        "stream": {"sampling": lipdp.ShuffledEpochs(13), "streamed": True},
         "augmented": poisson
         | {"augmentation": lipdp.Augmentation(keras.layers.GaussianNoise(0.0), views=2)},
         "clipnorm": poisson | {"optimizer": {"global_clipnorm": 0.1}},
@@ -77,7 +78,7 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=(), checkpo
     optimizer = options.pop("optimizer", {})
     network = options.pop("network", dense_network)
     weighted = options.pop("weights", False)
-    validated = options.pop("validated", False)
+    validated, streamed = options.pop("validated", False), options.pop("streamed", False)
     keras.utils.set_random_seed(1)
     x, y = data(64, shape)
     fit = {"epochs": options.pop("epochs", 5)}
@@ -88,6 +89,10 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=(), checkpo
     if weighted:
         fit["sample_weight"] = np.linspace(0.0, 2.0, 64)
         compile = {"max_sample_weight": 2.0}
+    if streamed:
+        import tensorflow as tf
+
+        x, y = tf.data.Dataset.from_tensor_slices((x, y)), None
     if validated:
         fit |= {"validation_data": (x[:48], y[:48]), "validation_batch_size": 12}
     with scope():
@@ -210,13 +215,14 @@ def mutate(name):
     if name == "own noise":  # drawn by each replica, in its own stream
         import tensorflow as tf
 
-        add_noise = backend.add_noise
-        backend.add_noise = lambda total, std, key, stream: add_noise(
-            total,
-            std,
-            key + tf.cast(tf.distribute.get_replica_context().replica_id_in_sync_group, key.dtype),
-            stream,
-        )
+        add = lipdp.noise.GaussianNoise.add
+
+        def added(noise, backend, features, sums, stds):
+            number = tf.distribute.get_replica_context().replica_id_in_sync_group
+            own = features["key"] + tf.cast(number, features["key"].dtype)
+            return add(noise, backend, features | {"key": own}, sums, stds)
+
+        lipdp.noise.GaussianNoise.add = added
         backend.once = lambda updates: [u / REPLICAS for u in updates]
     elif name == "every update":  # each replica's, noise and all, and the optimizer adds them up
         backend.once = lambda updates: updates

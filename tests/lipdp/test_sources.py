@@ -189,6 +189,8 @@ def test_a_stream_is_read_in_order_or_not_at_all():
     for wrong in (16, 24):
         with pytest.raises(RuntimeError, match="8 examples of this pass were taken"):
             source.take(np.arange(wrong, wrong + 8), 8)
+    blank, targets = source.take(np.arange(0), 3)
+    assert blank.shape == (3, 6) and blank.dtype == np.float32 and not targets.any()
     assert source.take(np.arange(8, 16), 8)[0][:, 0].tolist() == list(range(9, 17))
     assert source.take(np.arange(8), 10)[0][:, 0].tolist() == [*range(1, 9), 0, 0]  # a new pass
 
