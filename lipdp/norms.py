@@ -52,16 +52,29 @@ def _rounding(*sides):
     return 1.0 + _ROUNDING * max(1.0, max(sides) / 1024)
 
 
-def _scaled(x, axis=None):
-    """The sum of the magnitudes, and `x` divided by it: squares of that neither overflow nor, as
-    far as they count, underflow.
+def _scaled(parts, axis=None):
+    """The sum of the magnitudes in some tensors, and those divided by it: squares of that neither
+    overflow nor, as far as they count, underflow.
 
     A sum, where the largest entry would do: what is certified is a noisy weight, and LLVM has been
     seen to take hours over a maximum of a few entries that each are computed by the generator of
     `lipdp.normal` (it looks for a checksum's loop behind the maximum, along every path).
     """
-    scale = ops.sum(ops.abs(x), axis=axis, keepdims=True)
-    return scale, x / ops.where(scale > 0, scale, ops.ones_like(scale))
+    scale = sum(ops.sum(ops.abs(part), axis=axis, keepdims=True) for part in parts)
+    safe = ops.where(scale > 0, scale, ops.ones_like(scale))
+    return scale, [part / safe for part in parts]
+
+
+def _gram(real, imaginary=None):
+    """Real and imaginary part of `M*M`, for `M` of the given parts: two real products, where the
+    complex one is four.
+    """
+    if imaginary is None:
+        return [ops.matmul(ops.swapaxes(real, -2, -1), real)]
+    mixed = ops.matmul(ops.swapaxes(real, -2, -1), imaginary)
+    turned = ops.swapaxes(mixed, -2, -1)
+    both = real - imaginary
+    return [ops.matmul(ops.swapaxes(both, -2, -1), both) + mixed + turned, mixed - turned]
 
 
 def euclidean_norm(x: Tensor, axis: int | None = None) -> Tensor:
@@ -78,13 +91,15 @@ def euclidean_norm(x: Tensor, axis: int | None = None) -> Tensor:
     >>> float(euclidean_norm(ops.array([3.0, 4.0]))) >= 5.0
     True
     """
-    scale, unit = _scaled(x, axis)
+    scale, (unit,) = _scaled([x], axis)
     squares = ops.sum(ops.square(unit), axis=axis, keepdims=True)
     norm = ops.where(scale > _HUGE, math.inf, scale * ops.sqrt(squares) * _rounding(1))
     return ops.squeeze(norm, axis)
 
 
-def spectral_norm_bound(kernel: Tensor, gap: float = _GAP) -> Tensor:
+def spectral_norm_bound(
+    kernel: Tensor, gap: float = _GAP, imaginary: Tensor | None = None
+) -> Tensor:
     """Upper bound of the largest singular value of a matrix, at most `gap` above it.
 
     Gram iteration (Delattre et al., "Efficient Bound of Lipschitz Constant for Convolutional
@@ -99,6 +114,7 @@ def spectral_norm_bound(kernel: Tensor, gap: float = _GAP) -> Tensor:
     Args:
         kernel: float tensor of shape `(..., m, n)`.
         gap: relative distance to the true norm that is accepted.
+        imaginary: of the kernel's shape, its imaginary part where it is complex.
 
     Returns:
         A tensor of shape `(...)`: the bound of each matrix. Zero for zeros, NaN for NaN, infinite
@@ -118,28 +134,28 @@ def spectral_norm_bound(kernel: Tensor, gap: float = _GAP) -> Tensor:
         )
     rows, columns = kernel.shape[-2:]
     side = min(rows, columns)
+    parts = [kernel] if imaginary is None else [kernel, ops.convert_to_tensor(imaginary)]
+    if rows < columns:
+        parts = [ops.swapaxes(part, -2, -1) for part in parts]
     worst = (1.0 + math.sqrt(side - 1)) / 2.0
     # `gap / 2` leaves room for rounding; 2^-t·log(worst) <= log(1 + gap).
     iterations = 1
     while math.log(worst) > 2**iterations * math.log1p(gap / 2):
         iterations += 1
 
-    scale, matrix = _scaled(kernel, (-2, -1))
-    transposed = ops.swapaxes(matrix, -2, -1)
-    gram = ops.matmul(transposed, matrix) if columns <= rows else ops.matmul(matrix, transposed)
+    def squares(parts):
+        return sum(ops.sum(ops.square(p), axis=(-2, -1), keepdims=True) for p in parts)
+
+    scale, parts = _scaled(parts, (-2, -1))
     log_norm = ops.zeros_like(scale)
     for iteration in range(1, iterations + 1):
-        if iteration > 1:
-            gram = ops.matmul(gram, gram)
-        size = ops.sqrt(ops.sum(ops.square(gram), axis=(-2, -1), keepdims=True))
-        size = ops.maximum(size, 1e-30)
-        gram = gram / size
+        parts = _gram(*parts)  # a Gram matrix is Hermitian: that of it is its square
+        size = ops.maximum(ops.sqrt(squares(parts)), 1e-30)
+        parts = [part / size for part in parts]
         log_norm = log_norm + ops.log(size) / 2**iteration
-    trace = ops.sum(ops.diagonal(gram, axis1=-2, axis2=-1), axis=-1)[..., None, None]
+    trace = ops.sum(ops.diagonal(parts[0], axis1=-2, axis2=-1), axis=-1)[..., None, None]
     mean = trace / side
-    spread = ops.sum(
-        ops.square(gram - mean * ops.eye(side, dtype=gram.dtype)), axis=(-2, -1), keepdims=True
-    )
+    spread = squares([parts[0] - mean * ops.eye(side, dtype=parts[0].dtype), *parts[1:]])
     top = mean + ops.sqrt(spread / side * (side - 1))
     # No matrix has a spectral norm above its Frobenius norm, nor `top` below zero but by rounding.
     bound = scale * ops.exp(log_norm) * ops.power(ops.maximum(top, 1e-30), 2.0**-iterations)
@@ -496,15 +512,8 @@ def _kernel_norm_bounds(split, multiplicity, grid, dilations, certificate):
 
         real = transfer(np.cos(2 * np.pi * phase))
         imaginary = transfer(np.sin(2 * np.pi * phase))
-        # A complex matrix and this real one have the same norm.
-        doubled = ops.concatenate(
-            [
-                ops.concatenate([real, -imaginary], axis=-1),
-                ops.concatenate([imaginary, real], axis=-1),
-            ],
-            axis=-2,
-        )
-        bounds.append(ops.max(spectral_norm_bound(doubled), axis=-1) * _rounding(1))
+        norms = spectral_norm_bound(real, imaginary=imaginary)
+        bounds.append(ops.max(norms, axis=-1) * _rounding(1))
     return ops.minimum(bounds[0], bounds[1]) if len(bounds) == 2 else bounds[0]
 
 
@@ -540,7 +549,7 @@ def almost_orthogonal_scales(kernel: Tensor) -> tuple[Tensor, int]:
         )
     *taps, rows, columns = kernel.shape
     axis = -2 if rows < columns else -1
-    size, unit = _scaled(kernel)
+    size, (unit,) = _scaled([kernel])
     size = ops.reshape(size, ())
     if axis == -1:
         unit = ops.swapaxes(unit, -2, -1)

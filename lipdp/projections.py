@@ -34,22 +34,28 @@ __all__ = [
 
 # Sides from which on a block of probes is cheaper than products of whole matrices.
 _LARGE = 256
+# Channels from which on a compiled certificate of a convolution is worth its compilation.
+_CHANNELS = 32
 
-_certificate = contextvars.ContextVar("certificate", default=None)
+# (certificate of large matrices, compiler of the others')
+_certificates = contextvars.ContextVar("certificates", default=(None, lambda function: function))
 
 
 @contextlib.contextmanager
-def certified_by(bound: Callable[[Any, float], Any]) -> Iterator[None]:
-    """Lets `bound(matrix, expected)` certify large matrices while the scope lasts.
+def certified_by(
+    bound: Callable[[Any, float], Any], compiled: Callable[[Callable], Callable]
+) -> Iterator[None]:
+    """Lets `bound(matrix, expected)` certify large matrices while the scope lasts, and compiles
+    what certifies kernels of many channels.
 
     The private step opens it with `norms.probable_norm_bound` and fresh probes. Outside of it
     every certificate is deterministic.
     """
-    token = _certificate.set(bound)
+    token = _certificates.set((bound, compiled))
     try:
         yield
     finally:
-        _certificate.reset(token)
+        _certificates.reset(token)
 
 
 def _read(w):
@@ -58,7 +64,7 @@ def _read(w):
 
 
 def _matrix_bound(matrix, expected):
-    probable = _certificate.get()
+    probable, _ = _certificates.get()
     if probable is not None and min(matrix.shape) > _LARGE:
         return probable(matrix, expected)
     return norms.spectral_norm_bound(matrix)
@@ -228,8 +234,13 @@ class ConvBall(Projection):
 
     def __call__(self, w: Any) -> Any:
         w = _read(w)
-        bound = self.bound(w, **self.geometry, certificate=self.certificate)
-        return _shrink(w, bound, self.radius)
+        return _shrink(w, self._certified(w), self.radius)
+
+    def _certified(self, w):
+        _, compiled = _certificates.get()
+        few = min(w.shape[-2:]) < _CHANNELS
+        bound = self.bound if few else compiled(self.bound)
+        return bound(w, **self.geometry, certificate=self.certificate)
 
     def get_config(self) -> dict:
         return {**super().get_config(), **self.geometry, "certificate": self.certificate}
@@ -325,9 +336,8 @@ class ResidualConvBall(ConvBall):
 
     def __call__(self, w: Any) -> Any:
         w = _read(w)
-        bound = self.bound(w, **self.geometry, certificate=self.certificate)
         identity = identity_kernel(w.shape)
-        return _shrink(w + identity, bound, self.radius) - identity
+        return _shrink(w + identity, self._certified(w), self.radius) - identity
 
     def get_config(self) -> dict:
         config = super().get_config()

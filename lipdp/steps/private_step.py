@@ -78,7 +78,7 @@ def private_step(model, data, backend):
         probe = backend.compiled(standard_normal)(key, np.uint32(next(streams)), shape)
         return backend.compiled(norms.probable_norm_bound)(matrix, probe, expected)
 
-    with certified_by(certificate):
+    with certified_by(certificate, backend.compiled):
         model.optimizer.apply(backend.once(updates), variables)
 
     if model.adaptive is not None:

@@ -73,6 +73,34 @@ def test_spectral_norm_bound(kind, shape, rng):
     assert (bound <= 1.05 * true).all()
 
 
+def turned(rng, count, side):
+    return np.exp(2j * np.pi * rng.random((count, side)))
+
+
+# Complex matrices of real ones; the first two keep the spectrum.
+COMPLEX = {
+    "turned": lambda rng, a: (
+        turned(rng, len(a), a.shape[1])[:, :, None] * a * turned(rng, len(a), a.shape[2])[:, None]
+    ),
+    "imaginary": lambda rng, a: 1j * a,
+    "one phase": lambda rng, a: a + 1j * a,
+    "other part": lambda rng, a: a + 1j * rng.permuted(a, axis=0),
+    "small part": lambda rng, a: a + 1e-4j * rng.permuted(a, axis=1),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("parts", COMPLEX)
+@pytest.mark.parametrize("kind", KINDS)
+def test_spectral_norm_bound_of_complex_matrices(kind, parts, shape, rng):
+    stack = COMPLEX[parts](rng, KINDS[kind](rng, 40, *shape)).astype("complex64")
+    bound = norms.spectral_norm_bound(stack.real, imaginary=stack.imag)
+    bound = ops.convert_to_numpy(bound).astype("float64")
+    true = np.linalg.norm(stack.astype("complex128"), 2, axis=(-2, -1))
+    assert (bound >= true).all()
+    assert (bound <= 1.05 * true).all()
+
+
 @pytest.mark.parametrize(
     "side", [200, *(pytest.param(n, marks=pytest.mark.slow) for n in (512, 1100))]
 )

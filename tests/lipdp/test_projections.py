@@ -213,19 +213,30 @@ def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
         asked.append((tuple(matrix.shape), expected))
         return norms.euclidean_norm(matrix)
 
+    def compiled(function):
+        def counted(w, **options):
+            asked.append((function, tuple(w.shape)))
+            return function(w, **options)
+
+        return counted
+
     large, small = (np.eye(n, dtype="float32") for n in (300, 4))
-    projection = SpectralBall(2.0)
-    with projections.certified_by(bound):
+    many, few = (np.ones((1, 1, n, 40), "float32") for n in (40, 4))
+    projection, ball = SpectralBall(2.0), ConvBall(1.0, input_shape=(2, 2))
+    with projections.certified_by(bound, compiled):
         inside = apply(projection, large)
         apply(projection, small)
         apply(NormBall(), large)
+        kernel = apply(ball, many)
+        apply(ball, few)
+    np.testing.assert_array_equal(kernel, apply(ball, many))
     apply(projection, large)
-    assert asked == [((300, 300), 2.0)]
+    assert asked == [((300, 300), 2.0), (ConvBall.bound, (1, 1, 40, 40))]
     assert inside[0, 0] == pytest.approx(2.0 / 300**0.5, rel=1e-4)
-    with pytest.raises(RuntimeError), projections.certified_by(bound):
+    with pytest.raises(RuntimeError), projections.certified_by(bound, compiled):
         raise RuntimeError
     apply(projection, large)
-    assert len(asked) == 1
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("inf"), float("nan"), "1", None])
