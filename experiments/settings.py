@@ -109,8 +109,8 @@ _TABLE = {
         8: {"epochs": 30, "learning_rate": 500.0},
     },
     ("fashion_mnist", "patches-linear"): {
-        0: {"filters": 256, "batch_size": 8192, "epochs": 20, "learning_rate": 300.0},
-        3: {"epochs": 30, "learning_rate": 800.0},
+        0: {"mirror": True, "batch_size": 8192, "epochs": 20, "learning_rate": 300.0},
+        3: {"epochs": 30, "learning_rate": 500.0},
     },
     ("mnist", "patches-linear"): {
         0: {
