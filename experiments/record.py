@@ -18,6 +18,7 @@ from absl import flags
 __all__ = [
     "command",
     "delta_of",
+    "markdown",
     "plot",
     "provenance",
     "read_all",
@@ -148,3 +149,9 @@ def plot(path: str | os.PathLike[str], size: tuple[float, float]):
         yield axes
         figure.savefig(path, metadata={"Date": None})
         pyplot.close(figure)
+
+
+def markdown(head, lines):
+    """A table of Markdown: the names of the columns, and lines of as many cells."""
+    rule = "|---" * len(head) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])

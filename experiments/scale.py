@@ -355,7 +355,7 @@ def write_page(found, path):
     """Writes the page that belongs to the JSON, beside it."""
     from scipy import optimize
 
-    table = speed.markdown
+    table = record.markdown
     rows = found["overhead"]
     widths = np.array([row["width"] for row in rows], float)
     added = [[row[f"private_{b}"] - row[f"plain_{b}"] for b in (64, 512)] for row in rows]

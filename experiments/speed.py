@@ -31,12 +31,11 @@ import types
 
 from absl import app, flags
 
-from experiments import record
-from experiments.opponents import worker
+from experiments import record, speed_page
 
 FLAGS = flags.FLAGS
 
-NETWORKS = tuple(worker.SHAPES)
+NETWORKS = speed_page.NETWORKS
 WARMUP, LEAST = 5, 3  # steps that are not timed, fewer if they are slow; and that must be timed
 
 
@@ -347,7 +346,7 @@ def compare(libraries):
             record.write(path, {"measurements": rows})
             progress.advance(task)
     Console().print(_table(rows))
-    write_page(rows, path)
+    speed_page.write(rows, path, WARMUP, FLAGS.gib, FLAGS.seconds)
 
 
 def _place(row):
@@ -377,227 +376,6 @@ def _table(rows):
             f"{private['mib'] / plain['mib']:.2f}",
         )
     return table
-
-
-# --- the page -------------------------------------------------------------------------------------
-
-_TITLES = {
-    "convnet": "ConvNet: two convolutions, dense layers of 1,024 and 10, on 28×28×1",
-    "vgg5": "VGG5: three convolutions (32, 64, 128), dense layers of 256 and 10, on 32×32×3",
-    "mlp": "MLP: three dense layers of 1,024 and one of 10, on 28×28×1",
-    "mixer": "Mixer: patches of 4, two blocks of 64 features, on 32×32×3",
-    "scattering": "Scattering head: a dense layer of 10 on 2,187 features",
-}
-
-_HEAD = """# Speed
-
-Made by `python -m experiments.speed --against=all` from `{json}`, which says of each figure with
-which versions and on which day it was measured; all on {device}, each process on {threads}.
-
-- A private step beside the plain step of the same network and framework: random rows, optimizer
-  (SGD with momentum) and noise included, and of lipdp the Poisson draw, the projections and their
-  certificates.
-- Each kind of step has a process of its own; private and plain ones take turns, step by step. CPU
-  time of all threads, medians of {least} to {steps} steps, after 2 to {warmup} that are not timed;
-  a median says nothing about compilation, which the first steps pay (on JAX for each new shape of a
-  batch).
-- Opponents have the fastest layers they offer, ReLU and maximum pooling, and batches of a fixed
-  size, drawn more cheaply than their own loaders do. lipdp has its own layers: sorting activations,
-  norm pooling, centering. Its ratio is over the plain step of *those* layers; the plain step with
-  ReLU and maximum pooling stands beside it.
-- Memory is the peak of the process, framework and data (four batches) included. A method that
-  needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger
-  batches then. The reasons are below. What is empty has not been measured.
-- JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
-  clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
-
-![ratio and CPU time over the batch size](speed.svg)
-
-## Who is ahead
-
-CPU milliseconds of a private step: lipdp on the backend that is faster there, and the fastest of
-the others.
-
-{ahead}
-"""
-
-
-def write_page(rows, path):
-    """Writes the page and the plot that belong to a JSON, beside it."""
-    measured = [row for row in rows if "failed" not in row]
-    if not measured:
-        return
-    batches = sorted({row["batch_size"] for row in rows})
-    threads = sorted({row["threads"] for row in measured})
-    text = _HEAD.format(
-        json=path.name,
-        device=" and on ".join(sorted({row["device"] for row in measured})),
-        threads={(1,): "one thread"}.get(tuple(threads), f"{threads} threads (0: as it likes)"),
-        steps=max(row["steps"] for row in measured),
-        least=min(row["steps"] for row in measured),
-        warmup=WARMUP,
-        gib=FLAGS.gib,
-        seconds=FLAGS.seconds,
-        ahead=_ahead(measured, batches),
-    )
-    for network in NETWORKS:
-        of_it = [row for row in rows if row["network"] == network]
-        if any("failed" not in row for row in of_it):
-            text += f"\n## {_TITLES[network]}\n\n{_page_tables(of_it, batches)}"
-    text += _failures(rows) + "\n## Versions\n\n"
-    versions = {}
-    for row in measured:
-        for name, version in row["versions"].items():
-            if name in ("commit", "python", "numpy", "dp_accounting"):
-                continue
-            versions.setdefault(row["library"], {}).setdefault(name, set()).add(version)
-    for library, found in versions.items():
-        listed = ", ".join(f"{name} {' and '.join(sorted(v))}" for name, v in found.items())
-        text += f"- `{library}`: {listed}\n"
-    path.with_suffix(".md").write_text(text)
-    plot(measured, path.with_suffix(".svg"))
-
-
-def markdown(head, lines):
-    rule = "|---" * len(head) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
-
-
-def _ahead(rows, batches):
-    def best(network, batch_size, ours):
-        found = [
-            (row["private"]["cpu_ms"], row["method"])
-            for row in rows
-            if (row["network"], row["batch_size"]) == (network, batch_size)
-            and (row["library"] == "lipdp") == ours
-        ]
-        return min(found, default=None)
-
-    lines = []
-    for network in NETWORKS:
-        cells = []
-        for batch_size in batches:
-            mine, other = (best(network, batch_size, ours) for ours in (True, False))
-            if mine is None or other is None:
-                cells.append("–")
-            else:
-                winner = "**" if mine[0] <= other[0] else ""
-                cells.append(f"{winner}{_ms(mine[0])}{winner} / {_ms(other[0])} ({other[1]})")
-        if any(cell != "–" for cell in cells):
-            lines.append([_TITLES[network].split(":")[0], *cells])
-    return markdown(["lipdp / the fastest other", *map(_count, batches)], lines)
-
-
-def _page_tables(rows, batches):
-    by_case = {(row["method"], row["batch_size"]): row for row in rows}
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    relu = any("relu" in row for row in rows)
-
-    def table(cell):
-        return [[name, *(show(cell, by_case.get((name, b))) for b in batches)] for name in names]
-
-    def show(cell, row):
-        return "" if row is None else "–" if "failed" in row else cell(row)
-
-    def times(row):
-        private, plain = row["private"]["cpu_ms"], row["plain"]["cpu_ms"]
-        fast = f" ({_ms(row['relu']['cpu_ms'])})" if "relu" in row else ""
-        return f"{_ms(private)} / {_ms(plain)}{fast} = {private / plain:.2f}"
-
-    def memory(row):
-        private, plain = row["private"]["mib"], row["plain"]["mib"]
-        return f"{private:,.0f} / {plain:,.0f} = {private / plain:.2f}"
-
-    head = [*map(_count, batches)]
-    text = "CPU ms, private / plain = ratio"
-    text += "; in brackets the plain step with ReLU and maximum pooling.\n\n" if relu else ".\n\n"
-    text += markdown(["batch", *head], table(times)) + "\n\nPeak MiB, private / plain = ratio.\n\n"
-    text += markdown(["batch", *head], table(memory)) + "\n"
-    lines = []
-    for name in names:
-        of_it = [row for row in rows if row["method"] == name and "failed" not in row]
-        fits = [_largest(of_it, kind) for kind in ("private", "plain")]
-        if all(fits):
-            lines.append([name, *map(_count, fits), f"{fits[1] / fits[0]:.2f}"])
-    if lines:
-        text += (
-            f"\nBatches that fit into {FLAGS.gib:g} GiB, by the line through the two largest that "
-            "were measured.\n\n"
-        )
-        text += markdown(["", "private", "plain", "plain over private"], lines) + "\n"
-    return text
-
-
-def _largest(rows, kind):
-    """The batch at which the line through the last two peaks meets the limit; None without two,
-    and where they say too little.
-    """
-    if len(rows) < 2 or rows[-1]["batch_size"] < 1024:
-        return None
-    (b1, m1), (b2, m2) = ((row["batch_size"], row[kind]["mib"]) for row in rows[-2:])
-    slope = (m2 - m1) / (b2 - b1)
-    if m2 - m1 < 50:
-        return None
-    return int(b2 + (1024 * FLAGS.gib - m2) / slope)
-
-
-def _failures(rows):
-    failed = [row for row in rows if "failed" in row]
-    if not failed:
-        return ""
-    lines = [
-        [row["method"], row["network"], _count(row["batch_size"]), row["failed"].replace("|", "/")]
-        for row in failed
-    ]
-    table = markdown(["method", "network", "batch", "reason"], lines)
-    return f"\n## Not measured\n\n{table}\n"
-
-
-def _ms(value):
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _count(value):
-    return f"{value:,}"
-
-
-def plot(rows, path):
-    """Ratio and CPU time over the batch size, for each network."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    networks = [name for name in NETWORKS if any(row["network"] == name for row in rows)]
-    figure = Figure(figsize=(3.1 * len(networks) + 0.4, 6.6), layout="constrained")
-    axes = figure.subplots(2, len(networks), squeeze=False, sharex=True)
-    labelled = {}
-    for column, network in enumerate(networks):
-        for index, method in enumerate(METHODS):
-            of_it = [r for r in rows if (r["network"], r["method"]) == (network, method.name)]
-            if not of_it:
-                continue
-            batches = [r["batch_size"] for r in of_it]
-            private, plain = ([r[k]["cpu_ms"] for r in of_it] for k in ("private", "plain"))
-            ours = method.library == "lipdp"
-            style = {"color": f"C{index}", "marker": "o" if ours else ".", "lw": 2.2 if ours else 1}
-            ratios = [a / b for a, b in zip(private, plain, strict=True)]
-            axes[0][column].plot(batches, ratios, **style)
-            labelled[method.name] = axes[1][column].plot(batches, private, **style)[0]
-            axes[1][column].plot(batches, plain, ":", color=style["color"], lw=1)
-        axes[0][column].axhline(1.0, color="0.5", lw=0.8)
-        axes[0][column].set_title(_TITLES[network].split(":")[0])
-        axes[1][column].set_xlabel("batch size")
-        for axis in (axes[0][column], axes[1][column]):
-            axis.set(xscale="log", yscale="log")
-            axis.grid(alpha=0.3)
-        sizes = sorted({r["batch_size"] for r in rows})
-        axes[1][column].set_xticks(sizes, [str(size) for size in sizes])
-        axes[1][column].minorticks_off()
-    axes[0][0].set_ylabel("private / plain, CPU time")
-    axes[1][0].set_ylabel("private, CPU ms (dotted: plain)")
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=4)
-    # Text stays text, and the same results make the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lipdp"}):
-        figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 # --- the quick use --------------------------------------------------------------------------------

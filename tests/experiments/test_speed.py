@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from experiments import speed
+from experiments import speed, speed_page
 from experiments.opponents import worker
 
 pytestmark = pytest.mark.any_backend
@@ -93,7 +93,7 @@ def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(flags, monkeypa
     ]
 
 
-def test_who_is_ahead_and_what_would_fit(flags):
+def test_who_is_ahead_and_what_would_fit():
     def row(name, library, batch_size, ms, mib):
         kinds = {"private": {"cpu_ms": ms, "mib": mib}, "plain": {"cpu_ms": ms / 2, "mib": mib}}
         return {"method": name, "library": library, "network": "mlp", "batch_size": batch_size,
@@ -101,21 +101,21 @@ def test_who_is_ahead_and_what_would_fit(flags):
 
     found = [row("ours", "lipdp", 64, 20.0, 100.0), row("theirs", "opacus", 64, 30.0, 100.0)]
     found += [row("ours", "lipdp", 256, 200.0, 292.0), row("theirs", "opacus", 256, 30.0, 100.0)]
-    assert "| MLP | **20.0** / 30.0 (theirs) | 200 / 30.0 (theirs) |" in speed._ahead(
+    assert "| MLP | **20.0** / 30.0 (theirs) | 200 / 30.0 (theirs) |" in speed_page._ahead(
         found, [64, 256]
     )
-    flags.gib = 1.0
     ours = [r for r in found if r["library"] == "lipdp"]
-    assert speed._largest(ours, "private") is None  # too small to go by
+    assert speed_page._largest(ours, "private", 1.0) is None  # too small to go by
     ours[1]["batch_size"] = 1024
-    assert speed._largest(ours, "private") == 1024 + (1024 - 292) * 5
-    assert speed._largest([r for r in found if r["library"] == "opacus"], "private") is None
+    assert speed_page._largest(ours, "private", 1.0) == 1024 + (1024 - 292) * 5
+    theirs = [r for r in found if r["library"] == "opacus"]
+    assert speed_page._largest(theirs, "private", 1.0) is None
 
 
 def test_every_library_has_an_environment_and_every_network_a_shape():
     assert {m.library for m in speed.METHODS} == {"lipdp", *speed.ENVIRONMENTS}
     for m in speed.METHODS:
-        assert set(m.networks) <= set(worker.SHAPES) == set(speed._TITLES)
+        assert set(m.networks) <= set(worker.SHAPES) == set(speed_page._TITLES)
         assert "private" in m.kinds and "plain" in m.kinds
 
 
