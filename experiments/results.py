@@ -12,6 +12,8 @@ import statistics
 
 from absl import app
 
+from experiments import record
+
 __all__ = ["collect", "markdown", "plot"]
 
 _KEYS = ("data", "network", "epsilon", "delta", "seed", "evaluated_on", "accuracy", "command")
@@ -68,11 +70,9 @@ def collect(folder: pathlib.Path) -> dict:
 
 def markdown(groups: dict) -> str:
     """A table with a row for each group: median and spread of the accuracy over seeds."""
-    lines = [
-        "| data | network | ε | test accuracy, median (least to most) | seeds | published: "
-        "clipless / clipping | training, s | command |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    columns = ["data", "network", "ε", "test accuracy, median (least to most)", "seeds"]
+    columns += ["published: clipless / clipping", "training, s", "command"]
+    lines = []
     for (name, network, epsilon, _), results in groups.items():
         accuracies = sorted(100 * r["accuracy"] for r in results)
         published = " / ".join(
@@ -81,12 +81,11 @@ def markdown(groups: dict) -> str:
         )
         seconds = statistics.median(r["training_seconds"] for r in results)
         command = min(results, key=lambda r: str(r["seed"]))["command"]
-        lines.append(
-            f"| {_NAMES.get(name, name)} | {network} | {epsilon:g} "
-            f"| {statistics.median(accuracies):.2f} ({accuracies[0]:.2f} to {accuracies[-1]:.2f}) "
-            f"| {len(results)} | {published} | {seconds:.0f} | `{command}` |"
-        )
-    return "\n".join(lines) + "\n"
+        middle, least, most = statistics.median(accuracies), accuracies[0], accuracies[-1]
+        spread = f"{middle:.2f} ({least:.2f} to {most:.2f})"
+        about = [_NAMES.get(name, name), network, f"{epsilon:g}", spread, str(len(results))]
+        lines.append([*about, published, f"{seconds:.0f}", f"`{command}`"])
+    return record.markdown(columns, lines) + "\n"
 
 
 def plot(groups: dict, path: pathlib.Path) -> None:
