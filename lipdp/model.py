@@ -405,6 +405,7 @@ class PrivateModel(keras.Model):
         inner = self.train_function
 
         def pay_and_step(*args):
+            args = steps.backend().fetched(args, self._together)
             # Paid for before it runs; every entrance of Keras comes by here.
             self.spending.pay(self._together)
             self._paying = True

@@ -83,6 +83,14 @@ def train_step(model, state, data):
     return logs, tuple([scope.get_current_value(v) for v in group] for group in groups)
 
 
+def fetched(arguments, count):
+    """Arguments of Keras' train function, the batches of its steps read: one that cannot be read
+    fails before a step, which takes the weights' memory for the new ones, has begun.
+    """
+    state, iterator = arguments
+    return state, iter([next(iterator) for _ in range(count)])
+
+
 def default_jit_compile():
     return True
 

@@ -105,6 +105,11 @@ def train_step(model, data):
     return logs
 
 
+def fetched(arguments, count):
+    """Arguments of Keras' train function: batches are read between its steps."""
+    return arguments
+
+
 def default_jit_compile():
     """XLA only where there is a GPU: on CPUs its convolutions take up to twice the time. XLA
     compiles for one device.
