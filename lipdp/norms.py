@@ -37,11 +37,8 @@ FAILURE_PROBABILITY = 1e-20
 _ROUNDING = 1e-5
 # The widest gap to the true norm that the default bounds leave.
 _GAP = 0.05
-# Columns of the probe: wider probes need fewer products, each of them dearer.
+# Rows of the probe: wider probes need fewer products, each of them dearer.
 _PROBES = 16
-# Rows of a multiple of so many numbers lie in the same few lines of a processor's cache: products
-# with such a matrix take a third more time than with one that is wider by the padding.
-_ALIASED, _PADDING = 256, 16
 # The reciprocal of a larger number underflows on JAX: norms of larger tensors are infinite.
 _HUGE = 1e37
 # What the FFT certificate of a convolution may hold in memory, in numbers.
@@ -169,7 +166,7 @@ def probe_shape(kernel_shape: Sequence[int]) -> tuple[int, int]:
     >>> probe_shape((300, 200))
     (16, 200)
     """
-    return (_PROBES, min(kernel_shape))
+    return (_PROBES, kernel_shape[-1])
 
 
 def probable_norm_bound(
@@ -189,6 +186,9 @@ def probable_norm_bound(
     bound fails with probability 1e-20 at most. `a` may depend on `X`: the event does not. The
     randomised lower tail is that of Halko, Martinsson & Tropp (2011), section 4.3; the
     polynomial is what makes a flat spectrum cost `k ~ 1/√gap` instead of `1/gap` products.
+
+    `A` has the side of the columns, also where there are fewer rows: that is the order in which
+    both products are fast, and eigenvalues of zero take nothing from the tightness.
 
     The probe must be independent of the matrix: fresh at every call, never a function of it.
 
@@ -210,26 +210,20 @@ def probable_norm_bound(
     """
     rows, columns = kernel.shape
     frobenius = euclidean_norm(kernel)
-    side = min(rows, columns)
-    if columns % _ALIASED == 0:
-        # Columns of zeros, of which neither A nor Y takes note.
-        kernel = ops.pad(kernel, ((0, 0), (0, _PADDING)))
-        if side == columns:
-            probe = ops.pad(probe, ((0, 0), (0, _PADDING)))
-    # Both products then run along the last axis of a contiguous right-hand side.
-    wide = ops.transpose(kernel) if columns > rows else kernel
-    tall = kernel if columns > rows else ops.transpose(kernel)
     threshold = math.sqrt(stats.chi2.ppf(FAILURE_PROBABILITY, _PROBES))
 
     def gram(y):
-        return ops.matmul(ops.matmul(y, tall), wide)
+        # `y·Wᵀ·W`. Written so that the kernel is the left factor, which processors multiply with
+        # thin right ones faster than the other way round.
+        image = ops.matmul(y, ops.transpose(kernel))
+        return ops.transpose(ops.matmul(ops.transpose(kernel), ops.transpose(image)))
 
     # Rayleigh quotients are below λ: with `a` at least a fraction of them nothing overflows.
     first = gram(probe)
     rayleigh = ops.max(ops.sum(first * probe, axis=1) / ops.sum(ops.square(probe), axis=1))
     a = ops.maximum(rayleigh, expected**2)
-    # For a flat spectrum s(Y) is about s(X) <= √side + √probes + 2.
-    ratio = (math.sqrt(side) + math.sqrt(_PROBES) + 2.0) / threshold
+    # For a flat spectrum s(Y) is about s(X) <= √columns + √probes + 2.
+    ratio = (math.sqrt(columns) + math.sqrt(_PROBES) + 2.0) / threshold
     degree = math.ceil(math.acosh(ratio) / math.acosh(2.0 * (1.0 + gap) ** 2 - 1.0))
     previous, current = probe, 2.0 / a * first - probe
     for _ in range(degree - 1):
