@@ -209,7 +209,6 @@ def probable_norm_bound(
     True
     """
     rows, columns = kernel.shape
-    frobenius = euclidean_norm(kernel)
     threshold = math.sqrt(stats.chi2.ppf(FAILURE_PROBABILITY, _PROBES))
 
     def gram(y):
@@ -233,8 +232,15 @@ def probable_norm_bound(
     # arccosh(x) = log(x + √(x² − 1)), written so that a large x does not overflow.
     log_growth = ops.log(growth) + ops.log(1.0 + ops.sqrt(1.0 - ops.square(1.0 / growth)))
     bound = ops.sqrt(a * (1.0 + ops.cosh(log_growth / degree)) / 2.0) * _rounding(rows, columns)
-    # A norm far from what was expected overflows: the Frobenius norm is a bound all the same.
-    return ops.where(ops.isfinite(bound), ops.minimum(bound, frobenius), frobenius)
+    # The Frobenius norm is smaller for matrices of few singular values, and where the norm is far
+    # from what was expected and the recurrence overflows. A few rows tell that it is not.
+    few = euclidean_norm(kernel[: -(-rows // 8)])
+
+    def smaller():
+        frobenius = euclidean_norm(kernel)
+        return ops.where(ops.isfinite(bound), ops.minimum(bound, frobenius), frobenius)
+
+    return ops.cond(bound <= few, lambda: bound, smaller)
 
 
 def _per_axis(value, axes, name):

@@ -13,6 +13,8 @@ from lipdp.bounds.rule import minimum, size
 
 # Entries of larger magnitude are clipped to it before a norm is taken.
 _HUGE = 1e37
+# Squares of norms between which `x^(-3/2)`, the slope of their rsqrt, is a number of float32, too.
+_PLAIN = 1e-20, 1e20
 # Of the largest entry; the slope of rsqrt would overflow at the square of a smaller floor, and
 # what is left of entries by centering is far above it, or rounding.
 _SMALLEST_FLOOR = 1e-10
@@ -59,8 +61,25 @@ class BallProjection(keras.layers.Layer):
             )
 
     def call(self, x):
-        x = _finite(ops.cast(x, self.compute_dtype))
+        x = ops.cast(x, self.compute_dtype)
         axes = (-1,) if self.per_position else tuple(range(1, len(x.shape)))
+        low, high = _PLAIN
+        if self.compute_dtype != "float32" or not low <= self.radius**2 <= high:
+            return self._careful(x, axes)
+
+        def squares(x):
+            return ops.sum(ops.square(x), axis=axes, keepdims=True)
+
+        # Nearly always float32 has room for the squares, and few passes suffice. They are summed
+        # anew, since a slope of zero times what is no number is none either.
+        return ops.cond(
+            ops.all(squares(ops.stop_gradient(x)) < high),
+            lambda: x * (self.radius * ops.rsqrt(ops.maximum(squares(x), self.radius**2))),
+            lambda: self._careful(x, axes),
+        )
+
+    def _careful(self, x, axes):
+        x = _finite(x)
         # Divided by its largest entry first, a vector's squares neither overflow nor vanish.
         scale = ops.stop_gradient(
             ops.maximum(ops.max(ops.abs(x), axis=axes, keepdims=True), self.radius)
