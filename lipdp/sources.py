@@ -13,6 +13,8 @@ from keras import tree
 
 __all__ = ["Arrays", "Records", "Stream", "open_source"]
 
+_ALIGNMENT = 64  # bytes
+
 
 class Arrays:
     """Arrays with a row for each example: one for the targets, one for each input.
@@ -81,7 +83,7 @@ class Records:
             ValueError: a record differs in shape from the first one.
         """
         filled = tree.map_structure(
-            lambda a: np.zeros((size, *a.shape), np.float32 if a.dtype.kind == "f" else a.dtype),
+            lambda a: _aligned((size, *a.shape), np.float32 if a.dtype.kind == "f" else a.dtype),
             self.like,
         )
         for place, row in enumerate(rows):
@@ -181,10 +183,23 @@ def padded(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
     """Those rows of an array, and zeros up to `size` rows."""
     if len(rows) == len(values) == size:
         return values
-    taken = np.zeros((size, *values.shape[1:]), values.dtype)
+    taken = _aligned((size, *values.shape[1:]), values.dtype)
     with _at_random(values):
-        taken[: len(rows)] = values[rows]
+        if values.flags.c_contiguous:  # others would be copied whole
+            # The rows exist; a mode that checks it would gather them into memory of its own first.
+            np.take(values, rows, axis=0, out=taken[: len(rows)], mode="clip")
+        else:
+            taken[: len(rows)] = values[rows]
     return taken
+
+
+def _aligned(shape, dtype):
+    """Zeros that begin where XLA wants an array to begin, which JAX then reads without a copy."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 @contextlib.contextmanager
