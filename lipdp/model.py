@@ -387,9 +387,7 @@ class PrivateModel(keras.Model):
                 "nothing is known of others."
             )
         self._open_batch = None
-        features, targets, mask = (
-            steps.backend().placed(self, batch) if self.devices.distributed else batch.as_data()
-        )
+        features, targets, mask = steps.backend().placed(self, batch)
         return super().train_on_batch(
             features, targets, sample_weight=mask, return_dict=return_dict
         )

@@ -180,8 +180,12 @@ def gather(model, array):
 
 
 def placed(model, batch):
-    """The arguments of `train_on_batch`: the rows of this process."""
+    """The arguments of `train_on_batch`: the rows of this process, or a batch that is where Keras,
+    which asks for it twice, would copy it each time.
+    """
     own = model.devices
+    if not own.distributed:
+        return jax.device_put(batch.as_data())
     features, y, mask = batch.as_data()
     features["key"] = np.tile(batch.key, (own.local, 1))
     if batch.noise is not None:

@@ -220,7 +220,9 @@ def gather(model, array):
 
 
 def placed(model, batch):
-    """The arguments of `train_on_batch`, each with one value a replica."""
+    """The arguments of `train_on_batch`, on several devices each with one value a replica."""
+    if not model.devices.distributed:
+        return batch.as_data()
     parts = batch.parts(model.devices.local, model.devices.chief)
     parts = [tf.nest.map_structure(tf.convert_to_tensor, part.as_data()) for part in parts]
     strategy = model.distribute_strategy
