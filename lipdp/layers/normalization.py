@@ -70,12 +70,17 @@ class BallProjection(keras.layers.Layer):
         def squares(x):
             return ops.sum(ops.square(x), axis=axes, keepdims=True)
 
-        # Nearly always float32 has room for the squares, and few passes suffice. They are summed
-        # anew, since a slope of zero times what is no number is none either.
+        def plain(x):
+            return x * (self.radius * ops.rsqrt(ops.maximum(squares(x), self.radius**2)))
+
+        # Nearly always float32 has room for the squares, and few passes suffice. Whether they do is
+        # asked of each vector, so that no example changes how others are rounded. What goes through
+        # `plain` is finite: a slope of zero times what is no number is none either.
+        fits = squares(ops.stop_gradient(x)) < high
         return ops.cond(
-            ops.all(squares(ops.stop_gradient(x)) < high),
-            lambda: x * (self.radius * ops.rsqrt(ops.maximum(squares(x), self.radius**2))),
-            lambda: self._careful(x, axes),
+            ops.all(fits),
+            lambda: plain(x),
+            lambda: ops.where(fits, plain(ops.where(fits, x, 0.0)), self._careful(x, axes)),
         )
 
     def _careful(self, x, axes):

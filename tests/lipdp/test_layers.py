@@ -215,6 +215,19 @@ def test_ball_projection_of_broken_entries():
     np.testing.assert_allclose(y, [[0.0, 0.3, 0.0], [0.0, 0.0, 0.0]], rtol=1e-6)
 
 
+def test_ball_projection_rounds_an_example_alike_whatever_the_others_are(rng):
+    x = rng.standard_normal((6, 50)).astype("float32")
+    layer, found = layers.BallProjection(0.5), []
+    for last in (1.0, 1e30, np.nan):
+        x[5, 0] = last
+        tensor = ops.convert_to_tensor(x)
+        (y,), (slope,) = pull_back(lambda v: [layer(v)], [tensor], lambda values: [values[0] ** 2])
+        found.append([ops.convert_to_numpy(y), ops.convert_to_numpy(slope)])
+        assert np.isfinite(found[-1]).all()
+    for pair in found[1:]:
+        np.testing.assert_array_equal(np.array(pair)[:, :5], np.array(found[0])[:, :5])
+
+
 def test_ball_projection_takes_integers():
     y = layers.BallProjection(1.0)(np.array([[3, 4]], "uint8"))
     np.testing.assert_allclose(ops.convert_to_numpy(y), [[0.6, 0.8]], rtol=1e-6)
