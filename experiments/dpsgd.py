@@ -238,8 +238,8 @@ def run(values):
         ours = settings_of(loaded.name, values.network, values.epsilon)
         with tempfile.TemporaryDirectory() as scratch:
             folder = pathlib.Path(values.folder or scratch)
-            used, mean = images.with_features(loaded, ours, folder)
-        network = images.build_network(used.x_train.shape[1:], loaded.classes, ours, mean)
+            used = images.with_features(loaded, ours, folder)
+        network = images.build_network(used.x_train.shape[1:], loaded.classes, ours)
     else:
         shape = loaded.x_train.shape[1:]
         network = build_network(values.network, shape, loaded.classes, settings)

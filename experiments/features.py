@@ -1,5 +1,6 @@
 """Fixed features of images: nothing in them is learnt, and each image is treated by itself."""
 
+import math
 import pathlib
 
 import keras
@@ -9,30 +10,103 @@ from scipy import ndimage
 
 from lipdp import layers
 
-__all__ = ["cached", "drawings", "mean_of_drawings", "patches", "scattering"]
+__all__ = ["cached", "deformed", "drawings", "patches", "scattering", "steadied"]
 
 
 def scattering(
-    shape: tuple, scales: int = 2, groups: int = 27, padding: str = "zeros", mirror: bool = False
+    shape: tuple,
+    kind: str = "",
+    scales: int = 2,
+    groups: int = 27,
+    padding: str = "zeros",
+    mirror: bool = False,
+    views: bool = False,
 ) -> keras.Model:
     """Scattering coefficients, normalised by groups of channels, of norm one together.
 
     Args:
         shape: of an image, `(height, width, channels)`.
+        kind: of the drawings by which they are `steadied`; empty: they are not.
         scales: J of the scattering.
         groups: of neighbouring channels, which are centred and scaled together.
         padding: `"zeros"` or `"reflect"`.
         mirror: average the coefficients of an image with those of its mirror image, so that a
             network on top of them cannot tell left from right.
+        views: average the features of an image with those of six views of it: turned by 10°
+            either way, slanted by 0.2 either way, and scaled by 1.12 and its inverse.
     """
     inputs = keras.Input(shape)
-    pixels = layers.BallProjection(1.0)(inputs)  # what follows takes the scale away anyway
     scatter = layers.Scattering2D(scales, padding=padding)
-    x = scatter(pixels)
-    if mirror:
-        x = ops.add(x, scatter(ops.flip(pixels, axis=2)))
-    x = layers.FlooredNormalization(groups**-0.5, 1e-3, groups=groups)(x)
-    return keras.Model(inputs, x, name="scattering")
+    scale = layers.BallProjection(1.0)  # what follows takes the scale away anyway
+    normalize = layers.FlooredNormalization(groups**-0.5, 1e-3, groups=groups)
+
+    def features_of(x):
+        x = scale(x)
+        if mirror:
+            return normalize(scatter(x) + scatter(ops.flip(x, axis=2)))
+        return normalize(scatter(x))
+
+    x = features_of(inputs)
+    if views:
+        maps = _views(*shape[:2])
+        for view in maps:
+            x = x + features_of(ops.image.affine_transform(inputs, view, fill_mode="constant"))
+        x = x / (1 + len(maps))
+    network = keras.Model(inputs, x, name="scattering")
+    return steadied(network, kind) if kind else network
+
+
+def _views(rows, columns):
+    """Affine maps about the middle of an image, as `affine_transform` takes them."""
+    cos, sin, size = math.cos(math.radians(10)), math.sin(math.radians(10)), 1.12
+    maps = [(cos, -sin, sin, cos), (cos, sin, -sin, cos), (1, 0.2, 0, 1), (1, -0.2, 0, 1)]
+    maps += [(size, 0, 0, size), (1 / size, 0, 0, 1 / size)]
+    x, y = (columns - 1) / 2, (rows - 1) / 2
+    found = [(a, b, x - a * x - b * y, c, d, y - c * x - d * y, 0, 0) for a, b, c, d in maps]
+    return np.array(found, np.float32)
+
+
+def steadied(
+    network: keras.Model, kind: str, size: int = 1536, floor: float = 0.5, count: int = 5000
+) -> keras.Model:
+    """Features that change less where an image is deformed a little, of norm one.
+
+    A linear head learns from noisy sums which directions of the features tell classes apart. Those
+    that tell a slant or a thickness from another take room in a vector of norm one, and are not
+    worth it. They are found in drawings that were `deformed` twice: with `S` the covariance of the
+    difference of two such twins, features less their mean are multiplied by `(S + f·I)^(−1/2)`, in
+    the leading directions of all features, and brought to norm one (whitening within classes, as
+    linear discriminants do, where each drawing is a class of its own). Drawings are constants to
+    which no image of a data set contributes.
+
+    Args:
+        network: makes the features.
+        kind: of the `drawings`.
+        size: leading directions that are kept.
+        floor: `f`, in parts of the mean eigenvalue of `S`.
+        count: how many drawings.
+
+    Returns:
+        A model with outputs `(size,)`, fewer where there are fewer features.
+    """
+    flat = keras.layers.Flatten()(network.outputs[0])
+    unit = layers.FlooredNormalization(1.0, 1e-3, center=False)
+    plain = keras.Model(network.input, unit(flat))
+    images = drawings(kind, network.input_shape[1:], count)
+    all_of_them = (images, deformed(images, 1), deformed(images, 2))
+    found, once, twice = (plain.predict(x, batch_size=50, verbose=0) for x in all_of_them)
+    mean = found.mean(axis=0)
+    found, once, twice = found - mean, once - mean, twice - mean
+    _, vectors = np.linalg.eigh(sum(x.T @ x for x in (found, once, twice)))
+    leading = vectors[:, ::-1][:, :size]
+    change = (once - twice) @ leading
+    values, vectors = np.linalg.eigh(change.T @ change)
+    values = np.maximum(values, 0.0) / values.mean()
+    matrix = leading @ ((vectors * (values + floor) ** -0.5) @ vectors.T)
+    steady = keras.layers.Dense(matrix.shape[1], trainable=False)
+    outputs = unit(steady(plain.outputs[0]))
+    steady.set_weights([matrix, -mean @ matrix])
+    return keras.Model(network.input, outputs, name=network.name)
 
 
 def patches(
@@ -195,6 +269,42 @@ def drawings(kind: str, shape: tuple, count: int = 500) -> np.ndarray:
     return np.repeat(255 * images[..., None], channels, axis=-1).astype(np.float32)
 
 
+def deformed(images: np.ndarray, seed: int) -> np.ndarray:
+    """Bright shapes on a dark ground, each as another hand might have drawn it.
+
+    Turned, scaled, slanted and moved a little, bent smoothly, and a third of them thicker, a third
+    thinner. The same seed deforms the same images in the same way.
+    """
+    generator = np.random.default_rng(seed)
+    rows, columns, channels = images.shape[1:]
+    middle = np.array([(rows - 1) / 2, (columns - 1) / 2])
+    grid = np.stack(np.mgrid[:rows, :columns], axis=-1) - middle
+    made = np.empty_like(images)
+    for image, result in zip(images, made, strict=True):
+        turn = math.radians(10) * generator.standard_normal()
+        height, width = np.exp(0.1 * generator.standard_normal(2))
+        slant = generator.normal(0, 0.17)
+        cos, sin = math.cos(turn), math.sin(turn)
+        linear = np.array([[cos, -sin], [sin, cos]]) @ np.diag([height, width])
+        linear = linear @ np.array([[1, 0], [slant, 1]])
+        bend = np.stack(
+            [ndimage.zoom(generator.standard_normal((5, 5)), (rows / 5, columns / 5), order=3)
+             for _ in range(2)], axis=-1)  # fmt: skip
+        places = grid @ linear.T + middle + generator.standard_normal(2) + bend
+        kind = generator.random()
+        if kind < 1 / 3:
+            strength = generator.uniform(1.1, 1.5)
+            image = np.minimum(255, strength * ndimage.gaussian_filter(image, (0.6, 0.6, 0)))
+        elif kind < 2 / 3:
+            image = np.maximum(0, image - generator.uniform(0, 120))
+            image = image * (255 / max(image.max(), 1.0))
+        for channel in range(channels):
+            result[..., channel] = ndimage.map_coordinates(
+                image[..., channel], np.moveaxis(places, -1, 0), order=1, mode="constant"
+            )
+    return made
+
+
 def _leaves(generator, shape, count):
     """Sixty things each, of a shade and a tint that is weaker than the shade."""
     rows, columns, channels = shape
@@ -222,10 +332,3 @@ def _leaves(generator, shape, count):
             image += inside * (color + shade - image)
         image += 0.01 * generator.standard_normal(shape)
     return (255 * np.clip(images, 0, 1)).astype(np.float32)
-
-
-def mean_of_drawings(network: keras.Model, kind: str) -> np.ndarray:
-    """The mean of what the network makes of `drawings`."""
-    return network.predict(drawings(kind, network.input_shape[1:]), batch_size=100, verbose=0).mean(
-        0
-    )

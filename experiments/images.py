@@ -18,7 +18,6 @@ import pathlib
 import tempfile
 import time
 
-import numpy as np
 from absl import app, flags
 
 from experiments import data, record
@@ -36,7 +35,7 @@ def build_features(shape, settings):
     if settings.front == "patches":
         return features.patches(
             shape,
-            settings.center,
+            settings.drawings,
             settings.filters,
             settings.patch_size,
             settings.cells,
@@ -45,12 +44,18 @@ def build_features(shape, settings):
             settings.mirror,
         )
     return features.scattering(
-        shape, settings.scales, settings.groups, settings.padding, settings.mirror
+        shape,
+        settings.drawings,
+        settings.scales,
+        settings.groups,
+        settings.padding,
+        settings.mirror,
+        settings.views,
     )
 
 
-def build_network(shape, classes, settings, mean=None):
-    """What is trained, on pixels, or on features less a mean that is public."""
+def build_network(shape, classes, settings):
+    """What is trained, on pixels or on features."""
     import keras
 
     from lipdp import layers, models
@@ -58,12 +63,7 @@ def build_network(shape, classes, settings, mean=None):
     width, depth = settings.width, settings.depth
     if settings.front != "pixels":
         # Norms are taken of vectors: on a CPU that is a faster sum than of maps.
-        body = [keras.Input(shape), keras.layers.Flatten()]
-        if mean is not None:
-            constants = {"mean": mean.reshape(-1), "variance": np.ones(mean.size)}
-            body.append(keras.layers.Normalization(**constants))
-        # What is left of a vector of norm one is rarely shorter than this: all are equally long.
-        body.append(layers.BallProjection(1.0 if mean is None else 0.5))
+        body = [keras.Input(shape), keras.layers.Flatten(), layers.BallProjection(1.0)]
         if settings.head == "conv":
             body += [
                 keras.layers.Reshape(shape),
@@ -86,6 +86,16 @@ def build_network(shape, classes, settings, mean=None):
         "resnet": lambda: models.resnet(shape, classes, depth, width, settings.radius),
         "mixer": lambda: models.mixer(
             shape, classes, settings.patch_size, width, depth, settings.radius
+        ),
+        "cosine_net": lambda: models.cosine_net(
+            shape,
+            classes,
+            settings.patch_size,
+            settings.filters,
+            settings.stride,
+            settings.pool,
+            settings.cotangent,
+            settings.radius,
         ),
         "vision_transformer": lambda: models.vision_transformer(
             shape, classes, settings.patch_size, width, 4, depth, settings.radius
@@ -122,12 +132,11 @@ def _mlp(shape, classes, settings):
 # --- training -------------------------------------------------------------------------------------
 
 
-def train(images, mean, settings, epsilon, delta, seed=None, folder=None):
+def train(images, settings, epsilon, delta, seed=None, folder=None):
     """Trains a network on `x_train` and evaluates it on `x_test`.
 
     Args:
         images: `data.Images`, or features in their place.
-        mean: a public constant that is subtracted from features, or None.
         settings: `Settings`.
         epsilon, delta: the budget.
         seed: of noise, batches and initial weights; None reads fresh entropy.
@@ -142,7 +151,7 @@ def train(images, mean, settings, epsilon, delta, seed=None, folder=None):
 
     if seed is not None:
         keras.utils.set_random_seed(seed)
-    network = build_network(images.x_train.shape[1:], images.classes, settings, mean)
+    network = build_network(images.x_train.shape[1:], images.classes, settings)
     ledger, callbacks = None, []
     if folder is not None:
         run = pathlib.Path(folder) / f"run-{run_key(images, settings, epsilon, delta, seed)}"
@@ -189,30 +198,43 @@ def train(images, mean, settings, epsilon, delta, seed=None, folder=None):
 
 
 def with_features(images, settings, folder):
-    """The images replaced by the front's features, which are kept in the folder; and their mean
-    over made-up drawings, where the settings ask for it.
-    """
+    """The images replaced by the front's features, which are kept in the folder as the front is."""
+    import keras
+
     from experiments import features
 
-    front = build_features(images.x_train.shape[1:], settings)
-    if front is None:
-        return images, None
-    names = ("front", *_OF_FRONT[settings.front], "mirror")
-    names = [getattr(settings, name) for name in names]
+    if settings.front == "pixels":
+        return images
+    shape = images.x_train.shape[1:]
+    names = "-".join(str(getattr(settings, name)) for name in ("front", *_OF_FRONT[settings.front]))
+    code = hashlib.sha256(pathlib.Path(features.__file__).read_bytes()).hexdigest()[:8]
+    kept = folder / f"{'x'.join(map(str, shape))}-{names}-{code}.keras"
+    if kept.exists():
+        front = keras.saving.load_model(kept)
+    else:
+        front = build_features(shape, settings)
+        part = kept.with_stem(f"{kept.stem}.part")
+        front.save(part)
+        part.replace(kept)
     made = {}
     for part, x in (("train", images.x_train), ("test", images.x_test)):
-        file = f"{images.name}-{part}-{len(x)}-{'-'.join(map(str, names))}.npy"
+        file = f"{images.name}-{part}-{len(x)}-{names}.npy"
         made[f"x_{part}"] = features.cached(front, x, folder / file)
-    mean = None  # patches are centred already
-    if settings.front == "scattering" and settings.center:
-        mean = features.mean_of_drawings(front, settings.center)
-    return dataclasses.replace(images, **made), mean
+    return dataclasses.replace(images, **made)
 
 
-# The settings of features, beside `mirror`.
+# The settings of features.
 _OF_FRONT = {
-    "scattering": ("scales", "groups", "padding"),
-    "patches": ("center", "filters", "patch_size", "cells", "threshold", "whitening"),
+    "scattering": ("drawings", "scales", "groups", "padding", "mirror", "views"),
+    "patches": (
+        "drawings",
+        "filters",
+        "patch_size",
+        "cells",
+        "threshold",
+        "whitening",
+        "mirror",
+    ),
 }
 
 
@@ -267,7 +289,7 @@ def run(values):
     made = record.provenance()  # of the code that runs, whatever is changed meanwhile
     with tempfile.TemporaryDirectory() as scratch:
         used = with_features(images, settings, pathlib.Path(values.folder or scratch))
-        done = train(*used, settings, values.epsilon, values.delta, values.seed, values.folder)
+        done = train(used, settings, values.epsilon, values.delta, values.seed, values.folder)
     held_out = f"{values.validation} held-out training examples"
     result = {
         "command": command(values),

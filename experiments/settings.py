@@ -24,11 +24,12 @@ class Settings:
         radius: of the ball in front of pixels; one below the norm of most images makes them
             equally long.
         hidden_radius: of the ball behind each hidden layer of `mlp`; 0: there is none.
-        scales, groups, padding, mirror: of the scattering, as in `features.scattering`.
+        scales, groups, padding, mirror, views: of the scattering, as in `features.scattering`.
         filters, cells, threshold, whitening, mirror: of the patches, as in `features.patches`.
-        center: `"strokes"`, `"blobs"` or `"leaves"`: the features' mean over made-up drawings of
-            that kind, a public constant, is subtracted, and what is left brought to one norm.
-            Empty: it is not. Patches are compared with those of such drawings.
+        drawings: `"strokes"`, `"blobs"` or `"leaves"`: made-up drawings, public constants, by which
+            scattering features are steadied (empty: they are not), and with whose patches those
+            of images are compared.
+        stride, pool, cotangent: of `cosine_net`, which has `filters`, too.
         batch_size: expected size of a Poisson batch.
         physical_batch_size: most rows that are computed at once, or None.
         epochs, learning_rate, momentum: of SGD, decayed to zero along a cosine.
@@ -50,11 +51,15 @@ class Settings:
     groups: int = 27
     padding: str = "zeros"
     mirror: bool = False
+    views: bool = False
     filters: int = 512
     cells: int = 3
     threshold: float = 0.25
     whitening: float = 0.3
-    center: str = ""
+    drawings: str = ""
+    stride: int = 2
+    pool: int = 2
+    cotangent: float = 1e-5
     batch_size: int = 4096
     physical_batch_size: int | None = None
     epochs: int = 15
@@ -77,9 +82,10 @@ NETWORKS = types.MappingProxyType(
             "front": "patches",
             "head": "linear",
             "patch_size": 6,
-            "center": "leaves",
+            "drawings": "leaves",
         },
         "mlp": {"head": "mlp"},
+        "cosine_net": {"head": "cosine_net", "patch_size": 7, "filters": 24, "radius": 5.0},
         "conv_net": {"head": "conv_net"},
         "vgg5": {"head": "vgg", "depth": 5, "width": 16},
         "vgg8": {"head": "vgg", "depth": 8, "width": 16},
@@ -93,15 +99,29 @@ NETWORKS = types.MappingProxyType(
 
 _MLP = {"clip": 0.05, "temperature": 100.0, "learning_rate": 3.0}
 
+_COSINES = {
+    "batch_size": 8192,
+    "epochs": 12,
+    "learning_rate": 30.0,
+    "clip": 0.05,
+    "temperature": 50.0,
+}
+
 # (data set, network): settings from an ε on, in the order of ε; each changes the one before.
 _TABLE = {
     ("mnist", "scattering-linear"): {
-        0: {"center": "strokes", "clip": 0.03, "learning_rate": 5300.0},
-        3: {"clip": 0.1, "learning_rate": 3200.0, "epochs": 20},
+        0: {"drawings": "strokes", "views": True, "batch_size": 8192, "learning_rate": 250.0},
+        3: {"learning_rate": 600.0, "epochs": 25},
     },
     ("fashion_mnist", "scattering-linear"): {
-        0: {"center": "blobs", "learning_rate": 1200.0},
-        3: {"learning_rate": 2400.0, "epochs": 20},
+        0: {
+            "drawings": "blobs",
+            "mirror": True,
+            "views": True,
+            "batch_size": 8192,
+            "learning_rate": 250.0,
+        },
+        3: {"learning_rate": 500.0, "epochs": 25},
     },
     ("cifar10", "patches-linear"): {
         0: {"mirror": True, "batch_size": 8192, "epochs": 12, "learning_rate": 400.0},
@@ -115,7 +135,7 @@ _TABLE = {
     ("mnist", "patches-linear"): {
         0: {
             "filters": 256,
-            "center": "strokes",
+            "drawings": "strokes",
             "batch_size": 8192,
             "epochs": 20,
             "learning_rate": 300.0,
@@ -127,6 +147,9 @@ _TABLE = {
     },
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
+    ("mnist", "cosine_net"): {0: _COSINES},
+    ("fashion_mnist", "cosine_net"): {0: _COSINES},
+    ("cifar10", "cosine_net"): {0: _COSINES},
 }
 
 

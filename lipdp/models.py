@@ -10,11 +10,13 @@ added: `(x + f(x))/2` is no longer than `x`.
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 
 from lipdp import layers
 
 __all__ = [
     "conv_net",
+    "cosine_net",
     "mixer",
     "mlp",
     "resnet",
@@ -96,6 +98,80 @@ def conv_net(
         ],
         centred=True,
     )
+
+
+def cosine_net(
+    input_shape: Sequence[int],
+    classes: int,
+    kernel_size: int = 7,
+    filters: int = 24,
+    strides: int = 2,
+    pool: int = 2,
+    cotangent: float = 1e-5,
+    radius: float = 1.0,
+) -> keras.Model:
+    """Rectified, pooled filters of all examples alike in size, and a dense layer.
+
+    The filters start as the lowest cosines of a block transform, each with both signs, whose pooled
+    sizes tell much about an image before anything is learnt (after Bruna & Mallat, "Invariant
+    Scattering Convolution Networks", 2013). Each filter's map is brought to one norm, so that the
+    bound of the dense layer is attained. A noisy gradient is too coarse for filters that are good
+    already: what comes back to them is clipped to `cotangent`, which makes their bound, their noise
+    and their steps small; a value for which they change by about a third during training is good.
+
+    Args:
+        input_shape: `(height, width, channels)`.
+        classes: number of logits.
+        kernel_size: pixels of a filter each way.
+        filters: cosines, of the lowest frequencies; fewer than `kernel_size²·channels`.
+        strides: of the filters.
+        pool: positions that are averaged, each way.
+        cotangent: largest norm of an example's gradient that reaches the filters' maps.
+        radius: of the ball of the input.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    >>> cosine_net((28, 28, 1), 10).output_shape
+    (None, 10)
+    """
+    for name, value in (("kernel_size", kernel_size), ("strides", strides), ("pool", pool)):
+        _check(name, value, value >= 1, "a positive integer")
+    _check_image(input_shape, kernel_size + (pool - 1) * strides)
+    entries = kernel_size**2 * input_shape[-1]
+    _check("filters", filters, 1 <= filters < entries, f"from 1 to {entries - 1}")
+    waves = layers.SpectralConv2D(2 * filters, kernel_size, strides=strides, use_bias=False)
+    network = _sequential(
+        "cosine_net",
+        input_shape,
+        radius,
+        [
+            waves,
+            K.ReLU(),
+            layers.ScaledAveragePooling2D(pool),
+            layers.FlooredNormalization((2 * filters) ** -0.5, radius / 100, groups=2 * filters),
+            K.Flatten(),
+            layers.ClipGradient(cotangent),
+            _head(classes),
+        ],
+        centred=True,
+    )
+    kernel = _cosines(kernel_size, input_shape[-1], filters)
+    waves.kernel.assign(waves.kernel.constraint(keras.ops.convert_to_tensor(kernel, "float32")))
+    return network
+
+
+def _cosines(size, channels, count):
+    """The lowest cosines of a block, but for the constant, and their negatives, a kernel."""
+    cells, axes = np.arange(size), []
+    for n in (size, size, channels):
+        waves = np.cos(np.pi * np.outer(np.arange(n), np.arange(n) + 0.5) / n)
+        axes.append(waves / np.linalg.norm(waves, axis=1, keepdims=True))
+    # A wave over the channels, which is a colour, counts as two over pixels.
+    order = cells[:, None, None] + cells[:, None] + 2 * np.arange(channels)
+    lowest = np.argsort(order, axis=None, kind="stable")[1 : count + 1]
+    blocks = np.einsum("ui,vj,wk->uvwijk", *axes).reshape(-1, size, size, channels)[lowest]
+    return np.moveaxis(np.concatenate([blocks, -blocks]), 0, -1)
 
 
 # Convolutions of each stage; a pooling of 2 follows each.

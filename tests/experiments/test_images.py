@@ -45,7 +45,7 @@ QUICK = ("--epsilon=8", "--batch_size=45", "--epochs=3", "--learning_rate=20", "
 
 def test_a_result_tells_all_that_is_needed_to_run_it_again(file, tmp_path):
     out = tmp_path / "result.json"
-    result = run(f"--data={file}", *QUICK, "--groups=3", "--center=blobs", f"--out={out}")
+    result = run(f"--data={file}", *QUICK, "--groups=3", f"--out={out}")
     assert json.loads(out.read_text()) == result
     assert result["data"] == {
         "name": "corners",
@@ -67,10 +67,20 @@ def test_a_result_tells_all_that_is_needed_to_run_it_again(file, tmp_path):
         run(f"--data={file}", *QUICK, f"--out={out}")
 
 
+def test_features_and_what_makes_them_are_kept(file, tmp_path, monkeypatch):
+    arguments = (f"--data={file}", f"--folder={tmp_path}", *QUICK, "--groups=3")
+    result = run(*arguments)
+    (front,) = tmp_path.glob("*.keras")
+    assert front.name.startswith("8x8x1-scattering-")
+    monkeypatch.setattr(images, "build_features", None)  # nothing is made anew
+    again = run(*arguments, "--learning_rate=19")
+    assert again["weights"] == result["weights"]
+
+
 def test_validation_leaves_the_test_set_alone(file, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        images, "train", lambda used, mean, *args: seen.update(used=used) or {"accuracy": 1.0}
+        images, "train", lambda used, *args: seen.update(used=used) or {"accuracy": 1.0}
     )
     result = run(f"--data={file}", "--network=mlp", "--validation=20")
     assert result["evaluated_on"] == "20 held-out training examples"
@@ -153,6 +163,49 @@ def test_drawings_are_constants_in_the_range_of_pixels(kind):
     np.testing.assert_array_equal(images, features.drawings(kind, (28, 28, 2), 20))
     with pytest.raises(ValueError, match="'strokes', 'blobs' or 'leaves'"):
         features.drawings("cats", (28, 28, 1))
+
+
+def test_deformed_drawings_are_constants_near_the_ones_they_come_from():
+    images = features.drawings("strokes", (28, 28, 2), 40)
+    once, again, other = (features.deformed(images, seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(once, again)
+    assert once.shape == images.shape and once.dtype == np.float32
+    assert 0 <= once.min() and once.max() <= 255.001
+    assert np.abs(once - other).mean() > 1
+    shuffled = np.roll(images, 1, axis=0)
+    for twin in (once, other):
+        assert np.abs(twin - images).mean() < 0.7 * np.abs(twin - shuffled).mean()
+
+
+def test_steadied_features_tell_deformed_drawings_apart():
+    plain = features.scattering((28, 28, 1))
+    steady = features.steadied(plain, "strokes", size=150, count=250)
+    assert steady.output_shape == (None, 150) and not steady.trainable_variables
+    # Drawings that took no part in it.
+    images = features.drawings("strokes", (28, 28, 1), 310)[250:]
+    twins = features.deformed(images, 9)
+
+    def recognised(network):
+        x, twin = (np.asarray(network(v)).reshape(len(v), -1) for v in (images, twins))
+        np.testing.assert_allclose(np.linalg.norm(x, axis=1), 1.0, rtol=1e-4)
+        products = (x - x.mean(axis=0)) @ (twin - twin.mean(axis=0)).T
+        return (products.argmax(axis=1) == np.arange(len(x))).mean()
+
+    assert recognised(steady) > recognised(plain) + 0.05
+
+
+def test_features_of_views_hardly_tell_an_image_from_one_that_is_turned():
+    from scipy import ndimage
+
+    images = features.drawings("strokes", (16, 16, 1), 20)
+    turned = ndimage.rotate(images, 10, axes=(2, 1), reshape=False, order=1)
+
+    def change(**changes):
+        front = features.scattering((16, 16, 1), scales=1, groups=3, **changes)
+        x, other = (np.asarray(front(v)).reshape(len(v), -1) for v in (images, turned))
+        return np.linalg.norm(x - other) / np.linalg.norm(x)
+
+    assert change(views=True) < 0.85 * change()
 
 
 def test_leaves_are_constants_in_colours():
