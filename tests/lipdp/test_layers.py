@@ -9,7 +9,7 @@ import scipy.linalg
 from keras import ops
 
 from lipdp import bounds, layers, norms
-from lipdp.steps.autodiff import pull_back
+from lipdp.steps.autodiff import compiled, pull_back
 
 LAYERS = {
     "ball": (layers.BallProjection(0.7), (5,)),
@@ -226,6 +226,28 @@ def test_ball_projection_rounds_an_example_alike_whatever_the_others_are(rng):
         assert np.isfinite(found[-1]).all()
     for pair in found[1:]:
         np.testing.assert_array_equal(np.array(pair)[:, :5], np.array(found[0])[:, :5])
+
+
+@pytest.mark.parametrize("per_position", [False, True])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, 1e25])
+def test_ball_projection_of_a_broken_example_changes_no_other(broken, per_position, rng):
+    """Within a compiled step, too."""
+    layer = layers.BallProjection(0.5, per_position)
+    x, g = (rng.standard_normal((6, 2, 3)).astype("float32") for _ in range(2))
+    x[:3] *= 0.1
+
+    @compiled
+    def slopes(x, g):
+        values, (slope,) = pull_back(lambda x: [layer(x)], [x], lambda _: [g])
+        return values[0], slope
+
+    with_it, more = (np.concatenate([a, np.full((1, 2, 3), v)]) for a, v in ((x, broken), (g, 1)))
+    for found, expected in zip(
+        slopes(with_it.astype("float32"), more.astype("float32")), slopes(x, g), strict=True
+    ):
+        found = ops.convert_to_numpy(found)
+        np.testing.assert_allclose(found[:6], ops.convert_to_numpy(expected), atol=1e-6)
+        assert np.isfinite(found).all()
 
 
 def test_ball_projection_takes_integers():

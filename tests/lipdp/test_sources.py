@@ -8,7 +8,7 @@ import pytest
 
 import lipdp
 from lipdp import layers
-from lipdp.sources import Arrays, Records, open_source
+from lipdp.sources import Arrays, Records, open_source, padded
 from tests.lipdp.helpers import data, dense_network, private, weights
 
 pytestmark = pytest.mark.any_backend
@@ -310,3 +310,14 @@ def test_class_weights_need_arrays():
     with pytest.raises(ValueError, match="`class_weight` needs arrays"):
         model.fit(Log(X, Y), class_weight={0: 1.0}, verbose=0)
     model.fit(Log(X, Y), sample_weight=np.ones(8), verbose=0)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["float32", ">f4", "uint8", "bool"])
+def test_rows_are_gathered_into_memory_that_is_read_without_a_copy(order, dtype, rng):
+    values = np.asarray(rng.integers(0, 2, (20, 3, 5)), dtype, order=order)
+    for rows in (np.array([2, 3, 19]), np.arange(0)):
+        found = padded(values, rows, 7)
+        assert found.dtype == values.dtype and found.ctypes.data % 64 == 0
+        np.testing.assert_array_equal(found[: len(rows)], values[rows])
+        assert not found[len(rows) :].any()
