@@ -18,6 +18,7 @@ from lipdp.bounds.builtin import activations, branches, normalization, pooling
 from lipdp.bounds.builtin import linear as linear_rules
 from lipdp.bounds.rule import Rule
 from lipdp.layers.projected import Projected
+from lipdp.steps.autodiff import compiled, pull_back
 
 pytestmark = pytest.mark.any_backend
 
@@ -103,9 +104,12 @@ def max_pooling_without_gain(patch):
 
 
 def max_pooling_by_one_cell(patch):
-    """3-D pooling on TensorFlow hands a cotangent to all ties."""
-    if keras.backend.backend() != "tensorflow":
-        pytest.skip("only TensorFlow")
+    """3-D pooling on TensorFlow hands a cotangent to all ties, on some processors."""
+    pool = K.MaxPooling3D(2)
+    slope_of = compiled(lambda x: pull_back(lambda x: [pool(x)], [x], lambda v: [v[0] + 1.0])[1][0])
+    slope = slope_of(ops.zeros((1, 2, 2, 2, 1)))
+    if np.count_nonzero(ops.convert_to_numpy(slope)) == 1:
+        pytest.skip("here one of the ties gets all of it")
     register(patch, K.MaxPooling3D, lambda layer, call: lipschitz())
     return K.MaxPooling3D(2), (4, 4, 4, 1)
 
