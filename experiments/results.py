@@ -146,8 +146,8 @@ Made by `python -m experiments.results` from the files in `{folder}`, each of wh
 commit, data, settings and versions it was made. Every ε is that of the Poisson sampling that was
 really drawn, by the PLD accountant, at δ = 1e-5 unless the command says otherwise; published
 figures are those of the plot's legend, and hold for their own accounting. Settings were chosen on
-5,000 held-out training examples (`experiments/settings.py`), and each choice was run on the test
-set once per seed. Choosing costs privacy too, which no ε here counts.
+held-out training examples (`experiments/settings.py`), and each choice was run on the test set once
+per seed. Choosing costs privacy too, which no ε here counts.
 
 ![accuracy over ε]({plot})
 

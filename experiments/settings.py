@@ -111,7 +111,7 @@ _COSINES = {
 _TABLE = {
     ("mnist", "scattering-linear"): {
         0: {"drawings": "strokes", "views": True, "batch_size": 8192, "learning_rate": 250.0},
-        3: {"learning_rate": 600.0, "epochs": 25},
+        2: {"learning_rate": 600.0, "epochs": 25},
     },
     ("fashion_mnist", "scattering-linear"): {
         0: {
@@ -121,7 +121,7 @@ _TABLE = {
             "batch_size": 8192,
             "learning_rate": 250.0,
         },
-        3: {"learning_rate": 500.0, "epochs": 25},
+        2: {"learning_rate": 500.0, "epochs": 25},
     },
     ("cifar10", "patches-linear"): {
         0: {"mirror": True, "batch_size": 8192, "epochs": 12, "learning_rate": 400.0},
