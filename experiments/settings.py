@@ -147,7 +147,10 @@ _TABLE = {
     },
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
-    ("mnist", "cosine_net"): {0: _COSINES},
+    ("mnist", "cosine_net"): {
+        0: _COSINES,
+        2: {"filters": 14, "clip": 0.1, "batch_size": 16384, "epochs": 36},
+    },
     ("fashion_mnist", "cosine_net"): {0: _COSINES},
     ("cifar10", "cosine_net"): {0: _COSINES},
 }
