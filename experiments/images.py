@@ -27,11 +27,9 @@ from experiments.settings import NETWORKS, Settings, settings_of
 
 
 def build_features(shape, settings):
-    """The fixed front of a network, or None where it starts at the pixels."""
+    """The fixed front of a network that does not start at the pixels."""
     from experiments import features
 
-    if settings.front == "pixels":
-        return None
     if settings.front == "patches":
         return features.patches(
             shape,
