@@ -78,7 +78,7 @@ def build_network(shape, classes, settings):
             last = layers.SpectralDense(classes, use_bias=False)
         return keras.Sequential([*body, last], name=settings.head)
     build = {
-        "mlp": lambda: _mlp(shape, classes, settings),
+        "mlp": lambda: models.mlp(shape, classes, width, depth, settings.radius),
         "conv_net": lambda: models.conv_net(shape, classes, width, settings.radius),
         "vgg": lambda: models.vgg(shape, classes, depth, width, settings.radius),
         "resnet": lambda: models.resnet(shape, classes, depth, width, settings.radius),
@@ -100,31 +100,34 @@ def build_network(shape, classes, settings):
         ),
     }
     network = build[settings.head]()
+    if settings.head in ("mlp", "conv_net", "vgg"):
+        network = _with_balls(network, settings.hidden_radius)
     # Centred pixels in front of all of them; where the model does so itself it changes nothing.
     return keras.Sequential(
         [keras.Input(shape), keras.layers.Rescaling(1 / 255), layers.Centering(), network]
     )
 
 
-def _mlp(shape, classes, settings):
-    """`models.mlp`, in which hidden vectors may be projected on a ball, too.
+def _with_balls(network, radius):
+    """A sequential network, in which hidden vectors are projected on balls, too; radius 0: none.
 
-    A hidden layer of orthogonal rows that are fewer than its inputs keeps only a part of their
-    norm. With a ball of about what is left, the next layer's bound is no larger than need be.
+    A layer of orthogonal rows that are fewer than its inputs keeps only a part of their norm. With
+    a ball of about what is left, `radius` of it after each hidden layer, the bounds of the next ones
+    are no larger than need be.
     """
     import keras
 
-    from lipdp import layers, models
+    from lipdp import layers
 
-    plain = models.mlp(shape, classes, settings.width, settings.depth, settings.radius)
-    if not settings.hidden_radius:
-        return plain
-    body = []
-    for layer in plain.layers:
+    if not radius:
+        return network
+    body, left = [], 1.0
+    for layer in network.layers:
         body.append(layer)
         if isinstance(layer, layers.GroupSort):
-            body.append(layers.BallProjection(settings.hidden_radius))
-    return keras.Sequential([keras.Input(shape), *body], name="mlp")
+            left *= radius
+            body.append(layers.BallProjection(left))
+    return keras.Sequential([keras.Input(network.input_shape[1:]), *body], name=network.name)
 
 
 # --- training -------------------------------------------------------------------------------------
