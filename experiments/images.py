@@ -101,31 +101,30 @@ def build_network(shape, classes, settings):
     }
     network = build[settings.head]()
     if settings.head in ("mlp", "conv_net", "vgg"):
-        network = _with_balls(network, settings.hidden_radius)
+        network = _with_balls(network, settings)
     # Centred pixels in front of all of them; where the model does so itself it changes nothing.
     return keras.Sequential(
         [keras.Input(shape), keras.layers.Rescaling(1 / 255), layers.Centering(), network]
     )
 
 
-def _with_balls(network, radius):
-    """A sequential network, in which hidden vectors are projected on balls, too; radius 0: none.
+def _with_balls(network, settings):
+    """A sequential network, in which hidden vectors are projected on balls, too.
 
     A layer of orthogonal rows that are fewer than its inputs keeps only a part of their norm. With
-    a ball of about what is left, `radius` of it after each hidden layer, the bounds of the next ones
-    are no larger than need be.
+    balls of about what is left, the bounds of the next layers are no larger than need be.
     """
     import keras
 
     from lipdp import layers
 
-    if not radius:
+    if not settings.hidden_radius:
         return network
-    body, left = [], 1.0
+    body, left = [], settings.radius
     for layer in network.layers:
         body.append(layer)
         if isinstance(layer, layers.GroupSort):
-            left *= radius
+            left *= settings.hidden_radius
             body.append(layers.BallProjection(left))
     return keras.Sequential([keras.Input(network.input_shape[1:]), *body], name=network.name)
 
