@@ -23,8 +23,8 @@ class Settings:
             in front, too.
         radius: of the ball in front of pixels; one below the norm of most images makes them
             equally long.
-        hidden_radius: of the ball behind each hidden layer of `mlp`, `conv_net` or `vgg`, in parts of
-            the one before; 0: there are none.
+        hidden_radius: of the ball behind each hidden layer of `mlp`, `conv_net` or `vgg`, in parts
+            of the one before; 0: there are none.
         scales, groups, padding, mirror, views: of the scattering, as in `features.scattering`.
         filters, cells, threshold, whitening, mirror: of the patches, as in `features.patches`.
         drawings: `"strokes"`, `"blobs"` or `"leaves"`: made-up drawings, public constants, by which
@@ -100,6 +100,33 @@ NETWORKS = types.MappingProxyType(
 
 _MLP = {"clip": 0.05, "temperature": 100.0, "learning_rate": 3.0}
 
+_DENSE = {
+    "views": True,
+    "width": 128,
+    "batch_size": 8192,
+    "clip": 0.05,
+    "temperature": 100.0,
+    "learning_rate": 10.0,
+}
+
+_CONVOLUTIONS = {
+    "clip": 0.05,
+    "temperature": 100.0,
+    "learning_rate": 25.0,
+    "hidden_radius": 0.6,
+    "width": 16,
+    "epochs": 8,
+}
+
+_MIXER = {
+    "clip": 0.05,
+    "temperature": 100.0,
+    "learning_rate": 25.0,
+    "width": 32,
+    "depth": 1,
+    "epochs": 10,
+}
+
 _COSINES = {
     "batch_size": 8192,
     "epochs": 12,
@@ -123,6 +150,17 @@ _TABLE = {
             "learning_rate": 250.0,
         },
         2: {"learning_rate": 500.0, "epochs": 25},
+    },
+    ("mnist", "scattering-dense"): {
+        0: _DENSE | {"drawings": "strokes"},
+        2: {"learning_rate": 30.0, "epochs": 20},
+    },
+    ("fashion_mnist", "scattering-dense"): {
+        0: _DENSE | {"drawings": "blobs", "mirror": True},
+        2: {"learning_rate": 30.0, "epochs": 20},
+    },
+    ("mnist", "scattering-conv"): {
+        0: {"clip": 0.05, "temperature": 100.0, "learning_rate": 10.0, "epochs": 10}
     },
     ("cifar10", "patches-linear"): {
         0: {"mirror": True, "batch_size": 8192, "epochs": 12, "learning_rate": 400.0},
@@ -148,6 +186,10 @@ _TABLE = {
     },
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
+    ("mnist", "conv_net"): {0: _CONVOLUTIONS | {"learning_rate": 10.0}, 2: {"learning_rate": 25.0}},
+    ("cifar10", "conv_net"): {0: _CONVOLUTIONS},
+    ("mnist", "mixer"): {0: _MIXER | {"patch_size": 7}},
+    ("cifar10", "mixer"): {0: _MIXER | {"patch_size": 8}},
     ("mnist", "cosine_net"): {
         0: _COSINES,
         2: {"filters": 14, "clip": 0.1, "batch_size": 16384, "epochs": 36},

@@ -139,7 +139,7 @@ def test_a_ball_behind_a_hidden_layer_bounds_what_the_next_one_reads():
     )
     assert [w.shape for w in without.weights] == [w.shape for w in within.weights]
     bounds = [[float(b) for b in gradient_bounds(net, 1.0).values()] for net in (without, within)]
-    np.testing.assert_allclose(np.divide(*bounds), [1.0, 4.0, 4.0], rtol=1e-3)
+    np.testing.assert_allclose(np.divide(*bounds), [1.0, 4.0, 16.0], rtol=1e-3)
 
 
 @pytest.mark.parametrize("network", ["scattering-linear", "patches-linear"])
