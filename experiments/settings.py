@@ -187,7 +187,11 @@ _TABLE = {
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
     ("mnist", "conv_net"): {0: _CONVOLUTIONS | {"learning_rate": 10.0}, 2: {"learning_rate": 25.0}},
-    ("cifar10", "conv_net"): {0: _CONVOLUTIONS},
+    ("cifar10", "conv_net"): {0: _CONVOLUTIONS | {"epochs": 10}},
+    ("mnist", "vgg5"): {0: _CONVOLUTIONS | {"width": 8, "hidden_radius": 0.4}},
+    ("cifar10", "vgg5"): {0: _CONVOLUTIONS | {"width": 8, "hidden_radius": 0.0}},
+    ("mnist", "resnet6"): {0: _CONVOLUTIONS | {"width": 8}},
+    ("cifar10", "resnet6"): {0: _CONVOLUTIONS | {"width": 8}},
     ("mnist", "mixer"): {0: _MIXER | {"patch_size": 7}},
     ("cifar10", "mixer"): {0: _MIXER | {"patch_size": 8}},
     ("mnist", "cosine_net"): {
