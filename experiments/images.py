@@ -58,7 +58,8 @@ def build_network(shape, classes, settings):
 
     from lipdp import layers, models
 
-    width, depth = settings.width, settings.depth
+    width, depth, radius = settings.width, settings.depth, settings.radius
+    hidden = settings.hidden_radius or None
     if settings.front != "pixels":
         # Norms are taken of vectors: on a CPU that is a faster sum than of maps.
         body = [keras.Input(shape), keras.layers.Flatten(), layers.BallProjection(1.0)]
@@ -78,13 +79,11 @@ def build_network(shape, classes, settings):
             last = layers.SpectralDense(classes, use_bias=False)
         return keras.Sequential([*body, last], name=settings.head)
     build = {
-        "mlp": lambda: models.mlp(shape, classes, width, depth, settings.radius),
-        "conv_net": lambda: models.conv_net(shape, classes, width, settings.radius),
-        "vgg": lambda: models.vgg(shape, classes, depth, width, settings.radius),
-        "resnet": lambda: models.resnet(shape, classes, depth, width, settings.radius),
-        "mixer": lambda: models.mixer(
-            shape, classes, settings.patch_size, width, depth, settings.radius
-        ),
+        "mlp": lambda: models.mlp(shape, classes, width, depth, radius, hidden),
+        "conv_net": lambda: models.conv_net(shape, classes, width, radius, hidden),
+        "vgg": lambda: models.vgg(shape, classes, depth, width, radius, hidden),
+        "resnet": lambda: models.resnet(shape, classes, depth, width, radius),
+        "mixer": lambda: models.mixer(shape, classes, settings.patch_size, width, depth, radius),
         "cosine_net": lambda: models.cosine_net(
             shape,
             classes,
@@ -93,40 +92,17 @@ def build_network(shape, classes, settings):
             settings.stride,
             settings.pool,
             settings.cotangent,
-            settings.radius,
+            radius,
         ),
         "vision_transformer": lambda: models.vision_transformer(
-            shape, classes, settings.patch_size, width, 4, depth, settings.radius
+            shape, classes, settings.patch_size, width, 4, depth, radius
         ),
     }
     network = build[settings.head]()
-    if settings.head in ("mlp", "conv_net", "vgg"):
-        network = _with_balls(network, settings)
     # Centred pixels in front of all of them; where the model does so itself it changes nothing.
     return keras.Sequential(
         [keras.Input(shape), keras.layers.Rescaling(1 / 255), layers.Centering(), network]
     )
-
-
-def _with_balls(network, settings):
-    """A sequential network, in which hidden vectors are projected on balls, too.
-
-    A layer of orthogonal rows that are fewer than its inputs keeps only a part of their norm. With
-    balls of about what is left, the bounds of the next layers are no larger than need be.
-    """
-    import keras
-
-    from lipdp import layers
-
-    if not settings.hidden_radius:
-        return network
-    body, left = [], settings.radius
-    for layer in network.layers:
-        body.append(layer)
-        if isinstance(layer, layers.GroupSort):
-            left *= settings.hidden_radius
-            body.append(layers.BallProjection(left))
-    return keras.Sequential([keras.Input(network.input_shape[1:]), *body], name=network.name)
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def plot(groups: dict, path: pathlib.Path) -> None:
             ]
             axis.errorbar(
                 [e for e, _ in rows], middle, yerr=spread, marker="o", capsize=3,
-                color=f"C{index}", label=f"lipdp, {network} (median and spread of seeds)",
+                color=pyplot.get_cmap("tab20")(index),
+                label=f"lipdp, {network} (median and spread of seeds)",
             )  # fmt: skip
         for (source, table), marker in zip(PUBLISHED.items(), "x+", strict=True):
             if points := table.get(name):

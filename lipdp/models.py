@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from lipdp import layers
+from lipdp._validation import check_number
 
 __all__ = [
     "conv_net",
@@ -35,8 +36,13 @@ def mlp(
     width: int = 128,
     depth: int = 2,
     radius: float = 1.0,
+    hidden_radius: float | None = None,
 ) -> keras.Model:
     """Dense layers with sorted features between them.
+
+    A layer of orthogonal rows that are fewer than its inputs keeps only a part of their norm, and
+    bounds count on all of it. `hidden_radius` puts a ball behind each hidden layer: where it is
+    about that part, next to nothing is cut off and the bounds behind it shrink to it.
 
     Args:
         input_shape: of an example, any rank.
@@ -44,6 +50,8 @@ def mlp(
         width: units of a hidden layer; even.
         depth: number of dense layers, the last included; 1 is a linear model.
         radius: of the ball of the input.
+        hidden_radius: of the ball behind a hidden layer, in parts of the radius of the ball before
+            it; None: no balls.
 
     Raises:
         ValueError: an argument out of range.
@@ -56,7 +64,8 @@ def mlp(
     hidden = []
     for _ in range(depth - 1):
         hidden += [layers.SpectralDense(width, use_bias=False), layers.GroupSort()]
-    return _sequential("mlp", input_shape, radius, [K.Flatten(), *hidden, _head(classes)])
+    body = [K.Flatten(), *hidden, _head(classes)]
+    return _sequential("mlp", input_shape, radius, body, hidden_radius=hidden_radius)
 
 
 def conv_net(
@@ -64,6 +73,7 @@ def conv_net(
     classes: int,
     width: int = 16,
     radius: float = 1.0,
+    hidden_radius: float | None = None,
 ) -> keras.Model:
     """Two convolutions and a dense layer, nearly without overlap.
 
@@ -75,6 +85,7 @@ def conv_net(
         classes: number of logits.
         width: filters of the first convolution, half of those of the second; even.
         radius: of the ball of the input.
+        hidden_radius: of a ball behind each hidden layer, as in `mlp`.
 
     Raises:
         ValueError: an argument out of range.
@@ -97,6 +108,7 @@ def conv_net(
             _head(classes),
         ],
         centred=True,
+        hidden_radius=hidden_radius,
     )
 
 
@@ -184,6 +196,7 @@ def vgg(
     depth: int = 5,
     width: int = 32,
     radius: float = 1.0,
+    hidden_radius: float | None = None,
 ) -> keras.Model:
     """Stages of 3×3 convolutions with pooling, then two dense layers (Simonyan & Zisserman, 2015).
 
@@ -193,6 +206,7 @@ def vgg(
         depth: 5 (a convolution a stage) or 8 (two), dense layers included.
         width: filters of the first stage; doubled at each further one; even.
         radius: of the ball of the input.
+        hidden_radius: of a ball behind each hidden layer, as in `mlp`.
 
     Raises:
         ValueError: an argument out of range.
@@ -214,7 +228,7 @@ def vgg(
         layers.GroupSort(),
         _head(classes),
     ]
-    return _sequential("vgg", input_shape, radius, body, centred=True)
+    return _sequential("vgg", input_shape, radius, body, centred=True, hidden_radius=hidden_radius)
 
 
 def resnet(
@@ -451,11 +465,20 @@ def _front(input_shape, radius, centred=False):
     return inputs, layers.BallProjection(radius)(x)
 
 
-def _sequential(name, input_shape, radius, body, centred=False):
+def _sequential(name, input_shape, radius, body, centred=False, hidden_radius=None):
     front = [layers.Centering()] if centred else []
-    return keras.Sequential(
-        [keras.Input(tuple(input_shape)), *front, layers.BallProjection(radius), *body], name=name
-    )
+    front.append(layers.BallProjection(radius))
+    if hidden_radius is not None:
+        body = _with_balls(body, radius, check_number(hidden_radius, "hidden_radius"))
+    return keras.Sequential([keras.Input(tuple(input_shape)), *front, *body], name=name)
+
+
+def _with_balls(body, radius, part):
+    for layer in body:
+        yield layer
+        if isinstance(layer, layers.GroupSort):
+            radius *= part
+            yield layers.BallProjection(radius)
 
 
 def _conv(filters, kernel_size=3, strides=1):

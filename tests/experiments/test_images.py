@@ -127,21 +127,6 @@ def test_every_network_has_bounds(network):
     assert all(0 < float(b) < 10 for b in bounds.values())
 
 
-def test_a_ball_behind_a_hidden_layer_bounds_what_the_next_one_reads():
-    from dataclasses import replace
-
-    from lipdp import gradient_bounds
-
-    settings = replace(settings_of("unknown", "mlp", 1.0), width=6, depth=3)
-    without, within = (
-        images.build_network((4, 4, 1), 3, replace(settings, hidden_radius=radius))
-        for radius in (0.0, 0.25)
-    )
-    assert [w.shape for w in without.weights] == [w.shape for w in within.weights]
-    bounds = [[float(b) for b in gradient_bounds(net, 1.0).values()] for net in (without, within)]
-    np.testing.assert_allclose(np.divide(*bounds), [1.0, 4.0, 16.0], rtol=1e-3)
-
-
 @pytest.mark.parametrize("network", ["scattering-linear", "patches-linear"])
 def test_a_mirrored_image_has_the_same_features(network):
     from dataclasses import replace

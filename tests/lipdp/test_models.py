@@ -58,6 +58,31 @@ def test_saved_and_loaded(name, tmp_path, rng):
     assert list(lipdp.gradient_bounds(loaded).values()) == pytest.approx(list(claimed))
 
 
+@pytest.mark.parametrize(
+    ("make", "hidden"),
+    [
+        (lambda part: models.mlp((4, 4), 3, 6, depth=3, radius=2.0, hidden_radius=part), 2),
+        (lambda part: models.conv_net((8, 8, 1), 3, 2, radius=2.0, hidden_radius=part), 2),
+        (lambda part: models.vgg((8, 8, 1), 3, 5, 2, radius=2.0, hidden_radius=part), 4),
+    ],
+)
+def test_balls_behind_hidden_layers_bound_what_the_next_ones_read(make, hidden, rng):
+    without, within = make(None), make(0.25)
+    assert lipdp.check(within).private
+    balls = [layer for layer in within.layers if isinstance(layer, lipdp.layers.BallProjection)]
+    assert [ball.radius for ball in balls] == [2 / 4**i for i in range(hidden + 1)]
+    bounds = [list(lipdp.gradient_bounds(network).values()) for network in (without, within)]
+    expected = [4**i for i in range(hidden + 1)]
+    np.testing.assert_allclose(np.divide(*bounds), expected, rtol=1e-3)
+    # Where nothing is longer than its ball, balls change nothing.
+    within.set_weights(without.get_weights())
+    x = rng.uniform(-1, 1, (2, *within.input_shape[1:]))
+    wide = make(1.0)
+    wide.set_weights(without.get_weights())
+    np.testing.assert_allclose(np.asarray(wide(x)), np.asarray(without(x)), atol=1e-6)
+    assert np.abs(np.asarray(within(x))).max() <= 2 / 4**hidden + 1e-6
+
+
 @pytest.mark.parametrize("name", LARGE)
 def test_bounds_take_less_than_a_second(name):
     network = LARGE[name]()
@@ -72,6 +97,10 @@ def test_bounds_take_less_than_a_second(name):
         (lambda: models.mlp((4,), 3, depth=0), "`depth` must be a positive integer; got 0"),
         (lambda: models.mlp((4,), 3, width=3), "`width` must be a positive multiple of 2; got 3"),
         (lambda: models.mlp((4,), 3, radius=-1.0), "`radius`"),
+        (
+            lambda: models.mlp((4,), 3, hidden_radius=0.0),
+            "`hidden_radius` must be a number above 0",
+        ),
         (lambda: models.vgg((8, 8, 1), 3, depth=6), r"`depth` must be one of \[5, 8\]; got 6"),
         (lambda: models.vgg((6, 8, 1), 3), "at least 8×8 pixels"),
         (lambda: models.conv_net((8, 8), 3), r"\(height, width, channels\)"),
