@@ -72,6 +72,8 @@ def build_network(shape, classes, settings):
             ]
         if settings.head == "dense":
             body += [layers.SpectralDense(width, use_bias=False), layers.GroupSort()]
+            if hidden:
+                body.append(layers.BallProjection(hidden))
         if settings.head == "linear":
             # Nothing lies before it that its norm could stretch: it may have any.
             last = keras.layers.Dense(classes, use_bias=False, kernel_initializer="zeros")

@@ -23,7 +23,7 @@ class Settings:
             in front, too.
         radius: of the ball in front of pixels; one below the norm of most images makes them
             equally long.
-        hidden_radius: of the balls in `mlp`, `conv_net` or `vgg`; 0: there are none.
+        hidden_radius: of the balls in `mlp`, `conv_net`, `vgg` or a dense head; 0: there are none.
         scales, groups, padding, mirror, views: of the scattering, as in `features.scattering`.
         filters, cells, threshold, whitening, mirror: of the patches, as in `features.patches`.
         drawings: `"strokes"`, `"blobs"` or `"leaves"`: made-up drawings, public constants, by which
