@@ -53,14 +53,15 @@ def _spread(values, digits=2):
 def clipping(folder: pathlib.Path) -> None:
     """Accuracy over ε of DP-SGD and of this library on the same network and data."""
     groups = {}
-    for part in ("clipping", "results", "robustness"):
+    for part in ("clipping", "robustness", "results"):
         method = "clipping" if part == "clipping" else "lipdp"
         for result in read(folder / part):
             if result["epsilon"] is None:
                 continue
             key = (result["data"]["name"], result["network"])
             runs = groups.setdefault(key, {}).setdefault(method, {})
-            # Runs of one kind, which have the same settings; the third fills what the second lacks.
+            # Runs of one kind, which have the same settings. Those of robustness are as long, and
+            # had as few trials, as those with clipping; the third kind fills what they lack.
             source, found = runs.setdefault(result["epsilon"], (part, []))
             if source == part:
                 found.append(result)
@@ -199,7 +200,8 @@ Poisson batches, are accounted by PLD at δ = 1e-5, and read the same images; me
 least and largest in brackets. DP-SGD (`experiments.dpsgd`) clips the gradient of each example over
 all weights together and trains ordinary layers with biases and ReLU, lipdp their Lipschitz
 counterparts. The settings of each were chosen on 5,000 held-out training examples, which no ε here
-counts.
+counts; where lipdp has runs of two kinds, those are shown that are as long as the ones with
+clipping and had as few trials.
 
 A linear layer without bias on features of norm one has per-example gradients whose norm *is* that
 of the loss gradient: there the two methods are the same mechanism, and differ by luck and by
