@@ -60,8 +60,8 @@ def clipping(folder: pathlib.Path) -> None:
                 continue
             key = (result["data"]["name"], result["network"])
             runs = groups.setdefault(key, {}).setdefault(method, {})
-            # Runs of one kind, which have the same settings. Those of robustness are as long, and
-            # had as few trials, as those with clipping; the third kind fills what they lack.
+            # Runs of one kind, which have the same settings. Those of robustness are as long as
+            # those with clipping; the third kind fills what they lack.
             source, found = runs.setdefault(result["epsilon"], (part, []))
             if source == part:
                 found.append(result)
@@ -201,7 +201,7 @@ least and largest in brackets. DP-SGD (`experiments.dpsgd`) clips the gradient o
 all weights together and trains ordinary layers with biases and ReLU, lipdp their Lipschitz
 counterparts. The settings of each were chosen on 5,000 held-out training examples, which no ε here
 counts; where lipdp has runs of two kinds, those are shown that are as long as the ones with
-clipping and had as few trials.
+clipping.
 
 A linear layer without bias on features of norm one has per-example gradients whose norm *is* that
 of the loss gradient: there the two methods are the same mechanism, and differ by luck and by

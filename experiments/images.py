@@ -60,6 +60,8 @@ def build_network(shape, classes, settings):
 
     width, depth, radius = settings.width, settings.depth, settings.radius
     hidden = settings.hidden_radius or None
+    if settings.head == "dense":
+        return models.mlp(shape, classes, width, depth, 1.0, hidden)
     if settings.front != "pixels":
         # Norms are taken of vectors: on a CPU that is a faster sum than of maps.
         body = [keras.Input(shape), keras.layers.Flatten(), layers.BallProjection(1.0)]
@@ -70,10 +72,6 @@ def build_network(shape, classes, settings):
                 layers.GroupSort(),
                 keras.layers.Flatten(),
             ]
-        if settings.head == "dense":
-            body += [layers.SpectralDense(width, use_bias=False), layers.GroupSort()]
-            if hidden:
-                body.append(layers.BallProjection(hidden))
         if settings.head == "linear":
             # Nothing lies before it that its norm could stretch: it may have any.
             last = keras.layers.Dense(classes, use_bias=False, kernel_initializer="zeros")

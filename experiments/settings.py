@@ -97,34 +97,16 @@ NETWORKS = types.MappingProxyType(
     }
 )
 
-_MLP = {"clip": 0.05, "temperature": 100.0, "learning_rate": 3.0}
+# What suits networks of several layers, whose logits are small.
+_DEEP = {"clip": 0.05, "temperature": 100.0}
 
-_DENSE = {
-    "views": True,
-    "width": 128,
-    "batch_size": 8192,
-    "clip": 0.05,
-    "temperature": 100.0,
-    "learning_rate": 10.0,
-}
+_MLP = _DEEP | {"learning_rate": 3.0}
 
-_CONVOLUTIONS = {
-    "clip": 0.05,
-    "temperature": 100.0,
-    "learning_rate": 25.0,
-    "hidden_radius": 0.6,
-    "width": 16,
-    "epochs": 8,
-}
+_DENSE = _DEEP | {"views": True, "width": 128, "batch_size": 8192, "learning_rate": 10.0}
 
-_MIXER = {
-    "clip": 0.05,
-    "temperature": 100.0,
-    "learning_rate": 25.0,
-    "width": 32,
-    "depth": 1,
-    "epochs": 10,
-}
+_CONVOLUTIONS = _DEEP | {"learning_rate": 25.0, "hidden_radius": 0.6, "width": 16, "epochs": 8}
+
+_MIXER = _DEEP | {"learning_rate": 25.0, "width": 32, "depth": 1, "epochs": 10}
 
 _COSINES = {
     "batch_size": 8192,
@@ -158,9 +140,7 @@ _TABLE = {
         0: _DENSE | {"drawings": "blobs", "mirror": True},
         2: {"learning_rate": 30.0, "epochs": 20},
     },
-    ("mnist", "scattering-conv"): {
-        0: {"clip": 0.05, "temperature": 100.0, "learning_rate": 10.0, "epochs": 10}
-    },
+    ("mnist", "scattering-conv"): {0: _DEEP | {"learning_rate": 10.0, "epochs": 10}},
     ("cifar10", "patches-linear"): {
         0: {"mirror": True, "batch_size": 8192, "epochs": 12, "learning_rate": 400.0},
         3: {"epochs": 20, "learning_rate": 450.0},
