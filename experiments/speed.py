@@ -11,7 +11,8 @@ plot; those of the documentation with `--out=docs/speed.json`. What the JSON has
 again, but for `--again`: `--only=lipdp --again` measures lipdp anew, and nothing else.
 
 Each kind of step has a process of its own, so that its peak memory is known; they take turns,
-step by step. CPU time counts all threads, draws of noise and of batches too. Medians.
+step by step, those of Keras within `fit`. CPU time counts all threads, draws of noise and of
+batches too. Medians.
 """
 
 import contextlib

@@ -20,7 +20,8 @@ which versions and on which day it was measured; all on {device}, each process o
 
 - A private step beside the plain step of the same network and framework: random rows, optimizer
   (SGD with momentum) and noise included, and of lipdp the Poisson draw, the projections and their
-  certificates.
+  certificates. What trains in Keras is timed in `fit`, with the accuracy as a metric; what does not
+  in the shortest loop, without one.
 - Each kind of step has a process of its own; private and plain ones take turns, step by step. CPU
   time of all threads, medians of {least} to {steps} steps, after 2 to {warmup} that are not timed;
   a median says nothing about compilation, which the first steps pay (on JAX for each new shape of a

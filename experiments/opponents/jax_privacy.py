@@ -2,6 +2,7 @@
 loop without clipping; `keras` and `keras_plain`, in `fit` of Keras.
 """
 
+import functools
 import importlib.metadata
 
 import jax
@@ -15,7 +16,6 @@ from experiments.opponents import networks, worker
 
 def build(method, name, batch_size):
     network = keras.Model(*networks.layers_of(name, keras))
-    batches = worker.rows(name, batch_size)
     versions = {
         "jax_privacy": importlib.metadata.version("jax-privacy"),
         "jax": jax.__version__,
@@ -25,7 +25,8 @@ def build(method, name, batch_size):
         if method == "keras":
             settings = keras_api.DPKerasConfig(
                 epsilon=1000.0, delta=1e-5, clipping_norm=1.0, batch_size=batch_size,
-                gradient_accumulation_steps=1, train_steps=1000, train_size=4 * batch_size,
+                gradient_accumulation_steps=1, train_steps=16 * worker.EPOCHS,
+                train_size=max(1024, 4 * batch_size),
                 noise_multiplier=1.0, microbatch_size=min(32, batch_size),
             )  # fmt: skip
             network = keras_api.make_private(network, settings)
@@ -34,7 +35,9 @@ def build(method, name, batch_size):
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-        return lambda: network.train_on_batch(*next(batches)), versions
+        x, y = worker.examples(name, batch_size)
+        fit = functools.partial(network.fit, x, y, batch_size=batch_size, epochs=worker.EPOCHS)
+        return worker.fitting(keras, fit), versions
 
     def loss(weights, x, y):
         logits, _ = network.stateless_call(weights, [], x, training=True)
@@ -58,13 +61,14 @@ def build(method, name, batch_size):
         changes, state = optimizer.update(gradient(weights, x, y), state, weights)
         return optax.apply_updates(weights, changes), state
 
+    batches = worker.rows(name, batch_size)
     weights = [jax.numpy.asarray(v.value) for v in network.trainable_variables]
     kept = [weights, optimizer.init(weights)]
 
     def step():
         kept[:] = jax.block_until_ready(update(*kept, *next(batches)))
 
-    return step, versions
+    return worker.repeated(step), versions
 
 
 if __name__ == "__main__":

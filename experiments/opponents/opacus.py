@@ -79,7 +79,7 @@ def build(method, name, batch_size):
         optimizer.step()
         return loss.item()
 
-    return step, {
+    return worker.repeated(step), {
         "opacus": importlib.metadata.version("opacus"),
         "torch": torch.__version__,
     }

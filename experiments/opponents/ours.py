@@ -4,6 +4,8 @@ Methods: `private`; `secure`, with noise="secure"; `plain`, the same layers with
 `relu`, the plain step with ReLU and maximum pooling.
 """
 
+import functools
+
 import keras
 
 import lipdp
@@ -44,6 +46,7 @@ def build(method, name, batch_size):
     optimizer = keras.optimizers.SGD(0.05, momentum=0.9)
     made = record.provenance()
     about = {"commit": made["commit"], **made["versions"]}
+    x, y = worker.examples(name, batch_size)
     if method in ("private", "secure"):
         model = lipdp.PrivateModel(
             network_of(name),
@@ -52,8 +55,8 @@ def build(method, name, batch_size):
             noise="secure" if method == "secure" else "gaussian",
         )
         model.compile(optimizer, loss="sparse_categorical_crossentropy", metrics=["accuracy"])
-        batches = model.batches(*worker.examples(name, batch_size), steps_per_epoch=10**6)
-        return lambda: model.train_on_batch(next(batches)), about
+        fit = functools.partial(model.fit, x, y, epochs=worker.EPOCHS)
+        return worker.fitting(keras, fit), about
     if method == "relu":
         network = keras.Model(*networks.layers_of(name, keras))
     else:
@@ -69,8 +72,8 @@ def build(method, name, batch_size):
         metrics=["accuracy"],
         jit_compile=steps.backend().default_jit_compile(),
     )
-    batches = worker.rows(name, batch_size)
-    return lambda: network.train_on_batch(*next(batches)), about
+    fit = functools.partial(network.fit, x, y, batch_size=batch_size, epochs=worker.EPOCHS)
+    return worker.fitting(keras, fit), about
 
 
 if __name__ == "__main__":

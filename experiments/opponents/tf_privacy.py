@@ -2,6 +2,7 @@
 `fast`, its model with norms of gradients that come without the gradients; and `plain` ones.
 """
 
+import functools
 import importlib.metadata
 
 import tensorflow as tf
@@ -35,8 +36,9 @@ def build(method, name, batch_size):
         reduction = "none"
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=reduction)
     network.compile(optimizer, loss=loss, metrics=["accuracy"])
-    batches = worker.rows(name, batch_size)
-    return lambda: network.train_on_batch(*next(batches)), {
+    x, y = worker.examples(name, batch_size)
+    fit = functools.partial(network.fit, x, y, batch_size=batch_size, epochs=worker.EPOCHS)
+    return worker.fitting(tf.keras, fit), {
         "tensorflow_privacy": tensorflow_privacy.__version__,
         "tensorflow": tf.__version__,
         "keras": importlib.metadata.version("keras"),

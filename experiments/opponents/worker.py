@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-__all__ = ["SHAPES", "examples", "peak_mib", "rows", "serve"]
+__all__ = ["EPOCHS", "SHAPES", "examples", "fitting", "peak_mib", "repeated", "rows", "serve"]
 
 #: Of an example, for each network.
 SHAPES = {
@@ -38,15 +38,47 @@ def rows(network: str, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray
         yield x[drawn], y[drawn]
 
 
-def serve(build: Callable[[str, str, int], tuple[Callable[[], object], dict]]) -> None:
+#: More than anybody will time: each has four steps at least.
+EPOCHS = 250
+
+Training = Callable[[Callable[[], None]], object]
+
+
+def repeated(step: Callable[[], object]) -> Training:
+    """The training that a loop around one step is."""
+
+    def train(after):
+        while True:
+            step()
+            after()
+
+    return train
+
+
+def fitting(keras: object, fit: Callable[..., object]) -> Training:
+    """The training of a call of Keras' `fit`, of which all is there but the callbacks.
+
+    Args:
+        keras: the Keras whose `fit` it is.
+        fit: takes `callbacks` and `verbose`.
+    """
+
+    def train(after):
+        each = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: after())
+        fit(callbacks=[each], verbose=0)
+
+    return train
+
+
+def serve(build: Callable[[str, str, int], tuple[Training, dict]]) -> None:
     """Makes a step for each line on stdin, and answers with what it took, as JSON.
 
     The CPU time is that of all threads since the answer before, so that what a library does in the
     background between two steps counts.
 
     Args:
-        build: takes the method, the network and the batch size; returns a function that makes one
-            step and waits for its end, and the versions to report.
+        build: takes the method, the network and the batch size; returns a function that trains
+            and calls its argument at the end of each step, and the versions to report.
     """
     import json
 
@@ -58,15 +90,25 @@ def serve(build: Callable[[str, str, int], tuple[Callable[[], object], dict]]) -
         print(json.dumps(values), file=answers, flush=True)
 
     method, network, batch_size = sys.argv[1:]
-    step, versions = build(method, network, int(batch_size))
+    train, versions = build(method, network, int(batch_size))
     answer({"versions": versions, "mib": peak_mib()})
-    spent = time.process_time()
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        step()
-        wall, cpu = time.perf_counter() - start, time.process_time()
+    asked, spent = time.perf_counter(), time.process_time()
+
+    def wait():
+        nonlocal asked
+        if not sys.stdin.readline():
+            sys.exit()
+        asked = time.perf_counter()
+
+    def after():
+        nonlocal spent
+        wall, cpu = time.perf_counter() - asked, time.process_time()
         answer({"cpu_ms": 1e3 * (cpu - spent), "wall_ms": 1e3 * wall, "mib": peak_mib()})
         spent = cpu
+        wait()
+
+    wait()
+    train(after)
 
 
 def peak_mib() -> float:

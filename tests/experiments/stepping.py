@@ -20,7 +20,7 @@ def build(method, network, batch_size):
         while method == "endless" or time.process_time() < until:
             pass
 
-    return step, {"pretence": f"1.0 of {network}"}
+    return worker.repeated(step), {"pretence": f"1.0 of {network}"}
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The comparison keeps what it measures, and says why it lacks the rest."""
 
+import functools
 import json
 import sys
 import types
 
+import numpy as np
 import pytest
 
 from experiments import speed, speed_page
@@ -91,6 +93,26 @@ def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(flags, monkeypa
         ("lipdp, TensorFlow", 64),
         ("lipdp, TensorFlow", 256),
     ]
+
+
+def test_a_call_of_fit_is_timed_step_by_step():
+    import keras
+
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    seen = []
+
+    def after():
+        seen.append(float(model.layers[-1].kernel[0, 0]))
+        if len(seen) == 5:
+            raise EOFError
+
+    fit = functools.partial(
+        model.fit, np.ones((6, 2)), np.ones((6, 1)), batch_size=2, epochs=worker.EPOCHS
+    )
+    with pytest.raises(EOFError):
+        worker.fitting(keras, fit)(after)
+    assert len(set(seen)) == 5  # a step lies between any two
 
 
 def test_who_is_ahead_and_what_would_fit():
