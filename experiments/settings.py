@@ -104,7 +104,9 @@ _MLP = _DEEP | {"learning_rate": 3.0}
 
 _DENSE = _DEEP | {"views": True, "width": 128, "batch_size": 8192, "learning_rate": 10.0}
 
-_CONVOLUTIONS = _DEEP | {"learning_rate": 25.0, "hidden_radius": 0.6, "width": 16, "epochs": 8}
+_CONVOLUTIONS = _DEEP | {"learning_rate": 25.0, "width": 8, "epochs": 8}
+
+_CONV_NET = _CONVOLUTIONS | {"width": 16, "hidden_radius": 0.6}
 
 _MIXER = _DEEP | {"learning_rate": 25.0, "width": 32, "depth": 1, "epochs": 10}
 
@@ -165,12 +167,12 @@ _TABLE = {
     },
     ("fashion_mnist", "mlp"): {0: _MLP},
     ("cifar10", "mlp"): {0: _MLP},
-    ("mnist", "conv_net"): {0: _CONVOLUTIONS | {"learning_rate": 10.0}, 2: {"learning_rate": 25.0}},
-    ("cifar10", "conv_net"): {0: _CONVOLUTIONS | {"epochs": 10}},
-    ("mnist", "vgg5"): {0: _CONVOLUTIONS | {"width": 8, "hidden_radius": 0.4}},
-    ("cifar10", "vgg5"): {0: _CONVOLUTIONS | {"width": 8, "hidden_radius": 0.0}},
-    ("mnist", "resnet6"): {0: _CONVOLUTIONS | {"width": 8}},
-    ("cifar10", "resnet6"): {0: _CONVOLUTIONS | {"width": 8}},
+    ("mnist", "conv_net"): {0: _CONV_NET | {"learning_rate": 10.0}, 2: {"learning_rate": 25.0}},
+    ("cifar10", "conv_net"): {0: _CONV_NET | {"epochs": 10}},
+    ("mnist", "vgg5"): {0: _CONVOLUTIONS | {"hidden_radius": 0.4}},
+    ("cifar10", "vgg5"): {0: _CONVOLUTIONS},
+    ("mnist", "resnet6"): {0: _CONVOLUTIONS},
+    ("cifar10", "resnet6"): {0: _CONVOLUTIONS},
     ("mnist", "mixer"): {0: _MIXER | {"patch_size": 7}},
     ("cifar10", "mixer"): {0: _MIXER | {"patch_size": 8}},
     ("mnist", "cosine_net"): {
