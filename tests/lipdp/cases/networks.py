@@ -49,7 +49,9 @@ CASES = [
 SMALL = {
     "linear": lambda: models.mlp((6, 6, 2), 3, depth=1),
     "mlp": lambda: models.mlp((20,), 3, width=8, depth=3),
+    "mlp, balls": lambda: models.mlp((20,), 3, width=8, depth=3, hidden_radius=0.5),
     "conv_net": lambda: models.conv_net((8, 8, 1), 3, width=4),
+    "conv_net, balls": lambda: models.conv_net((8, 8, 1), 3, width=4, hidden_radius=0.5),
     "cosine": lambda: models.cosine_net((8, 8, 2), 3, 3, filters=4, strides=1, cotangent=0.02),
     "vgg5": lambda: models.vgg((8, 8, 3), 3, width=2),
     "vgg8": lambda: models.vgg((9, 8, 1), 3, depth=8, width=2),
