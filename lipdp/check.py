@@ -4,13 +4,14 @@ import dataclasses
 import math
 
 import keras
+from keras import ops
 
-from lipdp.bounds import UnknownLayerError
+from lipdp.bounds import UnknownLayerError, gradient_bounds
 from lipdp.bounds.walk import rule_of, trace
 from lipdp.projections import Projection
 from lipdp.report import Printed, number
 
-__all__ = ["Check", "LayerCheck", "check"]
+__all__ = ["Check", "LayerCheck", "check", "check_trainable"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +119,7 @@ def check(network: keras.Model) -> Check:
         traced = trace(network)
     except UnknownLayerError as error:
         return Check(network.name, (), (str(error),))
+    _call(network)
     problems, layers = [], []
     if len(traced.outputs) != 1:
         problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
@@ -160,7 +162,61 @@ def check(network: keras.Model) -> Check:
     for variable in network.trainable_variables:
         if variable.path not in covered:
             problems.append(f"Trainable weight {variable.path!r} has no gradient bound.")
+    if not any(layer.problem for layer in layers):
+        problems += _imprecise(network)
     return Check(network.name, tuple(layers), tuple(problems))
+
+
+def check_trainable(network: keras.Model) -> None:
+    """Refuses a network that cannot be trained privately, with the first thing that is wrong.
+
+    Raises:
+        TypeError: it is not a Sequential or functional model.
+        ValueError: it is not built, has several outputs or no trainable weights, no bound of its
+            input, or computes in anything but float32.
+        UnknownLayerError: a layer has no bound, or cannot be private.
+
+    >>> check_trainable(keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]))
+    Traceback (most recent call last):
+        ...
+    ValueError: `network` ... has no trainable weights.
+    """
+    trace(network)
+    _call(network)
+    gradient_bounds(network, 1.0)
+    if not network.trainable_variables:
+        raise ValueError(f"`network` {network.name!r} has no trainable weights.")
+    for problem in _imprecise(network):
+        raise ValueError(problem)
+
+
+def _call(network):
+    """Calls it on zeros where its shapes are known, without a trace in its variables: what a layer
+    adds to the loss shows only then, and `rule_of` finds it.
+    """
+    inputs = network.inputs
+    if all(n is not None for t in inputs for n in t.shape[1:]):
+        zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
+        with keras.StatelessScope(collect_losses=True):
+            network(zeros if len(zeros) > 1 else zeros[0], training=True)
+
+
+def _imprecise(network):
+    """What in it is not computed in float32."""
+    problems = [
+        "Private training computes in float32: what rounding may add to a gradient is within the "
+        f"bounds' allowance there, and nowhere else. Layer {layer.name!r} computes in "
+        f"{layer.compute_dtype}; make it with dtype='float32', or the whole network under "
+        "keras.config.set_dtype_policy('float32')."
+        for layer in network._flatten_layers(include_self=False)
+        if layer.compute_dtype != "float32"
+    ]
+    return problems + [
+        f"Private training updates weights in float32; {variable.path!r} has dtype "
+        f"{variable.dtype}. Make its layer with dtype='float32'."
+        for variable in network.trainable_variables
+        if variable.dtype != "float32"
+    ]
 
 
 def _measured(gradients):

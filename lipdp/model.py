@@ -28,7 +28,7 @@ from lipdp import losses, steps
 from lipdp._validation import check_number
 from lipdp.augmentation import Augmentation
 from lipdp.batches import DrawnBatch, DrawnBatches, check_weights
-from lipdp.bounds import gradient_bounds
+from lipdp.check import check_trainable
 from lipdp.clipping import AdaptiveClip
 from lipdp.devices import ALONE, agreed, digest, from_chief
 from lipdp.noise import RandomSource, SecureNoise, make_noise, shares
@@ -160,7 +160,7 @@ class PrivateModel(keras.Model):
             physical_batch_size = _check_count(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
 
-        _check_network(network)
+        check_trainable(network)
         shares(allocation, network.trainable_variables)
         self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         self.network = network
@@ -608,7 +608,7 @@ class PrivateModel(keras.Model):
                     "examples."
                 )
             per_epoch = _check_count(steps_per_epoch, "steps_per_epoch")
-        _check_network(self.network)
+        check_trainable(self.network)
         if per_epoch % together:
             raise ValueError(
                 f"`steps_per_execution` must divide the {per_epoch} steps of an epoch, so that "
@@ -734,34 +734,3 @@ def _check_count(value, name, least=1):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
     return int(value)
-
-
-def _check_network(network):
-    """Refuses a network that cannot be trained privately, by its own words."""
-    if not isinstance(network, keras.Model) or isinstance(network, PrivateModel):
-        raise TypeError(
-            "`network` must be a keras.Sequential or functional keras.Model; got "
-            f"{type(network).__name__}."
-        )
-    inputs = getattr(network, "inputs", None) or []
-    if inputs and all(n is not None for t in inputs for n in t.shape[1:]):
-        # `add_loss` shows only in a call; the walk below then finds what it left.
-        zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
-        network(zeros if len(zeros) > 1 else zeros[0], training=True)
-    gradient_bounds(network, 1.0)
-    if not network.trainable_variables:
-        raise ValueError(f"`network` {network.name!r} has no trainable weights.")
-    for layer in network._flatten_layers(include_self=False):
-        if layer.compute_dtype != "float32":
-            raise ValueError(
-                f"Private training computes in float32: what rounding may add to a gradient is "
-                f"within the bounds' allowance there, and nowhere else. Layer {layer.name!r} "
-                f"computes in {layer.compute_dtype}; make it with dtype='float32', or the whole "
-                "network under keras.config.set_dtype_policy('float32')."
-            )
-    for variable in network.trainable_variables:
-        if variable.dtype != "float32":
-            raise ValueError(
-                f"Private training updates weights in float32; {variable.path!r} has dtype "
-                f"{variable.dtype}. Make its layer with dtype='float32'."
-            )

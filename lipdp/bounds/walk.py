@@ -223,7 +223,8 @@ def _check_layer(layer):
             f"Layer {layer.name!r} has an activity regulariser: its gradient passes by the clip "
             "of the loss gradient, so no bound covers it. Remove `activity_regularizer`."
         )
-    if getattr(layer, "_losses", None):
+    # Keras keeps the first; of a call that leaves no trace, the second.
+    if getattr(layer, "_losses", None) or getattr(layer, "_loss_ids", None):
         raise UnknownLayerError(
             f"Layer {layer.name!r} called `add_loss`: that gradient passes by the clip of the loss "
             "gradient, so no bound covers it. Put the term into the compiled loss."

@@ -107,6 +107,36 @@ def test_the_check_agrees_with_the_private_model(make):
     assert all(np.isfinite(w).all() for w in repaired.get_weights())
 
 
+class AddsLoss(K.ReLU):
+    def call(self, x):
+        self.add_loss(keras.ops.sum(x))
+        return super().call(x)
+
+
+class Rounded(keras.dtype_policies.DTypePolicy):
+    variable_dtype = "float16"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        AddsLoss,
+        lambda: K.ReLU(dtype="float64"),
+        lambda: layers.FrobeniusDense(3, kernel_initializer="ones", dtype=Rounded("float32")),
+    ],
+    ids=["adds a loss", "float64", "weights of few bits"],
+)
+def test_what_the_private_model_refuses_is_no_surprise(make):
+    network = keras.Sequential(
+        [keras.Input((3,)), layers.BallProjection(1.0), make(), layers.SpectralDense(2)]
+    )
+    found = lipdp.check(network)
+    with pytest.raises((ValueError, lipdp.UnknownLayerError)) as refused:
+        private(network)
+    problems = [*found.problems, *(layer.problem for layer in found.layers if layer.problem)]
+    assert problems[0] == str(refused.value)
+
+
 def test_repair_tells_what_it_changed(capsys):
     lipdp.repair(plain(), radius=3.0)
     said = capsys.readouterr().out
