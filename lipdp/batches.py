@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +26,7 @@ from lipdp.devices import ALONE, Devices
 from lipdp.noise import RandomSource
 from lipdp.sources import Arrays, Records, Stream, as_array, padded
 
-__all__ = ["DrawnBatch", "DrawnBatches", "check_weights"]
+__all__ = ["DrawnBatch", "DrawnBatches", "bucket_of", "check_weights"]
 
 
 @dataclasses.dataclass
@@ -81,6 +82,36 @@ class DrawnBatch:
             )
 
         return [part(i) for i in range(number)]
+
+
+def bucket_of(
+    sampling: Sampling,
+    expected_batch_size: float,
+    physical_batch_size: int | None = None,
+    compiled: bool = False,
+    replicas: int = 1,
+) -> int:
+    """What the rows of a batch are padded to a multiple of: a constant of the scheme.
+
+    Args:
+        sampling: how batches are drawn.
+        expected_batch_size: their rows, on average.
+        physical_batch_size: most rows that a device computes at once.
+        compiled: whether each shape of a batch is compiled.
+        replicas: devices that share out the rows.
+
+    >>> bucket_of(PoissonSampling(1000), 1000.0, compiled=True), bucket_of(FullBatch(), 1000.0)
+    (32, 1)
+    """
+    if physical_batch_size is not None:
+        return physical_batch_size * replicas
+    bucket = 1
+    if isinstance(sampling, TruncatedPoisson):
+        bucket = sampling.physical_batch_size
+    elif compiled and isinstance(sampling, (PoissonSampling, CyclicPoisson, RandomAllocation)):
+        # XLA compiles for each shape: about six lie within the batch size's spread.
+        bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(expected_batch_size))))
+    return -(-bucket // replicas) * replicas
 
 
 def check_weights(

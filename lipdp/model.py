@@ -15,19 +15,16 @@ from keras import ops
 import accountants
 from accountants import (
     Budget,
-    CyclicPoisson,
     FixedEpochs,
-    PoissonSampling,
     RandomAllocation,
     ShuffledEpochs,
     TrainingRun,
-    TruncatedPoisson,
 )
 from accountants.sampling import Sampling
 from lipdp import losses, steps
 from lipdp._validation import check_number
 from lipdp.augmentation import Augmentation
-from lipdp.batches import DrawnBatch, DrawnBatches, check_weights
+from lipdp.batches import DrawnBatch, DrawnBatches, bucket_of, check_weights
 from lipdp.check import check_trainable
 from lipdp.clipping import AdaptiveClip
 from lipdp.devices import ALONE, agreed, digest, from_chief
@@ -644,20 +641,8 @@ class PrivateModel(keras.Model):
         if own.processes > 1:
             shared = agreed(gather, own, self._facts(examples, weights, run, position))
             source = shared if source.seed is None else source
-        bucket = 1
         compiled = self.jit_compile or keras.backend.backend() == "jax"
-        if self.physical_batch_size is not None:
-            bucket = self.physical_batch_size
-        elif isinstance(self.sampling, TruncatedPoisson):
-            bucket = self.sampling.physical_batch_size
-        elif compiled and isinstance(
-            self.sampling, (PoissonSampling, CyclicPoisson, RandomAllocation)
-        ):
-            # XLA compiles for each shape: about six lie within the batch size's spread.
-            bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(divisor))))
-        if self.physical_batch_size is not None:
-            bucket *= own.replicas  # each computes so many rows at once
-        bucket = -(-bucket // own.replicas) * own.replicas
+        bucket = bucket_of(self.sampling, divisor, self.physical_batch_size, compiled, own.replicas)
         entries = self.entries + (self.adaptive is not None)
         drawn = DrawnBatches(
             examples,
