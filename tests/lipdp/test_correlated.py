@@ -372,6 +372,7 @@ def test_one_order_for_the_whole_run():
     assert [steps[0] for steps in found] != sorted(steps[0] for steps in found)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(("kind", "sampling"), [KINDS[0], KINDS[2]])
 @pytest.mark.parametrize("together", [1, 5])
 def test_what_fit_trains_on_keeps_the_separation(kind, sampling, together, monkeypatch):
@@ -405,6 +406,7 @@ def test_what_fit_trains_on_keeps_the_separation(kind, sampling, together, monke
         assert len(steps) == 4 or sampling is CYCLIC
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("sampling", [CYCLIC, FIXED, lipdp.ShuffledEpochs(8)], ids=repr)
 def test_a_batch_that_is_left_out_ends_the_run(sampling):
     """Leaving out steps would bring those of one example nearer than the scheme says."""
@@ -441,6 +443,7 @@ def test_poisson_batches_may_be_left_out():
 # --- accounting, and what is refused --------------------------------------------------------------
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize(("kind", "sampling"), KINDS)
 def test_a_budget_is_calibrated_and_kept(kind, sampling):
     x, y = data(N)
@@ -512,6 +515,7 @@ def test_other_refusals():
         private(noise=lipdp.BandedNoise(), sampling=lipdp.CyclicPoisson(9, bands=5)).fit(x, y)
 
 
+@pytest.mark.any_backend
 def test_independent_noise_is_sound_with_groups():
     x, y = data(N)
     model = private(sampling=CYCLIC, clip=lipdp.AdaptiveClip(0.5))

@@ -436,6 +436,7 @@ def dense(*policies):
     return network
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("index", range(3))
 def test_a_layer_of_another_precision_is_refused(dtype, index):
@@ -446,6 +447,7 @@ def test_a_layer_of_another_precision_is_refused(dtype, index):
         private(dense(*policies))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_network_of_another_precision_is_refused(dtype, policy, tmp_path):
     policy(dtype)
@@ -458,6 +460,7 @@ def test_a_network_of_another_precision_is_refused(dtype, policy, tmp_path):
         private(keras.models.load_model(tmp_path / "network.keras"))
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("dtype", LOW)
 def test_a_policy_that_is_set_later_is_refused(dtype):
     model = private()

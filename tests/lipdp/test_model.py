@@ -231,6 +231,7 @@ def test_noise_and_draws_never_repeat(seed, tmp_path):
     assert len(keys) == 32 and len(rows) == 32
 
 
+@pytest.mark.any_backend
 def test_the_ledger_is_shared_across_processes(tmp_path):
     path = tmp_path / "spent.ledger"
     model = private(budget=lipdp.Budget(3.0, 1e-4), noise_multiplier=4.0, ledger=path)
@@ -387,6 +388,7 @@ def test_weights_reach_losses_and_metrics_as_in_keras(run_eagerly):
         assert evaluated[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.any_backend
 def test_class_weights_are_sample_weights():
     x, y = data()
 
