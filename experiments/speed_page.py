@@ -192,6 +192,7 @@ def plot(rows, path):
     """Ratio and CPU time over the batch size, for each network."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     networks = [name for name in NETWORKS if any(row["network"] == name for row in rows)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -217,6 +218,8 @@ def plot(rows, path):
         for axis in (axes[0][column], axes[1][column]):
             axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.3)
+            axis.yaxis.set_major_formatter(LogFormatter())
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
         sizes = sorted({r["batch_size"] for r in rows})
         axes[1][column].set_xticks(sizes, [str(size) for size in sizes])
         axes[1][column].minorticks_off()
