@@ -181,7 +181,7 @@ def check_trainable(network: keras.Model) -> None:
         ...
     ValueError: `network` ... has no trainable weights.
     """
-    trace(network)
+    trace(network)  # refuses what is no network before it is called
     _call(network)
     gradient_bounds(network, 1.0)
     if not network.trainable_variables:

@@ -67,3 +67,18 @@ def private(
 
 def weights(model):
     return [np.array(v) for v in model.network.get_weights()]
+
+
+class AddsLoss(keras.layers.Layer):
+    def call(self, x):
+        self.add_loss(keras.ops.sum(x))
+        return x
+
+    def bound(self, call):
+        return lipdp.bounds.lipschitz()
+
+
+class Rounded(keras.dtype_policies.DTypePolicy):
+    """Computes in float32 on weights that are kept with fewer bits."""
+
+    variable_dtype = "float16"

@@ -8,7 +8,7 @@ import pytest
 
 import lipdp
 from lipdp import layers
-from tests.lipdp.helpers import data, private
+from tests.lipdp.helpers import AddsLoss, Rounded, data, private
 
 pytestmark = pytest.mark.any_backend
 
@@ -105,16 +105,6 @@ def test_the_check_agrees_with_the_private_model(make):
     model = private(repaired)
     model.fit(x, y, epochs=1, verbose=0)
     assert all(np.isfinite(w).all() for w in repaired.get_weights())
-
-
-class AddsLoss(K.ReLU):
-    def call(self, x):
-        self.add_loss(keras.ops.sum(x))
-        return super().call(x)
-
-
-class Rounded(keras.dtype_policies.DTypePolicy):
-    variable_dtype = "float16"
 
 
 @pytest.mark.parametrize(

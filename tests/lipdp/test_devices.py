@@ -23,7 +23,7 @@ from lipdp.devices import ALONE, Devices, SharedSource, agreed, digest, from_chi
 from lipdp.noise import RandomSource
 from lipdp.sources import Arrays
 from tests.lipdp.devices import train
-from tests.lipdp.helpers import data, dense_network, private, weights
+from tests.lipdp.helpers import Rounded, data, dense_network, private, weights
 
 TENSORFLOW = keras.backend.backend() == "tensorflow"
 # Three devices of one process, and two processes of one device each.
@@ -469,11 +469,6 @@ def test_a_policy_that_is_set_later_is_refused(dtype):
 
 
 def test_weights_of_another_precision_are_refused():
-    class Rounded(keras.dtype_policies.DTypePolicy):
-        """Computes in float32 on weights that are kept with fewer bits."""
-
-        variable_dtype = "float16"
-
     network = keras.Sequential(
         [
             keras.Input((6,)),

@@ -13,7 +13,7 @@ import accountants
 import lipdp
 from lipdp import layers
 from lipdp.sources import Arrays
-from tests.lipdp.helpers import data, dense_network, private, weights
+from tests.lipdp.helpers import AddsLoss, data, dense_network, private, weights
 
 BUDGET = lipdp.Budget(2.0, 1e-4)
 
@@ -502,15 +502,6 @@ def network_with(*middle, first=True, outputs=3, **last):
     return keras.Sequential(
         [keras.Input((6,)), *body, *middle, layers.SpectralDense(outputs, **last)]
     )
-
-
-class AddsLoss(keras.layers.Layer):
-    def call(self, x):
-        self.add_loss(keras.ops.sum(x))
-        return x
-
-    def bound(self, call):
-        return lipdp.bounds.lipschitz()
 
 
 @pytest.mark.parametrize(
