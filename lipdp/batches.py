@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import tree
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from accountants import (
     CyclicPoisson,
@@ -26,7 +26,7 @@ from lipdp.devices import ALONE, Devices
 from lipdp.noise import RandomSource
 from lipdp.sources import Arrays, Records, Stream, as_array, padded
 
-__all__ = ["DrawnBatch", "DrawnBatches", "bucket_of", "check_weights"]
+__all__ = ["DrawnBatch", "DrawnBatches", "HandedOutBatches", "bucket_of", "check_weights"]
 
 
 @dataclasses.dataclass
@@ -206,7 +206,7 @@ def _class_weights(class_weight, y):
     return weights
 
 
-class DrawnBatches(keras.utils.PyDataset):
+class DrawnBatches:
     """Batches of one data set, one epoch long, drawn as `sampling` says.
 
     Each request draws: Poisson batches are independent however often and in whichever order
@@ -243,7 +243,6 @@ class DrawnBatches(keras.utils.PyDataset):
         taken: Callable[[], int] | None = None,
         devices: Devices = ALONE,
     ) -> None:
-        super().__init__()
         self.examples, self.weights = examples, weights
         self.sampling = sampling
         self.source = source
@@ -262,9 +261,6 @@ class DrawnBatches(keras.utils.PyDataset):
 
     def __len__(self):
         return self.steps
-
-    def __getitem__(self, index):
-        return self.request(index).as_data()
 
     def on_epoch_begin(self):
         if self.taken is not None and self.taken() == 0:
@@ -392,6 +388,27 @@ class DrawnBatches(keras.utils.PyDataset):
                 kept = dict([*self._drawn.items()][-1:])  # a loop may still ask for the last one
                 self._drawn = {**kept, place: drawn}
             return self._drawn[place]
+
+
+class HandedOutBatches(DataAdapter):
+    """Drawn batches as Keras' loops take them; each backend's step file says how they are read.
+
+    Args:
+        model: the `PrivateModel`.
+        drawn: its `DrawnBatches`.
+    """
+
+    batch_size = has_partial_batch = partial_batch_size = None
+
+    def __init__(self, model: Any, drawn: DrawnBatches) -> None:
+        self.model, self.drawn = model, drawn
+
+    @property
+    def num_batches(self):
+        return len(self.drawn)
+
+    def on_epoch_begin(self):
+        self.drawn.on_epoch_begin()
 
 
 # What a scheme keeps of every example is as small as its range allows: 10⁹ of them are 1 to 4 GB.

@@ -8,11 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from lipdp.noise import RandomSource
 
-__all__ = ["ALONE", "Devices", "HandedOutBatches", "SharedSource", "agreed", "digest", "from_chief"]
+__all__ = ["ALONE", "Devices", "SharedSource", "agreed", "digest", "from_chief"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,30 +76,6 @@ class SharedSource(RandomSource):
 
     def key(self, *position: int) -> np.ndarray:
         return np.frombuffer(self._bytes((0, *position), 16), dtype=np.uint32)
-
-
-class HandedOutBatches(DataAdapter):
-    """Drawn batches as Keras' loops take them where several devices share out the rows.
-
-    Args:
-        model: the `PrivateModel`.
-        drawn: its `DrawnBatches`.
-    """
-
-    batch_size = has_partial_batch = partial_batch_size = None
-
-    def __init__(self, model: Any, drawn: Any) -> None:
-        self.model, self.drawn = model, drawn
-
-    @property
-    def num_batches(self):
-        return len(self.drawn)
-
-    def on_epoch_begin(self):
-        self.drawn.on_epoch_begin()
-
-    def on_epoch_end(self):
-        self.drawn.on_epoch_end()
 
 
 def digest(*arrays: Any) -> str:

@@ -314,7 +314,7 @@ class PrivateModel(keras.Model):
                     stacklevel=2,
                 )
             history = super().fit(
-                self._handed_out(batches),
+                steps.backend().HandedOut(self, batches),
                 epochs=epochs,
                 verbose=verbose,
                 callbacks=callbacks,
@@ -417,11 +417,6 @@ class PrivateModel(keras.Model):
             return result
 
         self.train_function = pay_and_step
-
-    def _handed_out(self, batches):
-        if not self.devices.distributed:
-            return batches
-        return steps.backend().HandedOut(self, batches)
 
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
         # Everything is built when a run begins; Keras would average a batch over the devices, with

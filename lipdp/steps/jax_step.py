@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lipdp import steps
-from lipdp.devices import ALONE, Devices, HandedOutBatches
+from lipdp.batches import HandedOutBatches
+from lipdp.devices import ALONE, Devices
 from lipdp.steps.private_step import private_step
 
 
