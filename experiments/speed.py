@@ -8,7 +8,9 @@ also a private step with noise="secure".
 `python -m experiments.speed --against=all` does so for other libraries as well, each in a virtual
 environment that is made for it, and for five networks. It writes a JSON, and from it a page and a
 plot; those of the documentation with `--out=docs/speed.json`. What the JSON has is not measured
-again, but for `--again`: `--only=lipdp --again` measures lipdp anew, and nothing else.
+again, but for `--again`: `--only=lipdp --again` measures lipdp anew, and nothing else. With
+`--together` all libraries take turns with each other, too: on a machine whose speed drifts, what is
+measured minutes apart tells little of who is faster.
 
 Each kind of step has a process of its own, so that its peak memory is known; they take turns,
 step by step, those of Keras within `fit`. CPU time counts all threads, draws of noise and of
@@ -208,12 +210,12 @@ def _available_gib():
     return float("inf")
 
 
-def measure(python, method, network, batch_size):
-    """Medians of a method's kinds of steps, which take turns.
+def rounds(python, method, network, batch_size):
+    """Times a method's kinds of steps, which take turns: a generator, with one step of each kind
+    between two yields.
 
     Returns:
-        `{kind: {"cpu_ms", "mean_cpu_ms", "wall_ms", "mib"}}`, with the number of steps and the
-        versions.
+        What `measure` does.
 
     Raises:
         Failure: a kind cannot be measured.
@@ -233,6 +235,7 @@ def measure(python, method, network, batch_size):
                 raise Failure(f"{kind}: {failure}") from failure
         spent = {kind: [] for kind in workers}
         while result["steps"] < FLAGS.steps:
+            yield
             # Counted as if none had compiled: steps that do would crowd out those that do not.
             total = sum(_fastest(steps) * len(steps) for steps in spent.values()) / 1000
             if total > FLAGS.seconds / 8 and result["steps"] >= LEAST:
@@ -253,6 +256,24 @@ def measure(python, method, network, batch_size):
             "mib": round(steps[-1]["mib"], 1),
         }
     return result
+
+
+def measure(python, method, network, batch_size):
+    """Medians of a method's kinds of steps.
+
+    Returns:
+        `{kind: {"cpu_ms", "mean_cpu_ms", "wall_ms", "mib"}}`, with the number of steps and the
+        versions.
+
+    Raises:
+        Failure: a kind cannot be measured.
+    """
+    running = rounds(python, method, network, batch_size)
+    while True:
+        try:
+            next(running)
+        except StopIteration as end:
+            return end.value
 
 
 def _fastest(steps):
@@ -313,46 +334,76 @@ def compare(libraries):
         rows = [row for row in rows if row["library"] not in libraries or "failed" not in row]
     else:
         cases = [c for c in cases if (c[0].name, *c[1:]) not in done]
-    pythons, console = {}, Console(stderr=True)
+    pythons, together = {}, {}
+    for library in dict.fromkeys(method.library for method, *_ in cases):
+        try:
+            pythons[library] = environment(library)
+        except Failure as failure:
+            pythons[library] = failure
+    for method, network, batch_size in cases:
+        which = None if FLAGS.together else method.name
+        together.setdefault((network, batch_size, which), []).append(method)
+    console = Console(stderr=True)
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=len(cases))
-        for method, network, batch_size in cases:
-            progress.update(task, description=f"{method.name}, {network}, {batch_size}")
-            row = {
-                "library": method.library,
-                "method": method.name,
-                "network": network,
-                "batch_size": batch_size,
-                "device": machine(),
-                "threads": FLAGS.threads,
-                "date": datetime.date.today().isoformat(),
-            }
-            try:
-                if method.library not in pythons:
-                    try:
-                        pythons[method.library] = environment(method.library)
-                    except Failure as failure:
-                        pythons[method.library] = failure
-                if isinstance(pythons[method.library], Failure):
-                    raise pythons[method.library]
-                for other in rows:
-                    # A batch that did not fit, or took too long, leaves no hope for larger ones.
-                    if (
-                        "failed" in other
-                        and (other["method"], other["network"]) == (method.name, network)
-                        and other["batch_size"] < batch_size
-                    ):
-                        reason = other["failed"].split(" (at batch ")[0]
-                        raise Failure(f"{reason} (at batch {other['batch_size']})")
-                row |= measure(pythons[method.library], method, network, batch_size)
-            except Failure as failure:
-                row["failed"] = str(failure)
-                progress.print(f"{method.name}, {network}, {batch_size}: {failure}")
-            rows = sorted([r for r in rows if _place(r) != _place(row)] + [row], key=_place)
-            record.write(path, {"measurements": rows})
-            progress.advance(task)
+        for (network, batch_size, _), methods in together.items():
+            names = ", ".join(method.name for method in methods)
+            progress.update(task, description=f"{names}: {network}, {batch_size}")
+            for row in _measured(methods, network, batch_size, pythons, rows):
+                if "failed" in row:
+                    progress.print(f"{row['method']}, {network}, {batch_size}: {row['failed']}")
+                rows = sorted([r for r in rows if _place(r) != _place(row)] + [row], key=_place)
+                record.write(path, {"measurements": rows})
+                progress.advance(task)
     Console().print(_table(rows))
     speed_page.write(rows, path, WARMUP, FLAGS.gib, FLAGS.seconds)
+
+
+def _measured(methods, network, batch_size, pythons, rows):
+    """A row of each method, as soon as it is there; the methods take turns.
+
+    Args:
+        methods, network, batch_size: what to measure.
+        pythons: of each library's environment, or the `Failure` that there was in its place.
+        rows: of earlier measurements.
+    """
+    running = []
+    for method in methods:
+        row = {
+            "library": method.library,
+            "method": method.name,
+            "network": network,
+            "batch_size": batch_size,
+            "device": machine(),
+            "threads": FLAGS.threads,
+            "date": datetime.date.today().isoformat(),
+        }
+        try:
+            for other in rows:
+                # A batch that did not fit, or took too long, leaves no hope for larger ones.
+                if (
+                    "failed" in other
+                    and (other["method"], other["network"]) == (method.name, network)
+                    and other["batch_size"] < batch_size
+                ):
+                    reason = other["failed"].split(" (at batch ")[0]
+                    raise Failure(f"{reason} (at batch {other['batch_size']})")
+            python = pythons[method.library]
+            if isinstance(python, Failure):
+                raise python
+            running.append((row, rounds(python, method, network, batch_size)))
+        except Failure as failure:
+            yield row | {"failed": str(failure)}
+    while running:
+        for row, steps in [*running]:
+            try:
+                next(steps)
+                continue
+            except StopIteration as end:
+                yield row | end.value
+            except Failure as failure:
+                yield row | {"failed": str(failure)}
+            running.remove((row, steps))
 
 
 def _place(row):
@@ -460,6 +511,9 @@ if __name__ == "__main__":
     flags.DEFINE_list("against", None, "Libraries to compare with: all, or names; may be empty.")
     flags.DEFINE_list("only", None, "Of the comparison: libraries to measure now, e.g. lipdp.")
     flags.DEFINE_bool("again", False, "Of the comparison: measures what the JSON has, too.")
+    flags.DEFINE_bool(
+        "together", False, "Of the comparison: all libraries take turns, if memory holds them."
+    )
     flags.DEFINE_list("networks", list(NETWORKS), "Of the comparison: networks to time.")
     flags.DEFINE_list("backends", ["tensorflow", "jax"], "Without --against: backends to time.")
     flags.DEFINE_list("batch_sizes", None, "64, 256, 1024, and 4096 in the comparison.")

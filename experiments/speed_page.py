@@ -35,6 +35,11 @@ which versions and on which day it was measured; all on {device}, each process o
   batches then. The reasons are below. What is empty has not been measured.
 - JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
   clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
+- On TensorFlow lipdp reads batches without a data set `from_generator`. The first such data set of
+  a process (validation data as a `PyDataset`, say) has TensorFlow set the allocator, where Python
+  is 3.11 or later, so that every tensor of more than 128 KiB gets fresh pages: with one, a private
+  step of the MLP at 64 was seen to take 165 ms of CPU in place of 115, one of the mixer 82 in place
+  of 43. `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` in the environment prevents that.
 
 ![ratio and CPU time over the batch size](speed.svg)
 

@@ -23,7 +23,8 @@ def method(name, library="lipdp", **kinds):
 def flags(monkeypatch, tmp_path):
     values = types.SimpleNamespace(
         steps=3, threads=1, seconds=2, gib=0.4, again=False, batch_sizes=["64", "256"],
-        networks=["mlp"], out=str(tmp_path / "speed.json"), environments=str(tmp_path),
+        networks=["mlp"], together=False,
+        out=str(tmp_path / "speed.json"), environments=str(tmp_path),
     )  # fmt: skip
     monkeypatch.setattr(speed, "FLAGS", values)
     return values
@@ -42,6 +43,24 @@ def test_kinds_take_turns_and_each_has_its_own_process(flags):
     assert 10 < plain["mib"] < 200
 
 
+def test_methods_take_turns_too(flags, monkeypatch):
+    taken = []
+
+    def rounds(python, method, network, batch_size):
+        for i in range(2 if method.name == "lipdp, JAX" else 3):
+            taken.append((method.name[-3:], batch_size, i))
+            yield
+        times = dict.fromkeys(("private", "plain"), {"cpu_ms": 1.0, "mib": 1.0})
+        return {"steps": 3, "versions": {}, **times}
+
+    monkeypatch.setattr(speed, "rounds", rounds)
+    monkeypatch.setattr(speed, "METHODS", (method("lipdp, JAX"), method("lipdp, TensorFlow")))
+    flags.together, flags.batch_sizes = True, ["64"]
+    speed.compare(["lipdp"])
+    assert [name for name, *_ in taken] == ["JAX", "low", "JAX", "low", "low"]
+    assert all(row["private"]["cpu_ms"] == 1.0 for row in rows(flags).values())
+
+
 @pytest.mark.parametrize(
     ("private", "reason"),
     [
@@ -55,7 +74,9 @@ def test_reasons(flags, private, reason):
         speed.measure(sys.executable, method("x", private=private, plain="plain"), "mlp", 64)
 
 
-def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(flags, monkeypatch):
+@pytest.mark.parametrize("together", [False, True])
+def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(together, flags, monkeypatch):
+    flags.together = together
     methods = (
         method("lipdp, TensorFlow"),
         method("dying", "opacus", private="dies", plain="plain"),
@@ -83,7 +104,12 @@ def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(flags, monkeypa
 
     # Nothing is measured twice, unless it is asked for, and then nothing else.
     made = {key: found["other", 64][key] for key in ("private", "plain", "versions")}
-    monkeypatch.setattr(speed, "measure", lambda *_: {**made, "steps": 7})
+
+    def measured(*_):
+        yield
+        return {**made, "steps": 7}
+
+    monkeypatch.setattr(speed, "rounds", measured)
     speed.compare(["lipdp", "opacus", "tf_privacy", "jax_privacy"])
     assert rows(flags) == found
     flags.again = True

@@ -292,6 +292,19 @@ def test_weights_outside_their_set_are_projected_before_the_first_step():
             assert np.linalg.norm(np.array(layer.kernel), 2) <= 1.0 + 1e-6
 
 
+def test_batches_come_without_a_generator_of_tensorflow(monkeypatch):
+    """For one, TensorFlow has every larger tensor of the process mapped anew (`mallopt`)."""
+    tensorflow = pytest.importorskip("tensorflow")
+
+    def refused(*args, **kwargs):
+        raise AssertionError("a private fit made a data set from a generator")
+
+    monkeypatch.setattr(tensorflow.data.Dataset, "from_generator", refused)
+    model = private()
+    model.fit(*data(), epochs=2, verbose=0)
+    assert model.spent(1e-3).steps == 8
+
+
 def test_averaged_weights_are_kept_and_lie_in_their_set():
     """Keras averages what its optimizer wrote, before the projection: far outside, here."""
     ends = []
