@@ -321,7 +321,8 @@ def compare(libraries):
     from rich.progress import Progress
 
     path = pathlib.Path(FLAGS.out or "build/speed.json")
-    rows = json.loads(path.read_text())["measurements"] if path.exists() else []
+    found = json.loads(path.read_text()) if path.exists() else {}
+    rows = found.get("measurements", [])
     done = {(row["method"], row["network"], row["batch_size"]) for row in rows}
     cases = [
         (method, network, int(batch_size))
@@ -353,10 +354,10 @@ def compare(libraries):
                 if "failed" in row:
                     progress.print(f"{row['method']}, {network}, {batch_size}: {row['failed']}")
                 rows = sorted([r for r in rows if _place(r) != _place(row)] + [row], key=_place)
-                record.write(path, {"measurements": rows})
+                record.write(path, found | {"measurements": rows})
                 progress.advance(task)
     Console().print(_table(rows))
-    speed_page.write(rows, path, WARMUP, FLAGS.gib, FLAGS.seconds)
+    speed_page.write(rows, path, WARMUP, FLAGS.gib, FLAGS.seconds, found.get("note", ""))
 
 
 def _measured(methods, network, batch_size, pythons, rows):
@@ -376,6 +377,7 @@ def _measured(methods, network, batch_size, pythons, rows):
             "batch_size": batch_size,
             "device": machine(),
             "threads": FLAGS.threads,
+            "together": FLAGS.together,
             "date": datetime.date.today().isoformat(),
         }
         try:

@@ -1,5 +1,7 @@
 """The page and the plot of `experiments.speed`, made from its JSON."""
 
+import textwrap
+
 from experiments import record
 from experiments.opponents import worker
 
@@ -30,6 +32,8 @@ which versions and on which day it was measured; all on {device}, each process o
   size, drawn more cheaply than their own loaders do. lipdp has its own layers: sorting activations,
   norm pooling, centering. Its ratio is over the plain step of *those* layers; the plain step with
   ReLU and maximum pooling stands beside it.
+- Where libraries took turns with each other as well (`--together`), a † marks what was measured by
+  itself, at another time: its ratio can be compared, its milliseconds hardly.{note}
 - Memory is the peak of the process, framework and data (four batches) included. A method that
   needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger
   batches then. The reasons are below. What is empty has not been measured.
@@ -52,13 +56,14 @@ the others.
 """
 
 
-def write(rows, path, warmup, gib, seconds):
+def write(rows, path, warmup, gib, seconds, note=""):
     """Writes the page and the plot that belong to a JSON, beside it.
 
     Args:
         rows: the measurements.
         path: of the JSON.
         warmup, gib, seconds: what they were taken with: steps that were not timed, and limits.
+        note: what the JSON says of them in words.
     """
     measured = [row for row in rows if "failed" not in row]
     if not measured:
@@ -75,6 +80,7 @@ def write(rows, path, warmup, gib, seconds):
         gib=gib,
         seconds=seconds,
         ahead=_ahead(measured, batches),
+        note=note and textwrap.fill(note, 98, initial_indent="\n  ", subsequent_indent="  "),
     )
     for network in NETWORKS:
         of_it = [row for row in rows if row["network"] == network]
@@ -94,7 +100,17 @@ def write(rows, path, warmup, gib, seconds):
     plot(measured, path.with_suffix(".svg"))
 
 
+def _apart(rows):
+    """The rows of a case whose others were measured in turns."""
+    together = {(r["network"], r["batch_size"]) for r in rows if r.get("together")}
+    return [
+        r for r in rows if (r["network"], r["batch_size"]) in together and not r.get("together")
+    ]
+
+
 def _ahead(rows, batches):
+    rows = [row for row in rows if row not in _apart(rows)]
+
     def best(network, batch_size, ours):
         found = [
             (row["private"]["cpu_ms"], row["method"])
@@ -121,6 +137,7 @@ def _ahead(rows, batches):
 
 def _tables(rows, batches, gib):
     by_case = {(row["method"], row["batch_size"]): row for row in rows}
+    apart = _apart(rows)
     names = list(dict.fromkeys(row["method"] for row in rows))
     relu = any("relu" in row for row in rows)
 
@@ -133,7 +150,8 @@ def _tables(rows, batches, gib):
     def times(row):
         private, plain = row["private"]["cpu_ms"], row["plain"]["cpu_ms"]
         fast = f" ({_ms(row['relu']['cpu_ms'])})" if "relu" in row else ""
-        return f"{_ms(private)} / {_ms(plain)}{fast} = {private / plain:.2f}"
+        mark = "†" if row in apart else ""
+        return f"{_ms(private)} / {_ms(plain)}{fast} = {private / plain:.2f}{mark}"
 
     def memory(row):
         private, plain = row["private"]["mib"], row["plain"]["mib"]

@@ -10,7 +10,6 @@ from keras import ops
 from lipdp._validation import check_number
 from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.rule import minimum, size
-from lipdp.steps.autodiff import sum_of_squares
 
 # Entries of larger magnitude are clipped to it before a norm is taken.
 _HUGE = 1e37
@@ -68,14 +67,16 @@ class BallProjection(keras.layers.Layer):
         if self.compute_dtype != "float32" or not low <= self.radius**2 <= high:
             return self._careful(x, axes)
 
+        def squares(x):
+            return ops.sum(ops.square(x), axis=axes, keepdims=True)
+
         def plain(x):
-            squares = sum_of_squares(x, axes)
-            return x * (self.radius * ops.rsqrt(ops.maximum(squares, self.radius**2)))
+            return x * (self.radius * ops.rsqrt(ops.maximum(squares(x), self.radius**2)))
 
         # Nearly always float32 has room for the squares, and few passes suffice. Whether they do is
         # asked of each vector, so that no example changes how others are rounded. What goes through
         # `plain` is finite: a slope of zero times what is no number is none either.
-        fits = sum_of_squares(ops.stop_gradient(x), axes) < high
+        fits = squares(ops.stop_gradient(x)) < high
         return ops.cond(
             ops.all(fits),
             lambda: plain(x),
@@ -91,7 +92,7 @@ class BallProjection(keras.layers.Layer):
         x = x / scale
         r = self.radius / scale
         # rsqrt of a maximum is smooth at zero, where a norm has no slope.
-        squares = sum_of_squares(x, axes)
+        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
         return x * (self.radius * ops.rsqrt(ops.maximum(squares, ops.square(r))))
 
     def compute_output_shape(self, input_shape):
@@ -227,7 +228,7 @@ class FlooredNormalization(keras.layers.Layer):
         if self.center:
             x = x - ops.mean(x, axis=axes, keepdims=True)
         floor = ops.maximum(self.floor / scale, _SMALLEST_FLOOR)
-        squares = sum_of_squares(x, axes)
+        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
         x = self.radius * x * ops.rsqrt(ops.maximum(squares, ops.square(floor)))
         return ops.reshape(x, (-1, *shape))
 

@@ -1,6 +1,4 @@
-"""What every backend spells in its own way: vector-Jacobian products, compilation, and sums of
-squares that take no memory.
-"""
+"""Vector-Jacobian products and compilation, which every backend spells in its own way."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -29,15 +27,6 @@ if keras.backend.backend() == "tensorflow":
 
     compiled = functools.partial(tf.function, autograph=False)
 
-    def _sum_of_squares(x, axes):
-        @tf.custom_gradient
-        def squares(x):
-            # The one reduction whose kernel squares as it sums. Its own slope at zero is NaN.
-            norm = tf.math.reduce_euclidean_norm(x, axes, keepdims=True)
-            return norm * norm, lambda cotangent: 2.0 * x * cotangent
-
-        return squares(x)
-
 elif keras.backend.backend() == "jax":
     import jax
 
@@ -46,9 +35,6 @@ elif keras.backend.backend() == "jax":
         return values, list(pull(cotangents_of(values)))
 
     compiled = jax.jit
-
-    def _sum_of_squares(x, axes):
-        return jax.numpy.sum(jax.numpy.square(x), axes, keepdims=True)
 
 else:
     raise ImportError(
@@ -91,16 +77,3 @@ def gradient(function: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tenso
         lambda x: [function(x)], [value], lambda values: [keras.ops.ones_like(values[0])]
     )
     return result, slope
-
-
-def sum_of_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """`ops.sum(ops.square(x), axes, keepdims=True)` without the tensor of squares.
-
-    XLA never makes one; TensorFlow would, and its pages cost several times the sum.
-
-    >>> x = keras.ops.array([[3.0, 4.0], [0.0, 0.0]])
-    >>> squares, slope = gradient(lambda x: sum_of_squares(x, (1,)), x)
-    >>> keras.ops.convert_to_numpy(squares).tolist(), keras.ops.convert_to_numpy(slope).tolist()
-    ([[25.0], [0.0]], [[6.0, 8.0], [0.0, 0.0]])
-    """
-    return _sum_of_squares(x, tuple(axes))
