@@ -336,17 +336,18 @@ def compare(libraries):
     else:
         cases = [c for c in cases if (c[0].name, *c[1:]) not in done]
     pythons, together = {}, {}
-    for library in dict.fromkeys(method.library for method, *_ in cases):
-        try:
-            pythons[library] = environment(library)
-        except Failure as failure:
-            pythons[library] = failure
     for method, network, batch_size in cases:
         which = None if FLAGS.together else method.name
         together.setdefault((network, batch_size, which), []).append(method)
     console = Console(stderr=True)
     with Progress(console=console) as progress:
         task = progress.add_task("measuring", total=len(cases))
+        for library in dict.fromkeys(method.library for method, *_ in cases):
+            progress.update(task, description=f"setting up {library}")
+            try:
+                pythons[library] = environment(library)
+            except Failure as failure:
+                pythons[library] = failure
         for (network, batch_size, _), methods in together.items():
             names = ", ".join(method.name for method in methods)
             progress.update(task, description=f"{names}: {network}, {batch_size}")

@@ -109,7 +109,8 @@ def _apart(rows):
 
 
 def _ahead(rows, batches):
-    rows = [row for row in rows if row not in _apart(rows)]
+    apart = _apart(rows)
+    rows = [row for row in rows if row not in apart]
 
     def best(network, batch_size, ours):
         found = [
