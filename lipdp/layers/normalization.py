@@ -10,6 +10,7 @@ from keras import ops
 from lipdp._validation import check_number
 from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.rule import minimum, size
+from lipdp.steps.autodiff import sum_of_squares
 
 # Entries of larger magnitude are clipped to it before a norm is taken.
 _HUGE = 1e37
@@ -63,37 +64,58 @@ class BallProjection(keras.layers.Layer):
     def call(self, x):
         x = ops.cast(x, self.compute_dtype)
         axes = (-1,) if self.per_position else tuple(range(1, len(x.shape)))
+
+        @ops.custom_gradient
+        def projected(x):
+            y, factor, outside, fits = self._scaled(x, axes)
+
+            def grad(*args, upstream=None):
+                # With `y` of norm r, the slope of r·x/‖x‖ is r/‖x‖·(I − yyᵀ/r²).
+                (g,) = args if upstream is None else (upstream,)
+                along = ops.sum(y * g, axis=axes, keepdims=True) / self.radius**2
+                slope = factor * (g - ops.where(outside, along, 0.0) * y)
+                # Zeros in place of broken entries do not move with them.
+                return ops.cond(
+                    ops.all(fits),
+                    lambda: slope,
+                    lambda: ops.where(ops.isfinite(x), slope, ops.zeros_like(slope)),
+                )
+
+            return y, grad
+
+        return projected(x)
+
+    def _scaled(self, x, axes):
+        """The projection `y = factor·x`, its factors, whether they are of vectors outside of the
+        ball, and of which vectors the squares are numbers of float32.
+        """
         low, high = _PLAIN
         if self.compute_dtype != "float32" or not low <= self.radius**2 <= high:
-            return self._careful(x, axes)
+            return *self._careful(x, axes), False
+        # Nearly always all are, and two passes suffice. It is asked of each vector, so that no
+        # example changes how others are rounded.
+        squares = sum_of_squares(x, axes)
+        fits, outside = squares < high, squares > self.radius**2
+        factor = self.radius * ops.rsqrt(ops.maximum(squares, self.radius**2))
 
-        def squares(x):
-            return ops.sum(ops.square(x), axis=axes, keepdims=True)
+        def plain():
+            return x * factor, factor, outside
 
-        def plain(x):
-            return x * (self.radius * ops.rsqrt(ops.maximum(squares(x), self.radius**2)))
+        def mixed():
+            both = zip(plain(), self._careful(x, axes), strict=True)
+            return tuple(ops.where(fits, some, careful) for some, careful in both)
 
-        # Nearly always float32 has room for the squares, and few passes suffice. Whether they do is
-        # asked of each vector, so that no example changes how others are rounded. What goes through
-        # `plain` is finite: a slope of zero times what is no number is none either.
-        fits = squares(ops.stop_gradient(x)) < high
-        return ops.cond(
-            ops.all(fits),
-            lambda: plain(x),
-            lambda: ops.where(fits, plain(ops.where(fits, x, 0.0)), self._careful(x, axes)),
-        )
+        return *ops.cond(ops.all(fits), plain, mixed), fits
 
     def _careful(self, x, axes):
         x = _finite(x)
         # Divided by its largest entry first, a vector's squares neither overflow nor vanish.
-        scale = ops.stop_gradient(
-            ops.maximum(ops.max(ops.abs(x), axis=axes, keepdims=True), self.radius)
-        )
+        scale = ops.maximum(ops.max(ops.abs(x), axis=axes, keepdims=True), self.radius)
         x = x / scale
         r = self.radius / scale
-        # rsqrt of a maximum is smooth at zero, where a norm has no slope.
-        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
-        return x * (self.radius * ops.rsqrt(ops.maximum(squares, ops.square(r))))
+        squares, least = sum_of_squares(x, axes), ops.square(r)
+        inverse = ops.rsqrt(ops.maximum(squares, least))
+        return x * (self.radius * inverse), r * inverse, squares > least
 
     def compute_output_shape(self, input_shape):
         return input_shape

@@ -250,6 +250,25 @@ def test_ball_projection_of_a_broken_example_changes_no_other(broken, per_positi
         assert np.isfinite(found).all()
 
 
+@pytest.mark.parametrize("radius", [0.5, 1e-12])
+@pytest.mark.parametrize("per_position", [False, True])
+def test_ball_projection_hands_back_its_slope(per_position, radius, rng):
+    """Beside that of the formula, in the ball, on it and beyond, where squares overflow, too."""
+    scales = np.array([0.0, 0.1, 0.999, 1.001, 7.0, 1e18, 1e25])[:, None, None]
+    x, g = rng.standard_normal((2, 7, 3, 4))
+    axes = (2,) if per_position else (1, 2)
+    x = (scales * radius * x / np.linalg.norm(x, axis=axes, keepdims=True)).astype("float32")
+    layer = layers.BallProjection(radius, per_position)
+    tensors = [ops.convert_to_tensor(a.astype("float32")) for a in (x, g)]
+    _, (slope,) = pull_back(lambda x: [layer(x)], tensors[:1], lambda _: tensors[1:])
+    norm = np.sqrt(np.sum(x.astype("float64") ** 2, axis=axes, keepdims=True))
+    unit = x / np.where(norm > radius, norm, np.inf)
+    along = np.sum(unit * g, axis=axes, keepdims=True)
+    expected = radius / np.maximum(norm, radius) * (g - unit * along)
+    largest = np.abs(expected).max(axis=(1, 2), keepdims=True)
+    np.testing.assert_allclose(ops.convert_to_numpy(slope) / largest, expected / largest, atol=1e-5)
+
+
 def test_ball_projection_takes_integers():
     y = layers.BallProjection(1.0)(np.array([[3, 4]], "uint8"))
     np.testing.assert_allclose(ops.convert_to_numpy(y), [[0.6, 0.8]], rtol=1e-6)
