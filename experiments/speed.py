@@ -40,6 +40,7 @@ FLAGS = flags.FLAGS
 
 NETWORKS = speed_page.NETWORKS
 WARMUP, LEAST = 5, 3  # steps that are not timed, fewer if they are slow; and that must be timed
+SHAPES_WARMUP = 15  # the first where each new shape of a batch is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Method:
         kinds: the worker's methods: `private`, `plain`, and perhaps others.
         variables: of the environment, for the worker.
         networks: on which it is timed.
+        warmup: steps that are not timed, at most.
     """
 
     library: str
@@ -61,6 +63,7 @@ class Method:
     kinds: dict[str, str]
     variables: dict[str, str] = dataclasses.field(default_factory=dict)
     networks: tuple[str, ...] = NETWORKS
+    warmup: int = WARMUP
 
 
 _OURS = {"private": "private", "plain": "plain", "relu": "relu"}
@@ -68,7 +71,8 @@ _TENSORFLOW, _JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
 
 
 def _ours(name, variables):
-    return Method("lipdp", name, "experiments.opponents.ours", _OURS, variables)
+    warmup = SHAPES_WARMUP if variables == _JAX else WARMUP
+    return Method("lipdp", name, "experiments.opponents.ours", _OURS, variables, warmup=warmup)
 
 
 def _other(library, name, private, plain="plain", module=None, **more):
@@ -183,8 +187,13 @@ class Worker:
 
 
 def variables(threads=1):
-    """The environment of a process whose framework uses so many threads; 0 leaves it to itself."""
+    """The environment of a process whose framework uses so many threads; 0 leaves it to itself.
+
+    It keeps the memory that it has freed. How much of that glibc would hand back and fetch anew,
+    page by page, depends on the sizes of a step's tensors by chance.
+    """
     found = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+    found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
     if threads:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
         names += ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
@@ -226,18 +235,17 @@ def rounds(python, method, network, batch_size):
             workers[kind] = Worker(python, method, kind, network, batch_size)
             try:
                 result["versions"] = workers[kind].answer(FLAGS.seconds)["versions"]
-                spent_on_it = 0.0
-                for step in range(WARMUP):
-                    if step >= 2 and spent_on_it > FLAGS.seconds / 10:
+                warm = []
+                while len(warm) < method.warmup:
+                    if len(warm) >= 2 and _without_compiling(warm) > FLAGS.seconds / 10:
                         break
-                    spent_on_it += workers[kind].step(FLAGS.seconds)["cpu_ms"] / 1000
+                    warm.append(workers[kind].step(FLAGS.seconds))
             except Failure as failure:
                 raise Failure(f"{kind}: {failure}") from failure
         spent = {kind: [] for kind in workers}
         while result["steps"] < FLAGS.steps:
             yield
-            # Counted as if none had compiled: steps that do would crowd out those that do not.
-            total = sum(_fastest(steps) * len(steps) for steps in spent.values()) / 1000
+            total = sum(_without_compiling(steps) for steps in spent.values())
             if total > FLAGS.seconds / 8 and result["steps"] >= LEAST:
                 break
             order = list(workers) if result["steps"] % 2 else list(workers)[::-1]
@@ -276,8 +284,9 @@ def measure(python, method, network, batch_size):
             return end.value
 
 
-def _fastest(steps):
-    return min((step["cpu_ms"] for step in steps), default=0.0)
+def _without_compiling(steps):
+    """Seconds of CPU, as if no step had compiled: those that do would crowd out the others."""
+    return min((step["cpu_ms"] for step in steps), default=0.0) * len(steps) / 1000
 
 
 # --- the whole matrix -----------------------------------------------------------------------------
@@ -358,7 +367,8 @@ def compare(libraries):
                 record.write(path, found | {"measurements": rows})
                 progress.advance(task)
     Console().print(_table(rows))
-    speed_page.write(rows, path, WARMUP, FLAGS.gib, FLAGS.seconds, found.get("note", ""))
+    steps = WARMUP, SHAPES_WARMUP
+    speed_page.write(rows, path, *steps, FLAGS.gib, FLAGS.seconds, found.get("note", ""))
 
 
 def _measured(methods, network, batch_size, pythons, rows):

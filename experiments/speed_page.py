@@ -25,9 +25,9 @@ which versions and on which day it was measured; all on {device}, each process o
   certificates. What trains in Keras is timed in `fit`, with the accuracy as a metric; what does not
   in the shortest loop, without one.
 - Each kind of step has a process of its own; private and plain ones take turns, step by step. CPU
-  time of all threads, medians of {least} to {steps} steps, after 2 to {warmup} that are not timed;
-  a median says nothing about compilation, which the first steps pay (on JAX for each new shape of a
-  batch).
+  time of all threads, medians of {least} to {steps} steps, after 2 to {warmup} that are not timed
+  (of lipdp on JAX 2 to {shapes_warmup}); a median says nothing about compilation, which the first
+  steps pay, on JAX for each new shape of a batch.
 - Opponents have the fastest layers they offer, ReLU and maximum pooling, and batches of a fixed
   size, drawn more cheaply than their own loaders do. lipdp has its own layers: sorting activations,
   norm pooling, centering. Its ratio is over the plain step of *those* layers; the plain step with
@@ -39,11 +39,10 @@ which versions and on which day it was measured; all on {device}, each process o
   batches then. The reasons are below. What is empty has not been measured.
 - JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
   clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
-- On TensorFlow lipdp reads batches without a data set `from_generator`. The first such data set of
-  a process (validation data as a `PyDataset`, say) has TensorFlow set the allocator, where Python
-  is 3.11 or later, so that every tensor of more than 128 KiB gets fresh pages: with one, a private
-  step of the MLP at 64 was seen to take 165 ms of CPU in place of 115, one of the mixer 82 in place
-  of 43. `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000` in the environment prevents that.
+- All processes keep the memory that they have freed, with `MALLOC_MMAP_MAX_=0
+  MALLOC_TRIM_THRESHOLD_=100000000000` in the environment, for glibc. Without, how many pages a step
+  hands back and fetches anew depends on its tensors' sizes and on chance, and batches of varying
+  size suffer most: see [below](#memory-that-is-kept).
 
 ![ratio and CPU time over the batch size](speed.svg)
 
@@ -56,13 +55,14 @@ the others.
 """
 
 
-def write(rows, path, warmup, gib, seconds, note=""):
+def write(rows, path, warmup, shapes_warmup, gib, seconds, note=""):
     """Writes the page and the plot that belong to a JSON, beside it.
 
     Args:
         rows: the measurements.
         path: of the JSON.
-        warmup, gib, seconds: what they were taken with: steps that were not timed, and limits.
+        warmup, shapes_warmup, gib, seconds: what they were taken with: steps that were not timed,
+            where each shape is compiled, too, and limits.
         note: what the JSON says of them in words.
     """
     measured = [row for row in rows if "failed" not in row]
@@ -77,6 +77,7 @@ def write(rows, path, warmup, gib, seconds, note=""):
         steps=max(row["steps"] for row in measured),
         least=min(row["steps"] for row in measured),
         warmup=warmup,
+        shapes_warmup=shapes_warmup,
         gib=gib,
         seconds=seconds,
         ahead=_ahead(measured, batches),
