@@ -165,6 +165,7 @@ class PrivateModel(keras.Model):
         self._fits = 0
         self._paying = False
         self.mechanism = None
+        self.step_halves = None
         self.private_loss = None
         self.max_sample_weight = None
         self._clip_weight = None
@@ -396,7 +397,8 @@ class PrivateModel(keras.Model):
     def make_train_function(self, force=False):
         if self.train_function is not None and not force:
             return
-        super().make_train_function(force)
+        make = functools.partial(super().make_train_function, force=True)
+        steps.backend().make_train_function(self, make)
         inner = self.train_function
 
         def pay_and_step(*args):

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lipdp import steps
 from lipdp.batches import HandedOutBatches
 from lipdp.devices import ALONE, Devices
-from lipdp.steps.private_step import private_step
+from lipdp.steps.private_step import read_batch, update_weights
 
 
 def pull_back(network, x):
@@ -61,27 +61,83 @@ def once(updates):
 
 def train_step(model, state, data):
     """Keras' `train_step` on JAX: the same step with the variables' values passed through."""
-    groups = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        model.optimizer.variables,
-        model.metrics_variables,
-    )
-    mapping = [
-        pair
-        for group, values in zip(groups, state, strict=True)
-        for pair in zip(group, values, strict=True)
-    ]
-    if keras.distribution.distribution() is not None:
-        features, y, mask = data
-        features = {**features, "key": _everywhere(features["key"][0])}
-        if "noise" in features:
-            # Zeros but in the first row; integers, so no sum rounds.
-            features["noise"] = _everywhere(features["noise"].sum(axis=0))
-        data = features, y, mask
+    first, second = model.step_halves
+    trainable, non_trainable, optimizer, metrics = state
+    sums, logs, non_trainable, metrics = first(trainable, (non_trainable, metrics), data)
+    rest = {name: data[0][name] for name in ("key", "noise") if name in data[0]}
+    state = second((trainable, non_trainable, optimizer), sums, rest)
+    return logs, (*state, metrics)
+
+
+def make_train_function(model, make):
+    """Keras' train function, of a step in halves that are compiled each for itself.
+
+    A batch of another shape has the first compiled anew. Most of what takes long to compile is in
+    the second, the noise, the certificates and the updates, whose shapes are those of the weights.
+
+    Args:
+        model: the `PrivateModel`.
+        make: has Keras make the function, of `model.train_step`.
+    """
+
+    def first(trainable, rest, data):
+        groups = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.metrics_variables,
+        )
+        with _values(groups, (trainable, *rest)) as found:
+            sums, logs = read_batch(model, data, steps.backend())
+        return (sums, logs, *found()[1:])
+
+    def second(state, sums, rest):
+        groups = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+        )
+        with _values(groups, state) as found:
+            update_weights(model, _whole(rest), sums, steps.backend())
+        return found()
+
+    model.step_halves = first, second
+    jit_compile = model.jit_compile
+    if jit_compile and not model.run_eagerly:
+        where = [None] * 4
+        if keras.distribution.distribution() is not None:
+            where = model._get_state_sharding_spec()
+        trainable, non_trainable, optimizer, metrics = where
+        model.step_halves = (
+            jax.jit(first, donate_argnums=1, out_shardings=(None, None, non_trainable, metrics)),
+            jax.jit(second, donate_argnums=0, out_shardings=(trainable, non_trainable, optimizer)),
+        )
+    model.jit_compile = False  # Keras would compile the halves together
+    try:
+        make()
+    finally:
+        model.jit_compile = jit_compile
+
+
+@contextlib.contextmanager
+def _values(groups, values):
+    """Gives groups of variables their values while the scope lasts; what it yields tells those
+    that they have at its end.
+    """
+    pairs = zip(groups, values, strict=True)
+    mapping = [pair for group, v in pairs for pair in zip(group, v, strict=True)]
     with keras.StatelessScope(state_mapping=mapping) as scope:
-        logs = private_step(model, data, steps.backend())
-    return logs, tuple([scope.get_current_value(v) for v in group] for group in groups)
+        yield lambda: tuple([scope.get_current_value(v) for v in group] for group in groups)
+
+
+def _whole(features):
+    """What several devices hand in part by part, but the rows."""
+    if keras.distribution.distribution() is None:
+        return features
+    features = {**features, "key": _everywhere(features["key"][0])}
+    if "noise" in features:
+        # Zeros but in the first row; integers, so no sum rounds.
+        features["noise"] = _everywhere(features["noise"].sum(axis=0))
+    return features
 
 
 def fetched(arguments, count):

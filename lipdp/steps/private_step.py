@@ -18,10 +18,6 @@ from lipdp.steps.autodiff import gradient
 def private_step(model, data, backend):
     """One private step on one drawn batch; variables are updated in place.
 
-    Forward pass, loss gradient of each example, clip of its rows, weights of the examples,
-    pull-back of all rows at once, sum over the expected batch size plus noise, optimizer,
-    projection.
-
     Args:
         model: the `PrivateModel`.
         data: what `DrawnBatch.as_data` gives.
@@ -30,11 +26,21 @@ def private_step(model, data, backend):
     Returns:
         The metrics' results.
     """
+    sums, logs = read_batch(model, data, backend)
+    update_weights(model, data[0], sums, backend)
+    return logs
+
+
+def read_batch(model, data, backend):
+    """The half of a step that reads the batch: forward pass, loss gradient of each example, clip of
+    its rows, weights of the examples, pull-back of all rows at once; and the metrics.
+
+    Returns:
+        The sums that the noise is to hide: the clipped gradients' of each weight, and of an
+        adaptive clip the count; and the metrics' results.
+    """
     features, y, mask = data
-    x, key, weights = features["inputs"], features["key"], features.get("weights")
-    network, mechanism = model.network, model.mechanism
-    divisor = mechanism.expected_batch_size
-    variables = network.trainable_variables
+    x, weights = features["inputs"], features.get("weights")
     clip = model.current_clip()
 
     def part(x, y, mask, weights=None):
@@ -45,9 +51,30 @@ def private_step(model, data, backend):
         sums, (outputs, losses, within) = part(*rows)
     else:
         sums, (outputs, losses, within) = backend.accumulate(part, rows, model.physical_batch_size)
+    if model.adaptive is not None:
+        # One example moves the sum of centred indicators by ½.
+        sums = [*sums, ops.sum(within - 0.5 * ops.cast(mask, within.dtype))]
+    if weights is not None:
+        weights = held(weights, model.largest_weight)
+    # Over the rows of all devices: noise is added to that, once.
+    return backend.total(sums), model.update_metrics(y, outputs, losses, mask, weights)
+
+
+def update_weights(model, features, sums, backend):
+    """The half of a step whose shapes no batch changes: sum over the expected batch size plus
+    noise, optimizer, projection.
+
+    Args:
+        model, backend: as for `private_step`.
+        features: the batch's key, and its noise where the host draws it.
+        sums: what `read_batch` gave.
+    """
+    network, mechanism, key = model.network, model.mechanism, features["key"]
+    divisor = mechanism.expected_batch_size
+    variables = network.trainable_variables
 
     # Read from the weights that the forward pass used, before they change.
-    bounds = gradient_bounds(network, clip * model.largest_weight, as_tensors=True)
+    bounds = gradient_bounds(network, model.current_clip() * model.largest_weight, as_tensors=True)
     stds = standard_deviations(
         [bounds[v.path] for v in variables],
         [math.prod(v.shape) for v in variables],
@@ -55,10 +82,7 @@ def private_step(model, data, backend):
         shares(model.allocation, variables),
     )
     if model.adaptive is not None:
-        # One example moves the sum of centred indicators by ½.
-        sums = [*sums, ops.sum(within - 0.5 * ops.cast(mask, within.dtype))]
         stds = [*stds, 0.5 * mechanism.count_noise_multiplier]
-    sums = backend.total(sums)  # over the rows of all devices: noise is added to that, once
     if any(ops.is_tensor(std) for std in stds):
         stds = _together(stds)
     noisy = model.noise.add(backend, features, sums, stds)
@@ -83,10 +107,6 @@ def private_step(model, data, backend):
 
     if model.adaptive is not None:
         model.move_clip(noisy[-1] / divisor + 0.5)
-
-    if weights is not None:
-        weights = held(weights, model.largest_weight)
-    return model.update_metrics(y, outputs, losses, mask, weights)
 
 
 def gradient_sums(model, backend, clip, x, y, mask, weights):

@@ -61,7 +61,7 @@ def accumulate(part, arrays, size):
 @functools.cache
 def compiled(function):
     """The function through XLA, which fuses its small products."""
-    return tf.function(function, jit_compile=True)
+    return tf.function(function, jit_compile=True, autograph=False)
 
 
 def total(sums):
@@ -104,6 +104,11 @@ def train_step(model, data):
         # Among several workers Keras averages over an axis 0.
         logs = tf.nest.map_structure(lambda value: tf.reshape(value, (1,)), logs)
     return logs
+
+
+def make_train_function(model, make):
+    """Keras' train function."""
+    make()
 
 
 def fetched(arguments, count):

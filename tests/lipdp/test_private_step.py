@@ -367,3 +367,11 @@ def test_a_loss_whose_gradient_is_constant_zero_leaves_numbers():
     model = private(loss=lambda y, p: 0.0 * keras.ops.sum(p, axis=-1), clip=1.0)
     model.fit(*data(), epochs=1, verbose=0)
     assert all(np.isfinite(w).all() for w in weights(model))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="TensorFlow compiles no shapes")
+def test_a_batch_of_another_shape_compiles_no_noise_and_no_certificates_anew():
+    model = private(dense_network(), sampling=lipdp.PoissonSampling(64))
+    model.fit(*data(256, (6,)), epochs=4, verbose=0)
+    reads, updates = (half._cache_size() for half in model.step_halves)
+    assert updates == 1 < reads
