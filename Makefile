@@ -28,8 +28,9 @@ test: lint
 	KERAS_BACKEND=tensorflow $(RUN) -m pytest -n 2 -q
 	KERAS_BACKEND=jax $(RUN) -m pytest -n 2 -q tests/lipdp
 
+# make test-slow PART=4 runs one in four.
 test-slow: $(VENV)/.installed
-	KERAS_BACKEND=tensorflow $(RUN) -m pytest -n 2 -q -m slow
+	KERAS_BACKEND=tensorflow $(RUN) -m pytest -n 2 -q -m slow --slow-part=$(or $(PART),1)
 
 bench: $(VENV)/.installed
 	$(RUN) -m experiments.speed --against=all

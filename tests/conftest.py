@@ -1,5 +1,6 @@
 """Fixtures of all tests. The backend of a run is chosen by KERAS_BACKEND."""
 
+import collections
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -35,9 +36,29 @@ def rng():
     return np.random.default_rng(0)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--slow-part",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run one slow test in N of each file, the same ones each time (default: all)",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     """What no backend changes is tested once: on JAX, which compiles each small program, slow."""
     if keras.backend.backend() != "tensorflow":
         for item in items:
             if item.get_closest_marker("any_backend"):
                 item.add_marker(pytest.mark.slow)
+    part, met, left_out = config.getoption("--slow-part"), collections.Counter(), []
+    for item in items:
+        if part > 1 and item.get_closest_marker("slow"):
+            if met[item.path] % part:
+                left_out.append(item)
+            met[item.path] += 1
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]

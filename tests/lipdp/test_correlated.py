@@ -210,7 +210,7 @@ def noise_of(model, epochs):
 
 
 @pytest.mark.parametrize(("kind", "sampling"), KINDS)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_stream_is_the_dense_solve_of_what_a_step_draws(kind, sampling, compiled):
     """The same keys draw the same z, whatever the noise: C times one is the other."""
     kwargs = {"noise_multiplier": 2.0, "seed": 3}
