@@ -40,7 +40,7 @@ FLAGS = flags.FLAGS
 
 NETWORKS = speed_page.NETWORKS
 WARMUP, LEAST = 5, 3  # steps that are not timed, fewer if they are slow; and that must be timed
-SHAPES_WARMUP = 15  # the first where each new shape of a batch is compiled
+SHAPES_WARMUP = 15  # of those that are not timed, where each new shape of a batch is compiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,11 +189,14 @@ class Worker:
 def variables(threads=1):
     """The environment of a process whose framework uses so many threads; 0 leaves it to itself.
 
-    It keeps the memory that it has freed. How much of that glibc would hand back and fetch anew,
-    page by page, depends on the sizes of a step's tensors by chance.
+    It keeps the memory that it has freed, unless told not to. How much of that glibc would hand
+    back and fetch anew, page by page, depends on the sizes of a step's tensors, and on chance.
+    TensorFlow has an allocator of its own that keeps it, the others need glibc to.
     """
     found = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+    if FLAGS.keep_memory:
+        found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+        found["TF_CPU_ALLOCATOR_USE_BFC"] = "true"
     if threads:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
         names += ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
@@ -389,6 +392,7 @@ def _measured(methods, network, batch_size, pythons, rows):
             "device": machine(),
             "threads": FLAGS.threads,
             "together": FLAGS.together,
+            "keep_memory": FLAGS.keep_memory,
             "date": datetime.date.today().isoformat(),
         }
         try:
@@ -532,6 +536,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("batch_sizes", None, "64, 256, 1024, and 4096 in the comparison.")
     flags.DEFINE_integer("steps", 30, "Timed steps of each kind, at most.", lower_bound=LEAST)
     flags.DEFINE_integer("threads", 1, "Of each process; 0 leaves it to the framework.", 0)
+    flags.DEFINE_bool("keep_memory", True, "Processes keep the memory that they have freed.")
     flags.DEFINE_integer("seconds", 120, "Of CPU, in which to get ready, or to make a step.", 1)
     flags.DEFINE_float("gib", 8.0, "Of memory that a process may use.", 0.1)
     flags.DEFINE_bool("secure", False, 'Without --against: time noise="secure" as well.')

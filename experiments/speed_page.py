@@ -39,10 +39,11 @@ which versions and on which day it was measured; all on {device}, each process o
   batches then. The reasons are below. What is empty has not been measured.
 - JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
   clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
-- All processes keep the memory that they have freed, with `MALLOC_MMAP_MAX_=0
-  MALLOC_TRIM_THRESHOLD_=100000000000` in the environment, for glibc. Without, how many pages a step
-  hands back and fetches anew depends on its tensors' sizes and on chance, and batches of varying
-  size suffer most: see [below](#memory-that-is-kept).
+- All processes keep the memory that they have freed (`--nokeep_memory` leaves that out): those of
+  TensorFlow with `TF_CPU_ALLOCATOR_USE_BFC=true` in the environment, all with `MALLOC_MMAP_MAX_=0
+  MALLOC_TRIM_THRESHOLD_=100000000000`, for glibc. Without, how many pages a step hands back and
+  fetches anew depends on its tensors' sizes and on chance: batches of varying size suffer, large
+  ones, and everything once a data set `from_generator` was made, for which TensorFlow tells glibc.
 
 ![ratio and CPU time over the batch size](speed.svg)
 
