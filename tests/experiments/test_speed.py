@@ -23,6 +23,7 @@ def method(name, library="lipdp", **kinds):
 def flags(monkeypatch, tmp_path):
     values = types.SimpleNamespace(
         steps=3, threads=1, seconds=2, gib=0.4, again=False, batch_sizes=["64", "256"],
+        keep_memory=True,
         networks=["mlp"], together=False,
         out=str(tmp_path / "speed.json"), environments=str(tmp_path),
     )  # fmt: skip
