@@ -38,12 +38,8 @@ which versions and on which day it was measured; all on {device}, each process o
   needs more than {gib:g} GiB, or {seconds} s of CPU to get ready, has a dash; so have larger
   batches then. The reasons are below. What is empty has not been measured.
 - JAX-Privacy's Keras interface has micro-batches of 32, as "micro-batches" has. TF Privacy's fast
-  clipping knows, of these layers, the dense ones only, so it is timed where there are no others.
-- All processes keep the memory that they have freed (`--nokeep_memory` leaves that out): those of
-  TensorFlow with `TF_CPU_ALLOCATOR_USE_BFC=true` in the environment, all with `MALLOC_MMAP_MAX_=0
-  MALLOC_TRIM_THRESHOLD_=100000000000`, for glibc. Without, how many pages a step hands back and
-  fetches anew depends on its tensors' sizes and on chance: batches of varying size suffer, large
-  ones, and everything once a data set `from_generator` was made, for which TensorFlow tells glibc.
+  clipping knows, of these layers, the dense ones only, so it is timed where there are no
+  others.{kept}
 
 ![ratio and CPU time over the batch size](speed.svg)
 
@@ -54,6 +50,14 @@ the others.
 
 {ahead}
 """
+
+_KEPT = """
+- {which} keep the memory that they have freed (`--nokeep_memory` leaves that out): those
+  of TensorFlow with `TF_CPU_ALLOCATOR_USE_BFC=true` in the environment, all with
+  `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`, for glibc. Without, how many pages a
+  step hands back and fetches anew depends on its tensors' sizes and on chance: batches of varying
+  size suffer, large ones, and everything once a data set `from_generator` was made, for which
+  TensorFlow tells glibc."""
 
 
 def write(rows, path, warmup, shapes_warmup, gib, seconds, note=""):
@@ -71,6 +75,8 @@ def write(rows, path, warmup, shapes_warmup, gib, seconds, note=""):
         return
     batches = sorted({row["batch_size"] for row in rows})
     threads = sorted({row["threads"] for row in measured})
+    kept = [bool(row.get("keep_memory")) for row in measured]
+    which = "All processes" if all(kept) else "Processes of rows with `keep_memory` in the JSON"
     text = _HEAD.format(
         json=path.name,
         device=" and on ".join(sorted({row["device"] for row in measured})),
@@ -82,6 +88,7 @@ def write(rows, path, warmup, shapes_warmup, gib, seconds, note=""):
         gib=gib,
         seconds=seconds,
         ahead=_ahead(measured, batches),
+        kept=_KEPT.format(which=which) if any(kept) else "",
         note=note and textwrap.fill(note, 98, initial_indent="\n  ", subsequent_indent="  "),
     )
     for network in NETWORKS:
