@@ -47,7 +47,9 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What no backend changes is tested once: on JAX, which compiles each small program, slow."""
+    """What no backend changes is tested once: on JAX, which compiles each small program, slow. Of
+    the slow tests a part may do.
+    """
     if keras.backend.backend() != "tensorflow":
         for item in items:
             if item.get_closest_marker("any_backend"):
