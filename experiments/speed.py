@@ -191,11 +191,13 @@ def variables(threads=1):
 
     It keeps the memory that it has freed, unless told not to. How much of that glibc would hand
     back and fetch anew, page by page, depends on the sizes of a step's tensors, and on chance.
-    TensorFlow has an allocator of its own that keeps it, the others need glibc to.
+    TensorFlow has an allocator of its own that keeps it, the others need glibc to: in one arena,
+    as what threads have to themselves is handed back whatever glibc is told.
     """
     found = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
     if FLAGS.keep_memory:
         found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+        found["MALLOC_ARENA_MAX"] = "1"
         found["TF_CPU_ALLOCATOR_USE_BFC"] = "true"
     if threads:
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")

@@ -54,10 +54,10 @@ the others.
 _KEPT = """
 - {which} keep the memory that they have freed (`--nokeep_memory` leaves that out): those
   of TensorFlow with `TF_CPU_ALLOCATOR_USE_BFC=true` in the environment, all with
-  `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`, for glibc. Without, how many pages a
-  step hands back and fetches anew depends on its tensors' sizes and on chance: batches of varying
-  size suffer, large ones, and everything once a data set `from_generator` was made, for which
-  TensorFlow tells glibc."""
+  `MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`, for glibc. Without,
+  how many pages a step hands back and fetches anew depends on its tensors' sizes and on chance:
+  batches of varying size suffer, large ones, JAX, whose threads have arenas to themselves, and
+  everything once a data set `from_generator` was made, for which TensorFlow tells glibc."""
 
 
 def write(rows, path, warmup, shapes_warmup, gib, seconds, note=""):

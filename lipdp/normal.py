@@ -1,9 +1,10 @@
 """Standard normal numbers by the million: a function of a key and a position.
 
-Threefry-2x32 with 20 rounds gives 64 random bits for each number (Salmon, Moraes, Dror & Shaw,
+Threefry-2x32 with 20 rounds gives 64 random bits for each two numbers (Salmon, Moraes, Dror & Shaw,
 "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), and the transform of Box & Muller (1958)
-makes a normal number of them. All of it is additions, shifts and short polynomials on whole arrays,
-the same for both backends, which XLA fuses into one pass: noise costs a few nanoseconds an entry.
+makes two normal numbers of them. All of it is additions, shifts and short polynomials on whole
+arrays, the same for both backends, which XLA fuses into one pass: noise costs a few nanoseconds an
+entry.
 """
 
 import math
@@ -19,8 +20,9 @@ __all__ = ["add_noise", "standard_normal"]
 
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
-# sin(x) = x·P(x²), up to 6e-8 for |x| ≤ π/2.
-_SINE = [(-1) ** i / math.factorial(2 * i + 1) for i in range(6)]
+# sin(x) = x·P(x²) and cos(x) = Q(x²), up to 2e-9 for |x| ≤ π/4.
+_SINE = [(-1) ** i / math.factorial(2 * i + 1) for i in range(5)]
+_COSINE = [(-1) ** i / math.factorial(2 * i) for i in range(6)]
 
 
 def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -57,8 +59,9 @@ def threefry(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor]) -> tupl
 def standard_normal(key: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers, a function of the key, the stream and the place in the tensor.
 
-    A number is `√(−2·ln u)·sin φ`, with 40 bits in `u` and 24 in `φ`: they reach 7.5 (a normal
-    number goes beyond with probability 5e-14), and none is zero.
+    Two numbers are `√(−2·ln u)·(cos φ, sin φ)`, with 40 bits in `u` and 24 in `φ`: they reach 7.5
+    (a normal number goes beyond with probability 5e-14), and none is zero. One is in the first half
+    of the tensor, the other as far into the second.
 
     Args:
         key: uint32 `(4,)`, 128 random bits; the same bits give the same numbers.
@@ -66,7 +69,7 @@ def standard_normal(key: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor
         shape: of the result.
 
     Returns:
-        A float32 tensor.
+        A float32 tensor. Of a key of zeros, which nobody has drawn, all numbers are NaN.
 
     Raises:
         ValueError: 2³¹ entries or more, whose places would repeat.
@@ -79,8 +82,27 @@ def standard_normal(key: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor
     entries = math.prod(shape)
     if entries >= 2**31:
         raise ValueError(f"`shape` must have fewer than 2**31 entries; got {tuple(shape)}.")
+    half = -(-entries // 2)
+    # Behind a condition XLA computes a pair once: fused into what reads its two parts it would be
+    # computed for each of them.
+    numbers = ops.cond(
+        ops.any(ops.not_equal(key, np.uint32(0))),
+        lambda: _pairs(key, stream, half),
+        lambda: ops.full((half,), complex(math.nan, math.nan), "complex64"),
+    )
+    if shape and shape[0] % 2 == 0:
+        numbers = ops.reshape(numbers, (shape[0] // 2, *shape[1:]))
+        return ops.concatenate([ops.real(numbers), ops.imag(numbers)], axis=0)
+    numbers = ops.concatenate([ops.real(numbers), ops.imag(numbers)], axis=0)
+    return ops.reshape(numbers[:entries], shape)
+
+
+def _pairs(key, stream, count):
+    """So many pairs of normal numbers, as the parts of complex ones: XLA computes one array at a
+    time, and two would cost twice as much.
+    """
     word = np.uint32
-    place = ops.cast(ops.arange(entries, dtype="int32"), "uint32")
+    place = ops.cast(ops.arange(count, dtype="int32"), "uint32")
     counter = (place + key[2], ops.zeros_like(place) + ops.bitwise_xor(key[3], stream))
     first, second = threefry((key[0], key[1]), counter)
 
@@ -92,12 +114,22 @@ def standard_normal(key: Tensor, stream: Tensor, shape: Sequence[int]) -> Tensor
     u = number(first, 8, 24) * 2.0**-24 + low * 2.0**-32
     # `u` may round to 1, and the root must not be 0.
     radius = ops.sqrt(2.0**-25 - 2.0 * ops.log(u))
-    # An odd multiple of π/2²⁵ between −π/2 and π/2: the sine is symmetric and never 0.
-    angle = (number(second, 8, 24) * 2.0 + (1.0 - 2.0**24)) * (math.pi * 2.0**-25)
-    square, sine = angle * angle, 0.0
-    for coefficient in reversed(_SINE):
-        sine = sine * square + coefficient
-    return ops.reshape(radius * (angle * sine), shape)
+    # An odd multiple of π/2²⁴ between −π/4 and π/4, which two bits more turn by quarters: to the
+    # opposite point, and across the diagonal.
+    angle = (number(second, 10, 22) * 2.0 + (1.0 - 2.0**22)) * (math.pi * 2.0**-24)
+    radius = radius * (1.0 - 2.0 * number(second, 9, 1))
+    across = ops.not_equal(ops.bitwise_and(second, word(2**8)), word(0))
+    square = angle * angle
+    sine, cosine = angle * _polynomial(_SINE, square), _polynomial(_COSINE, square)
+    pair = [ops.where(across, sine, cosine), ops.where(across, cosine, sine)]
+    return ops.view_as_complex(ops.stack([radius * part for part in pair], axis=-1))
+
+
+def _polynomial(coefficients, x):
+    value = 0.0
+    for coefficient in reversed(coefficients):
+        value = value * x + coefficient
+    return value
 
 
 def add_noise(total: Tensor, std: Tensor, key: Tensor, stream: Tensor) -> Tensor:

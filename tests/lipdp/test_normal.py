@@ -38,10 +38,10 @@ def test_words_are_those_that_the_authors_publish(key, counter, expected):
 
 def reference(key, stream, count):
     """The same numbers in Python's integers and float64."""
-    mask, numbers = 2**32 - 1, []
+    mask, numbers = 2**32 - 1, np.zeros((2, -(-count // 2)))
     keys = [int(k) for k in key]
     schedule = [keys[0], keys[1], keys[0] ^ keys[1] ^ 0x1BD11BDA]
-    for place in range(count):
+    for place in range(numbers.shape[1]):
         a = (place + keys[2] + keys[0]) & mask
         b = ((keys[3] ^ stream) + keys[1]) & mask
         for i in range(20):
@@ -53,19 +53,23 @@ def reference(key, stream, count):
                 a = (a + schedule[block % 3]) & mask
                 b = (b + schedule[(block + 1) % 3] + block) & mask
         u = (a + ((b & 255) + 0.5) / 256) / 2**32
-        angle = ((b >> 8) + 0.5) / 2**24 * np.pi - np.pi / 2
-        numbers.append(np.sqrt(-2 * np.log(u)) * np.sin(angle))
-    return np.array(numbers)
+        angle = ((b >> 10) + 0.5) / 2**22 * np.pi / 2 - np.pi / 4
+        opposite, across = b >> 9 & 1, b >> 8 & 1
+        angle = (np.pi / 2 - angle if across else angle) + np.pi * opposite
+        numbers[:, place] = np.sqrt(-2 * np.log(u)) * np.array([np.cos(angle), np.sin(angle)])
+    return numbers.ravel()[:count]
 
 
 def test_numbers_are_the_same_on_every_backend():
-    for stream in (0, 5):
-        np.testing.assert_allclose(
-            draw((7, 300), stream=stream).ravel(),
-            reference(KEY, stream, 2100),
-            atol=2e-6,
-            rtol=1e-5,
-        )
+    for shape, stream in (((7, 300), 0), ((6, 35, 10), 5), ((7, 3, 1), 1), ((1,), 2), ((), 3)):
+        expected = reference(KEY, stream, int(np.prod(shape))).reshape(shape)
+        # A `u` close to 1 is rounded: that moves a small radius.
+        np.testing.assert_allclose(draw(shape, stream=stream), expected, atol=1e-5, rtol=1e-5)
+    assert draw((0, 3)).shape == (0, 3)
+
+
+def test_a_key_that_nobody_drew_gives_no_numbers():
+    assert np.all(np.isnan(draw((5, 3), key=np.zeros(4, np.uint32))))
 
 
 def test_numbers_are_normal_in_bulk_and_tails():
@@ -96,7 +100,7 @@ def test_extreme_words_give_finite_numbers(monkeypatch):
 
     monkeypatch.setattr("lipdp.normal.threefry", fixed)
     z = ops.convert_to_numpy(
-        standard_normal(ops.convert_to_tensor(KEY), np.uint32(0), (len(pairs),))
+        standard_normal(ops.convert_to_tensor(KEY), np.uint32(0), (2 * len(pairs),))
     )
     assert np.all(np.isfinite(z)) and np.all(z != 0)
     assert 7.5 < np.abs(z).max() < 7.6
