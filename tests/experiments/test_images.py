@@ -162,6 +162,7 @@ def test_deformed_drawings_are_constants_near_the_ones_they_come_from():
         assert np.abs(twin - images).mean() < 0.7 * np.abs(twin - shuffled).mean()
 
 
+@pytest.mark.slow
 def test_steadied_features_tell_deformed_drawings_apart():
     plain = features.scattering((28, 28, 1))
     steady = features.steadied(plain, "strokes", size=150, count=250)

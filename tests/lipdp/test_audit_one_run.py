@@ -17,6 +17,8 @@ from lipdp.bounds.builtin import linear as linear_rules
 from lipdp.steps import private_step
 from tests.lipdp.helpers import dense_network, private
 
+pytestmark = pytest.mark.any_backend
+
 any_backend = pytest.mark.any_backend
 
 

@@ -95,6 +95,7 @@ def step_of(x, y, **options):
     return weights(model)
 
 
+@pytest.mark.any_backend
 def test_views_of_no_change_are_the_example():
     """Their mean has the length of one gradient, not of all."""
     x, y = data(32)

@@ -14,6 +14,8 @@ from lipdp.audit import attack_bounds
 from lipdp.bounds import UnknownLayerError, gradient_bounds, lipschitz, network_bounds
 from lipdp.projections import SpectralBall
 
+pytestmark = pytest.mark.any_backend
+
 K = keras.layers
 
 
@@ -589,7 +591,7 @@ def check(plan):
 NO_LIMIT = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-@settings(max_examples=6, **NO_LIMIT)
+@settings(max_examples=4, **NO_LIMIT)
 @given(graphs())
 def test_random_graphs(plan):
     check(plan)

@@ -341,6 +341,7 @@ def test_floored_normalization_by_hand(per_position, center, rng):
     np.testing.assert_allclose(ops.convert_to_numpy(layer(x)), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e20, 3e38])
 def test_floored_normalization_at_extreme_scales(scale, rng):
     x = (scale * rng.uniform(-1, 1, (5, 4, 6))).astype("float32")
@@ -567,6 +568,7 @@ def test_blocks_by_hand(rng):
     np.testing.assert_allclose(reflector @ reflector, np.eye(4), atol=1e-4)  # V is orthonormal
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("kernel_size", [1, 3, (2, 4), (3, 2)], ids=str)
 def test_convex_potential_is_a_gradient(kernel_size, rng):
     """Its Jacobian is symmetric only if the transposed convolution is the adjoint."""
@@ -577,6 +579,7 @@ def test_convex_potential_is_a_gradient(kernel_size, rng):
     assert np.abs(np.linalg.eigvalsh(slopes)).max() <= 1 + 1e-5
 
 
+@pytest.mark.any_backend
 def test_residual_conv_starts_as_the_identity_and_keeps_its_channels(rng):
     x = rng.standard_normal((2, 4, 5, 3)).astype("float32")
     for kernel_size in (1, 3, (1, 5)):
@@ -584,6 +587,7 @@ def test_residual_conv_starts_as_the_identity_and_keeps_its_channels(rng):
         np.testing.assert_allclose(ops.convert_to_numpy(y), x, atol=1e-4)
 
 
+@pytest.mark.any_backend
 def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
     layer = layers.SpectralDepthwiseConv2D(3, padding="same")
     layer.build((None, 6, 6, 4))

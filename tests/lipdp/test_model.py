@@ -143,8 +143,8 @@ def test_a_loop_of_ones_own_that_is_left_early_is_settled():
     "sampling,steps",
     [
         (lipdp.PoissonSampling(16), 4),
-        (lipdp.FullBatch(), 1),
-        (lipdp.ShuffledEpochs(24), 3),
+        pytest.param(lipdp.FullBatch(), 1, marks=pytest.mark.any_backend),
+        pytest.param(lipdp.ShuffledEpochs(24), 3, marks=pytest.mark.any_backend),
     ],
 )
 @pytest.mark.parametrize("clip", [None, 0.1, lipdp.AdaptiveClip(0.5)])
@@ -189,6 +189,7 @@ def test_poisson_draws_have_the_right_law():
     assert abs(np.var(sizes) / (64 * 0.25 * 0.75) - 1) < 0.15
 
 
+@pytest.mark.any_backend
 def test_adaptive_clip_finds_its_quantile_and_is_accounted_in_one_mechanism():
     clip = lipdp.AdaptiveClip(quantile=0.5, initial=0.1, learning_rate=0.2)
     model = private(sampling=lipdp.FullBatch(), clip=clip, noise_multiplier=1.0)

@@ -10,6 +10,8 @@ from lipdp.audit import attack_bounds
 from lipdp.bounds import network_bounds
 from lipdp.steps.autodiff import pull_back
 
+pytestmark = pytest.mark.any_backend
+
 K = keras.layers
 
 

@@ -14,6 +14,8 @@ from lipdp import layers
 from lipdp.report import Report
 from tests.lipdp.helpers import conv_network, data, dense_network, private
 
+pytestmark = pytest.mark.any_backend
+
 
 @pytest.fixture(scope="module")
 def trained():
@@ -96,7 +98,6 @@ def page_of(report, path):
     return path.read_text(encoding="utf-8")
 
 
-@pytest.mark.any_backend
 def test_page_loads_nothing_and_says_what_the_report_says(trained, tmp_path):
     model, x, y = trained
     report = model.report(sample=(x[:4], y[:4]))
@@ -117,20 +118,17 @@ def test_page_loads_nothing_and_says_what_the_report_says(trained, tmp_path):
     assert len(names) == len(set(names)) > 0
 
 
-@pytest.mark.any_backend
 def test_page_without_training_has_bounds_and_no_spending(tmp_path):
     text = page_of(private(dense_network()).report(), tmp_path / "report.html")
     assert "What was spent" not in text and "Not private" not in text
     assert "Where each sensitivity comes from" in text
 
 
-@pytest.mark.any_backend
 def test_names_cannot_break_out_of_the_page(tmp_path):
     text = page_of(private(branches()).report(), tmp_path / "report.html")
     assert "<i>x" not in text and "&lt;i&gt;" in text
 
 
-@pytest.mark.any_backend
 def test_what_if_starts_at_the_run(trained, tmp_path):
     report = trained[0].report()
     text = page_of(report, tmp_path / "report.html")
@@ -145,7 +143,6 @@ def test_what_if_starts_at_the_run(trained, tmp_path):
     assert data_of["noise"] * data_of["noises"][k] / 16 == pytest.approx(report.total_noise)
 
 
-@pytest.mark.any_backend
 def test_sliders_keep_to_sizes_that_the_scheme_can_draw(tmp_path):
     model = private(
         dense_network(), sampling=lipdp.CyclicPoisson(16, bands=3), noise=lipdp.BandedNoise()
@@ -163,7 +160,6 @@ def test_planned_runs_are_said_to_be_planned():
     assert report.epsilon == pytest.approx(float(accountants.epsilon(runs=[run], delta=1e-5)))
 
 
-@pytest.mark.any_backend
 def test_tensorboard_gets_epsilon(tmp_path):
     if keras.backend.backend() != "tensorflow":
         pytest.skip("written by TensorFlow")

@@ -12,6 +12,8 @@ from lipdp import layers, models
 from lipdp.robustness import _certify, attack, certified_accuracy, certified_radii
 from tests.lipdp.helpers import private
 
+pytestmark = pytest.mark.any_backend
+
 K = keras.layers
 
 
@@ -202,7 +204,6 @@ def test_a_kernel_that_is_not_the_matrix_is_not_read(rng):
     assert moved_to(network, x, 1.05 * radii + 1e-3).all()
 
 
-@pytest.mark.any_backend
 def test_the_allowance_covers_what_float32_loses(rng):
     def build():
         body = models.mlp((28, 28, 1), 10, width=128, depth=3)

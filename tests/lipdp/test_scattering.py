@@ -162,6 +162,7 @@ KYMATIO = """
 """
 
 
+@pytest.mark.any_backend
 def test_equals_published_coefficients():
     r = np.arange(8)
     image = np.cos(0.9 * r[:, None] + 0.3 * r[None] ** 1.5) + 0.1 * r[None]
@@ -170,6 +171,7 @@ def test_equals_published_coefficients():
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.any_backend
 def test_paths():
     """Their number, their order, and that a wave answers to the path of its scale and angle."""
     for J, L in ((1, 3), (2, 8), (4, 2)):
@@ -337,6 +339,7 @@ def test_bound_on_borders_and_frequencies(padding):
         assert not y[0].any() and np.isfinite(cotangents).all()
 
 
+@pytest.mark.any_backend
 def test_behind_trainable_layers():
     network = keras.Sequential(
         [

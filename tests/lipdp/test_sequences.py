@@ -374,7 +374,7 @@ def test_embeddings_are_saved_and_loaded(make, tmp_path):
 @pytest.mark.parametrize(
     "name, run_eagerly",
     [
-        *((name, EAGERLY) for name in CLASSIFIERS),
+        *(pytest.param(name, EAGERLY, marks=pytest.mark.any_backend) for name in CLASSIFIERS),
         ("bag", not EAGERLY),
         ("recurrent", not EAGERLY),
         pytest.param("masked_mean", not EAGERLY, marks=pytest.mark.slow),
@@ -394,6 +394,7 @@ def test_text_classifiers_train_and_noise_reaches_every_row(name, run_eagerly):
     assert (np.linalg.norm(array(table), axis=1) <= 1.0).all()
 
 
+@pytest.mark.any_backend
 def test_noise_of_unused_rows_has_the_std_of_the_report():
     network = sequential(layers.EmbeddingBag(2000, 8), layers.SpectralDense(2))
     table = network.layers[0].embeddings
@@ -409,6 +410,7 @@ def test_noise_of_unused_rows_has_the_std_of_the_report():
     assert abs(noise.std() - 1.0) < 5 / np.sqrt(2 * noise.size)
 
 
+@pytest.mark.any_backend
 def test_a_separable_text_is_learnt():
     generator = np.random.default_rng(0)
     y = generator.integers(0, 2, 512)
