@@ -52,8 +52,9 @@ the others.
 """
 
 _KEPT = """
-- {which} keep the memory that they have freed (`--nokeep_memory` leaves that out): those
-  of TensorFlow with `TF_CPU_ALLOCATOR_USE_BFC=true` in the environment, all with
+- {which}
+  keep the memory that they have freed (`--nokeep_memory` leaves that out): those of TensorFlow with
+  `TF_CPU_ALLOCATOR_USE_BFC=true` in the environment, all with
   `MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000`, for glibc. Without,
   how many pages a step hands back and fetches anew depends on its tensors' sizes and on chance:
   batches of varying size suffer, large ones, JAX, whose threads have arenas to themselves, and
@@ -182,16 +183,20 @@ def _tables(rows, batches, gib):
     if lines:
         text += (
             f"\nBatches that fit into {gib:g} GiB, by the line through the two largest that "
-            "were measured.\n\n"
+            "were measured alike.\n\n"
         )
         text += record.markdown(["", "private", "plain", "plain over private"], lines) + "\n"
     return text
 
 
 def _largest(rows, kind, gib):
-    """The batch at which the line through the last two peaks meets the limit; None without two,
-    and where they say too little.
+    """The batch at which the line through the last two peaks meets the limit; None without two
+    that were measured alike, and where they say too little.
     """
+    alike = (
+        [row for row in rows if bool(row.get("keep_memory")) == kept] for kept in (True, False)
+    )
+    rows = max(alike, key=len)
     if len(rows) < 2 or rows[-1]["batch_size"] < 1024:
         return None
     (b1, m1), (b2, m2) = ((row["batch_size"], row[kind]["mib"]) for row in rows[-2:])
