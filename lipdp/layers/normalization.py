@@ -10,7 +10,6 @@ from keras import ops
 from lipdp._validation import check_number
 from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.rule import minimum, size
-from lipdp.steps.autodiff import sum_of_squares
 
 # Entries of larger magnitude are clipped to it before a norm is taken.
 _HUGE = 1e37
@@ -94,7 +93,7 @@ class BallProjection(keras.layers.Layer):
             return *self._careful(x, axes), False
         # Nearly always all are, and two passes suffice. It is asked of each vector, so that no
         # example changes how others are rounded.
-        squares = sum_of_squares(x, axes)
+        squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
         fits, outside = squares < high, squares > self.radius**2
         factor = self.radius * ops.rsqrt(ops.maximum(squares, self.radius**2))
 
@@ -113,7 +112,7 @@ class BallProjection(keras.layers.Layer):
         scale = ops.maximum(ops.max(ops.abs(x), axis=axes, keepdims=True), self.radius)
         x = x / scale
         r = self.radius / scale
-        squares, least = sum_of_squares(x, axes), ops.square(r)
+        squares, least = ops.sum(ops.square(x), axis=axes, keepdims=True), ops.square(r)
         inverse = ops.rsqrt(ops.maximum(squares, least))
         return x * (self.radius * inverse), r * inverse, squares > least
 

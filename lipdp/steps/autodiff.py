@@ -1,6 +1,4 @@
-"""What every backend spells in its own way: vector-Jacobian products, compilation, and sums of
-squares that take no memory.
-"""
+"""What every backend spells in its own way: vector-Jacobian products, and compilation."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -29,10 +27,6 @@ if keras.backend.backend() == "tensorflow":
 
     compiled = functools.partial(tf.function, autograph=False)
 
-    def _sum_of_squares(x, axes):
-        # The one reduction whose kernel squares as it sums.
-        return tf.square(tf.math.reduce_euclidean_norm(x, axes, keepdims=True))
-
 elif keras.backend.backend() == "jax":
     import jax
 
@@ -41,9 +35,6 @@ elif keras.backend.backend() == "jax":
         return values, list(pull(cotangents_of(values)))
 
     compiled = jax.jit
-
-    def _sum_of_squares(x, axes):
-        return jax.numpy.sum(jax.numpy.square(x), axes, keepdims=True)
 
 else:
     raise ImportError(
@@ -86,13 +77,3 @@ def gradient(function: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tenso
         lambda x: [function(x)], [value], lambda values: [keras.ops.ones_like(values[0])]
     )
     return result, slope
-
-
-def sum_of_squares(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """Sums of the squared entries along some axes, which are kept. Not to be differentiated: on
-    TensorFlow the slope at zeros is NaN.
-
-    >>> float(sum_of_squares(keras.ops.array([3.0, 4.0]), (0,))[0])
-    25.0
-    """
-    return _sum_of_squares(x, axes)

@@ -551,7 +551,7 @@ def several(together, jit_compile):
     [
         (2, False),
         pytest.param(4, False, marks=pytest.mark.slow),
-        pytest.param(1, True, marks=pytest.mark.slow),
+        (1, True),
         pytest.param(4, True, marks=pytest.mark.slow),
     ],
 )

@@ -269,6 +269,32 @@ def test_ball_projection_hands_back_its_slope(per_position, radius, rng):
     np.testing.assert_allclose(ops.convert_to_numpy(slope) / largest, expected / largest, atol=1e-5)
 
 
+@pytest.mark.parametrize("per_position", [False, True])
+def test_ball_projection_is_what_it_was_where_xla_compiles_it(per_position, rng):
+    """XLA lacks some of TensorFlow's operations."""
+    x, g = rng.standard_normal((2, 5, 3, 4)).astype("float32")
+    x[1, 0, 0] = 1e30
+    layer = layers.BallProjection(0.5, per_position)
+
+    def both(x, g):
+        (y,), (slope,) = pull_back(lambda x: [layer(x)], [x], lambda _: [g])
+        return y, slope
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        compiled = tf.function(both, jit_compile=True, autograph=False)
+    else:
+        import jax
+
+        compiled = jax.jit(both)
+    tensors = [ops.convert_to_tensor(a) for a in (x, g)]
+    for found, expected in zip(compiled(*tensors), both(*tensors), strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(found), ops.convert_to_numpy(expected), rtol=1e-5, atol=1e-6
+        )
+
+
 def test_ball_projection_takes_integers():
     y = layers.BallProjection(1.0)(np.array([[3, 4]], "uint8"))
     np.testing.assert_allclose(ops.convert_to_numpy(y), [[0.6, 0.8]], rtol=1e-6)
