@@ -8,7 +8,7 @@ import pytest
 import scipy.linalg
 from keras import ops
 
-from lipdp import bounds, layers, norms
+from lipdp import bounds, layers, norms, steps
 from lipdp.steps.autodiff import compiled, pull_back
 
 LAYERS = {
@@ -280,16 +280,9 @@ def test_ball_projection_is_what_it_was_where_xla_compiles_it(per_position, rng)
         (y,), (slope,) = pull_back(lambda x: [layer(x)], [x], lambda _: [g])
         return y, slope
 
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        compiled = tf.function(both, jit_compile=True, autograph=False)
-    else:
-        import jax
-
-        compiled = jax.jit(both)
+    by_xla = compiled(steps.backend().compiled(both))
     tensors = [ops.convert_to_tensor(a) for a in (x, g)]
-    for found, expected in zip(compiled(*tensors), both(*tensors), strict=True):
+    for found, expected in zip(by_xla(*tensors), both(*tensors), strict=True):
         np.testing.assert_allclose(
             ops.convert_to_numpy(found), ops.convert_to_numpy(expected), rtol=1e-5, atol=1e-6
         )
