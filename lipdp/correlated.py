@@ -30,7 +30,7 @@ from keras import ops
 from accountants import CyclicPoisson, FixedEpochs
 from accountants.sampling import Sampling
 from lipdp.noise import GaussianNoise
-from lipdp.normal import standard_normal
+from lipdp.normal import drawn_together, standard_normals
 
 __all__ = ["BandedNoise", "CorrelatedNoise", "ToeplitzNoise", "mean_error"]
 
@@ -204,13 +204,14 @@ class _Stream(GaussianNoise):
         return renewed
 
     def add(self, backend: Any, features: dict, sums: list, stds: list) -> list:
-        noisy = []
-        for index, (total, std) in enumerate(zip(sums, stds, strict=True)):
-            key, shape = features["key"], tuple(total.shape)
-            noise = backend.compiled(standard_normal)(key, np.uint32(index), shape)
-            if self.variables:
-                noise = self._correlated(noise, self.variables[index])
-            noisy.append(total + std * noise)
+        noisy, shapes = [None] * len(sums), [tuple(total.shape) for total in sums]
+        for group in drawn_together(shapes):
+            draw = backend.compiled(standard_normals)
+            drawn = draw(features["key"], np.uint32(group[0]), tuple(shapes[i] for i in group))
+            for index, noise in zip(group, drawn, strict=True):
+                if self.variables:
+                    noise = self._correlated(noise, self.variables[index])
+                noisy[index] = sums[index] + stds[index] * noise
         return noisy
 
     def multiplier(self, noise_multiplier: float, entries: int) -> float:

@@ -12,7 +12,7 @@ from accountants import FixedEpochs
 from accountants.sampling import Sampling
 from lipdp._validation import check_number
 from lipdp.discrete import discrete_gaussian
-from lipdp.normal import add_noise
+from lipdp.normal import add_noise, drawn_together
 
 __all__ = [
     "ALLOCATIONS",
@@ -153,14 +153,17 @@ class GaussianNoise:
             features: what the step's batch carries beside its inputs: `"key"`, and as `"noise"`
                 what `draw` gave.
             sums, stds: of each weight, in the order of the trainable variables, and of the count
-                of an adaptive clip. Stream `i` of the key belongs to sum `i`, streams from their
-                number on to others.
+                of an adaptive clip. Stream `i` of the key belongs to sum `i` and what is drawn
+                with it, streams from their number on to others.
         """
-        noisy = backend.compiled(add_noise)
-        return [
-            noisy(total, ops.convert_to_tensor(std, "float32"), features["key"], np.uint32(index))
-            for index, (total, std) in enumerate(zip(sums, stds, strict=True))
-        ]
+        noisy = [None] * len(sums)
+        for group in drawn_together([tuple(total.shape) for total in sums]):
+            totals = [sums[i] for i in group]
+            scales = [ops.convert_to_tensor(stds[i], "float32") for i in group]
+            made = backend.compiled(add_noise)(totals, scales, features["key"], np.uint32(group[0]))
+            for index, total in zip(group, made, strict=True):
+                noisy[index] = total
+        return noisy
 
 
 class SecureNoise(GaussianNoise):

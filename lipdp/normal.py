@@ -16,7 +16,11 @@ from keras import ops
 
 Tensor = Any
 
-__all__ = ["add_noise", "standard_normal"]
+__all__ = ["add_noise", "drawn_together", "standard_normal", "standard_normals"]
+
+# Entries below which a tensor shares its draw with others: to compile a draw takes longer than to
+# make so many numbers.
+_FEW = 2**16
 
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
@@ -132,11 +136,39 @@ def _polynomial(coefficients, x):
     return value
 
 
-def add_noise(total: Tensor, std: Tensor, key: Tensor, stream: Tensor) -> Tensor:
-    """`total + std·z`, with `z` the `standard_normal` numbers of its shape.
+def drawn_together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which of these tensors one draw makes: positions, those of few entries in one list.
+
+    >>> drawn_together([(3, 3, 16), (1024, 1024), (16,)])
+    [[0, 2], [1]]
+    """
+    few = [i for i, shape in enumerate(shapes) if math.prod(shape) < _FEW]
+    return sorted([[i] for i in range(len(shapes)) if i not in few] + ([few] if few else []))
+
+
+def standard_normals(key: Tensor, stream: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Tensors of `standard_normal` numbers that are parts of one draw, one after the other.
 
     >>> key = ops.convert_to_tensor(np.arange(4, dtype="uint32"))
-    >>> [float(v) for v in add_noise(ops.ones((2,)), 0.0, key, np.uint32(0))]
+    >>> [tuple(z.shape) for z in standard_normals(key, np.uint32(0), [(2, 3), ()])]
+    [(2, 3), ()]
+    """
+    if len(shapes) == 1:
+        return [standard_normal(key, stream, shapes[0])]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    numbers = standard_normal(key, stream, (int(ends[-1]),))
+    parts = zip(shapes, [0, *ends], ends, strict=False)
+    return [ops.reshape(numbers[start:end], shape) for shape, start, end in parts]
+
+
+def add_noise(
+    totals: Sequence[Tensor], stds: Sequence[Tensor], key: Tensor, stream: Tensor
+) -> list[Tensor]:
+    """`total + std·z` of each, with `z` the `standard_normals` numbers of these shapes.
+
+    >>> key = ops.convert_to_tensor(np.arange(4, dtype="uint32"))
+    >>> [float(v) for v in add_noise([ops.ones((2,))], [0.0], key, np.uint32(0))[0]]
     [1.0, 1.0]
     """
-    return total + std * standard_normal(key, stream, tuple(total.shape))
+    numbers = standard_normals(key, stream, [tuple(total.shape) for total in totals])
+    return [total + std * z for total, std, z in zip(totals, stds, numbers, strict=True)]

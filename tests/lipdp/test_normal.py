@@ -127,5 +127,21 @@ def test_places_that_would_repeat_are_refused():
 def test_noise_is_added_at_its_std():
     total = ops.convert_to_tensor(np.full((100, 1000), 3.0, "float32"))
     key = ops.convert_to_tensor(KEY)
-    noisy = ops.convert_to_numpy(add_noise(total, ops.convert_to_tensor(0.5), key, np.uint32(4)))
+    noisy = ops.convert_to_numpy(
+        add_noise([total], [ops.convert_to_tensor(0.5)], key, np.uint32(4))[0]
+    )
     np.testing.assert_allclose(noisy, 3.0 + 0.5 * draw((100, 1000), stream=4), atol=1e-5)
+
+
+def test_no_two_sums_of_a_step_share_numbers():
+    """Small ones are parts of one draw, the others have a stream for themselves."""
+    shapes = [(3, 2, 5), (300, 250), (7,), (250, 300), (), (0, 2), (1,)]
+    key = ops.convert_to_tensor(KEY)
+    sums = [ops.zeros(shape) for shape in shapes]
+    found = noise.GaussianNoise().add(steps.backend(), {"key": key}, sums, [1.0] * len(sums))
+    found = [ops.convert_to_numpy(z) for z in found]
+    assert [z.shape for z in found] == shapes
+    few = np.concatenate([found[i].ravel() for i in (0, 2, 4, 5, 6)])
+    np.testing.assert_allclose(few, draw((39,), stream=0), atol=1e-6)
+    for index in (1, 3):
+        np.testing.assert_allclose(found[index], draw(shapes[index], stream=index), atol=1e-6)
