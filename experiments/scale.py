@@ -17,7 +17,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from experiments import record, speed
+from experiments import record, timing
 from experiments.opponents import worker
 
 FLAGS = flags.FLAGS
@@ -280,7 +280,7 @@ A dense layer of n × n weights, batch B. The plain step makes three matrix prod
 operations. What privacy adds does not grow with the batch, so its share falls as `1/B`:
 
 - noise for `n²` weights;
-- a projection with its certificate. With a side above 256 that is some ten products with a block of
+- a projection with its certificate. With a side above 256 that is 14 or 16 products with a block of
   16 vectors, `O(n² log n)` (`lipdp.norms.probable_norm_bound`). Smaller matrices, and all of them
   before the first step, are certified by a few products of whole matrices, `O(n³)`; orthogonal
   layers take such products at each step;
@@ -451,11 +451,11 @@ def main(argv):
         print(part, file=sys.stderr)
         flags_of_it = [f"--{n}={FLAGS[n].value}" for n in ("examples", "batch_size", "draws")]
         command = [sys.executable, "-m", "experiments.scale", f"--worker={part}", *flags_of_it]
-        output = subprocess.check_output(command, text=True, env=speed.variables())
+        output = subprocess.check_output(command, text=True, env=timing.variables())
         made = json.loads(output.splitlines()[-1])
         found[part] = made.pop("result")
         found.setdefault("made_with", {})[part] = made
-        found["device"] = speed.machine()
+        found["device"] = timing.machine()
         record.write(path, found)
     if set(PARTS) <= set(found):
         write_page(found, path)

@@ -8,63 +8,34 @@ also a private step with noise="secure".
 `python -m experiments.speed --against=all` does so for other libraries as well, each in a virtual
 environment that is made for it, and for five networks. It writes a JSON, and from it a page and a
 plot; those of the documentation with `--out=docs/speed.json`. What the JSON has is not measured
-again, but for `--again`: `--only=lipdp --again` measures lipdp anew, and nothing else. With
-`--together` all libraries take turns with each other, too: on a machine whose speed drifts, what is
-measured minutes apart tells little of who is faster.
+again, but for `--again`: `--only=lipdp --again` measures lipdp anew, and nothing else;
+`--only=lipdp,opacus:ghost` one of Opacus' ways beside it. With `--together` all methods take turns
+with each other, too: on a machine whose speed drifts, what is measured minutes apart tells little
+of who is faster.
 
-Each kind of step has a process of its own, so that its peak memory is known; they take turns,
-step by step, those of Keras within `fit`. CPU time counts all threads, draws of noise and of
-batches too. Medians.
+Each kind of step has a process of its own (`experiments.timing`), so that its peak memory is known;
+they take turns, step by step, those of Keras within `fit`. CPU time counts all threads, draws of
+noise and of batches too. Medians.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import json
-import os
 import pathlib
-import platform
-import select
-import statistics
 import subprocess
 import sys
-import tempfile
-import time
 import types
 
 from absl import app, flags
 
 from experiments import record, speed_page
+from experiments.timing import LEAST, Failure, Limits, Method, machine, measure, rounds
 
 FLAGS = flags.FLAGS
 
 NETWORKS = speed_page.NETWORKS
-WARMUP, LEAST = 5, 3  # steps that are not timed, fewer if they are slow; and that must be timed
-SHAPES_WARMUP = 15  # of those that are not timed, where each new shape of a batch is compiled
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """A way of taking private steps, and what it is held against.
-
-    Attributes:
-        library: its name for `--against`.
-        name: for people.
-        worker: its module.
-        kinds: the worker's methods: `private`, `plain`, and perhaps others.
-        variables: of the environment, for the worker.
-        networks: on which it is timed.
-        warmup: steps that are not timed, at most.
-    """
-
-    library: str
-    name: str
-    worker: str
-    kinds: dict[str, str]
-    variables: dict[str, str] = dataclasses.field(default_factory=dict)
-    networks: tuple[str, ...] = NETWORKS
-    warmup: int = WARMUP
-
+WARMUP = 5  # steps that are not timed, fewer if they are slow
+SHAPES_WARMUP = 15  # where each new shape of a batch is compiled
 
 _OURS = {"private": "private", "plain": "plain", "relu": "relu"}
 _TENSORFLOW, _JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
@@ -72,19 +43,21 @@ _TENSORFLOW, _JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
 
 def _ours(name, variables):
     warmup = SHAPES_WARMUP if variables == _JAX else WARMUP
-    return Method("lipdp", name, "experiments.opponents.ours", _OURS, variables, warmup=warmup)
+    worker = "experiments.opponents.ours"
+    return Method("lipdp", name, worker, _OURS, NETWORKS, warmup, variables)
 
 
-def _other(library, name, private, plain="plain", module=None, **more):
+def _other(library, name, private, plain="plain", networks=NETWORKS, **more):
     kinds = {"private": private, "plain": plain}
-    return Method(library, name, f"experiments.opponents.{module or library}", kinds, **more)
+    worker = f"experiments.opponents.{library}"
+    return Method(library, name, worker, kinds, networks, WARMUP, **more)
 
 
 METHODS = (
     _ours("lipdp, TensorFlow", _TENSORFLOW),
     _ours("lipdp, JAX", _JAX),
-    _other("opacus", "Opacus, ghost clipping", "ghost", module="opacus"),
-    _other("opacus", "Opacus, hooks", "hooks", module="opacus"),
+    _other("opacus", "Opacus, ghost clipping", "ghost"),
+    _other("opacus", "Opacus, hooks", "hooks"),
     # Of the layers that these networks have, it knows the dense ones. With any other it does what
     # DPModel does.
     _other("tf_privacy", "TF Privacy, fast clipping", "fast", networks=("mlp", "scattering")),
@@ -112,186 +85,9 @@ ENVIRONMENTS = types.MappingProxyType(
 LIBRARIES = tuple(ENVIRONMENTS)
 
 
-class Failure(Exception):
-    """A library cannot be installed, or a step not be timed; says why."""
-
-
-# --- one measurement ------------------------------------------------------------------------------
-
-
-class Worker:
-    """A process that makes steps of one kind.
-
-    Args:
-        python: of its environment.
-        method, kind, network, batch_size: what to make steps of.
-    """
-
-    def __init__(self, python, method, kind, network, batch_size):
-        command = [python, "-m", method.worker]
-        command += [method.kinds[kind], network, str(batch_size)]
-        self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            command,
-            cwd=pathlib.Path(__file__).parents[1],
-            env=variables(FLAGS.threads) | method.variables,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
-        )  # fmt: skip
-
-    def answer(self, limit):
-        """What it says next.
-
-        Args:
-            limit: CPU seconds that the process may have spent since it began. They say more than
-                the clock on a machine that is busy; the clock ends what hangs.
-
-        Raises:
-            Failure: it died, spent more than the limit, or took more memory than it may.
-        """
-        hangs = time.monotonic() + 10 * FLAGS.seconds
-        while not select.select([self.process.stdout], [], [], 0.1)[0]:
-            if self.cpu_seconds() > limit:
-                raise Failure(f"takes more than {FLAGS.seconds} s of CPU")
-            if time.monotonic() > hangs:
-                raise Failure(f"says nothing for {10 * FLAGS.seconds} s")
-            if _resident_gib(self.process.pid) > FLAGS.gib:
-                raise Failure(f"needs more than {FLAGS.gib:g} GiB")
-            if _available_gib() < 1:
-                raise Failure("the machine ran out of memory")
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.log.seek(0)
-            last = [line.strip() for line in self.log if line.strip()][-1:]
-            raise Failure(f"exit status {self.process.returncode}: {''.join(last)[:300]}")
-        return json.loads(line)
-
-    def step(self, limit=None):
-        """Makes a step; by default it has `--seconds` for itself."""
-        limit = self.cpu_seconds() + FLAGS.seconds if limit is None else limit
-        self.process.stdin.write(b"\n")
-        self.process.stdin.flush()
-        return self.answer(limit)
-
-    def cpu_seconds(self):
-        with contextlib.suppress(OSError):
-            stat = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text()
-            user, system = stat.rsplit(")", 1)[1].split()[11:13]
-            return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
-        return 0.0
-
-    def close(self):
-        self.process.kill()
-        self.process.communicate()
-        self.log.close()
-
-
-def variables(threads=1):
-    """The environment of a process whose framework uses so many threads; 0 leaves it to itself.
-
-    It keeps the memory that it has freed, unless told not to. How much of that glibc would hand
-    back and fetch anew, page by page, depends on the sizes of a step's tensors, and on chance.
-    TensorFlow has an allocator of its own that keeps it, the others need glibc to: in one arena,
-    as what threads have to themselves is handed back whatever glibc is told.
-    """
-    found = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
-    if FLAGS.keep_memory:
-        found |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
-        found["MALLOC_ARENA_MAX"] = "1"
-        found["TF_CPU_ALLOCATOR_USE_BFC"] = "true"
-    if threads:
-        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC")
-        names += ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-        found |= {name: str(threads) for name in names}
-    if threads == 1:
-        found["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    return found
-
-
-def _resident_gib(pid):
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS"):
-                return int(line.split()[1]) / 2**20
-    return 0.0
-
-
-def _available_gib():
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable"):
-                return int(line.split()[1]) / 2**20
-    return float("inf")
-
-
-def rounds(python, method, network, batch_size):
-    """Times a method's kinds of steps, which take turns: a generator, with one step of each kind
-    between two yields.
-
-    Returns:
-        What `measure` does.
-
-    Raises:
-        Failure: a kind cannot be measured.
-    """
-    workers, result = {}, {"steps": 0}
-    try:
-        for kind in method.kinds:
-            workers[kind] = Worker(python, method, kind, network, batch_size)
-            try:
-                result["versions"] = workers[kind].answer(FLAGS.seconds)["versions"]
-                warm = []
-                while len(warm) < method.warmup:
-                    if len(warm) >= 2 and _without_compiling(warm) > FLAGS.seconds / 10:
-                        break
-                    warm.append(workers[kind].step(FLAGS.seconds))
-            except Failure as failure:
-                raise Failure(f"{kind}: {failure}") from failure
-        spent = {kind: [] for kind in workers}
-        while result["steps"] < FLAGS.steps:
-            yield
-            total = sum(_without_compiling(steps) for steps in spent.values())
-            if total > FLAGS.seconds / 8 and result["steps"] >= LEAST:
-                break
-            order = list(workers) if result["steps"] % 2 else list(workers)[::-1]
-            for kind in order:
-                spent[kind].append(workers[kind].step())
-            result["steps"] += 1
-    finally:
-        for process in workers.values():
-            process.close()
-    for kind, steps in spent.items():
-        cpu = [step["cpu_ms"] for step in steps]
-        result[kind] = {
-            "cpu_ms": round(statistics.median(cpu), 3),
-            "mean_cpu_ms": round(statistics.mean(cpu), 3),
-            "wall_ms": round(statistics.median(step["wall_ms"] for step in steps), 3),
-            "mib": round(steps[-1]["mib"], 1),
-        }
-    return result
-
-
-def measure(python, method, network, batch_size):
-    """Medians of a method's kinds of steps.
-
-    Returns:
-        `{kind: {"cpu_ms", "mean_cpu_ms", "wall_ms", "mib"}}`, with the number of steps and the
-        versions.
-
-    Raises:
-        Failure: a kind cannot be measured.
-    """
-    running = rounds(python, method, network, batch_size)
-    while True:
-        try:
-            next(running)
-        except StopIteration as end:
-            return end.value
-
-
-def _without_compiling(steps):
-    """Seconds of CPU, as if no step had compiled: those that do would crowd out the others."""
-    return min((step["cpu_ms"] for step in steps), default=0.0) * len(steps) / 1000
+def _limits():
+    names = [field.name for field in dataclasses.fields(Limits)]
+    return Limits(**{name: getattr(FLAGS, name) for name in names})
 
 
 # --- the whole matrix -----------------------------------------------------------------------------
@@ -320,17 +116,27 @@ def environment(library):
     return str(python.absolute())
 
 
-def machine():
-    """The processor's name, and how many cores there are."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
+def chosen(names):
+    """The methods of a flag: of a library, or `library:private kind`, such as `opacus:ghost`.
+
+    Raises:
+        UsageError: a name is none.
+    """
+    found = [m for m in METHODS if {m.library, _short(m)} & set(names)]
+    known = {m.library for m in METHODS} | {_short(m) for m in METHODS}
+    if unknown := set(names) - known:
+        raise app.UsageError(
+            f"--only takes {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}."
+        )
+    return found
 
 
-def compare(libraries):
-    """Measures what the JSON lacks, and keeps it after each measurement."""
+def _short(method):
+    return f"{method.library}:{method.kinds['private']}"
+
+
+def compare(methods):
+    """Measures of these methods what the JSON lacks, and keeps it after each measurement."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -342,11 +148,12 @@ def compare(libraries):
         (method, network, int(batch_size))
         for batch_size in FLAGS.batch_sizes or ["64", "256", "1024", "4096"]
         for network in FLAGS.networks
-        for method in METHODS
-        if method.library in libraries and network in method.networks
+        for method in methods
+        if network in method.networks
     ]
     if FLAGS.again:
-        rows = [row for row in rows if row["library"] not in libraries or "failed" not in row]
+        names = [method.name for method in methods]
+        rows = [row for row in rows if row["method"] not in names or "failed" not in row]
     else:
         cases = [c for c in cases if (c[0].name, *c[1:]) not in done]
     pythons, together = {}, {}
@@ -362,10 +169,10 @@ def compare(libraries):
                 pythons[library] = environment(library)
             except Failure as failure:
                 pythons[library] = failure
-        for (network, batch_size, _), methods in together.items():
-            names = ", ".join(method.name for method in methods)
+        for (network, batch_size, _), group in together.items():
+            names = ", ".join(method.name for method in group)
             progress.update(task, description=f"{names}: {network}, {batch_size}")
-            for row in _measured(methods, network, batch_size, pythons, rows):
+            for row in _measured(group, network, batch_size, pythons, rows):
                 if "failed" in row:
                     progress.print(f"{row['method']}, {network}, {batch_size}: {row['failed']}")
                 rows = sorted([r for r in rows if _place(r) != _place(row)] + [row], key=_place)
@@ -384,7 +191,7 @@ def _measured(methods, network, batch_size, pythons, rows):
         pythons: of each library's environment, or the `Failure` that there was in its place.
         rows: of earlier measurements.
     """
-    running = []
+    limits, running = _limits(), []
     for method in methods:
         row = {
             "library": method.library,
@@ -392,9 +199,9 @@ def _measured(methods, network, batch_size, pythons, rows):
             "network": network,
             "batch_size": batch_size,
             "device": machine(),
-            "threads": FLAGS.threads,
+            "threads": limits.threads,
             "together": FLAGS.together,
-            "keep_memory": FLAGS.keep_memory,
+            "keep_memory": limits.keep_memory,
             "date": datetime.date.today().isoformat(),
         }
         try:
@@ -410,7 +217,7 @@ def _measured(methods, network, batch_size, pythons, rows):
             python = pythons[method.library]
             if isinstance(python, Failure):
                 raise python
-            running.append((row, rounds(python, method, network, batch_size)))
+            running.append((row, rounds(python, method, network, batch_size, limits)))
         except Failure as failure:
             yield row | {"failed": str(failure)}
     while running:
@@ -470,7 +277,7 @@ def quick():
     for backend, batch_size in track(cases, description="measuring", console=Console(stderr=True)):
         method = dataclasses.replace(_ours(backend, {"KERAS_BACKEND": backend}), kinds=kinds)
         try:
-            found = measure(sys.executable, method, "convnet", batch_size)
+            found = measure(sys.executable, method, "convnet", batch_size, _limits())
         except Failure as failure:
             raise RuntimeError(f"{backend}, batch {batch_size}: {failure}") from failure
         private, plain = found["private"], found["plain"]
@@ -515,20 +322,19 @@ def main(argv):
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     if FLAGS.against is None:
         return quick()
-    chosen = list(LIBRARIES) if FLAGS.against == ["all"] else FLAGS.against
-    known = {"against": (chosen, LIBRARIES), "only": (FLAGS.only or [], ("lipdp", *LIBRARIES)),
-             "networks": (FLAGS.networks, NETWORKS)}  # fmt: skip
+    others = list(LIBRARIES) if FLAGS.against == ["all"] else FLAGS.against
+    known = {"against": (others, LIBRARIES), "networks": (FLAGS.networks, NETWORKS)}
     for flag, (given, accepted) in known.items():
         if unknown := set(given) - set(accepted):
             raise app.UsageError(
                 f"--{flag} takes {', '.join(accepted)}; got {', '.join(sorted(unknown))}."
             )
-    compare(FLAGS.only or ["lipdp", *chosen])
+    compare(chosen(FLAGS.only or ["lipdp", *others]))
 
 
 if __name__ == "__main__":
     flags.DEFINE_list("against", None, "Libraries to compare with: all, or names; may be empty.")
-    flags.DEFINE_list("only", None, "Of the comparison: libraries to measure now, e.g. lipdp.")
+    flags.DEFINE_list("only", None, "Of the comparison: what to measure now: lipdp,opacus:ghost.")
     flags.DEFINE_bool("again", False, "Of the comparison: measures what the JSON has, too.")
     flags.DEFINE_bool(
         "together", False, "Of the comparison: all libraries take turns, if memory holds them."

@@ -1,5 +1,6 @@
 """Draws from very many examples, and what has to be light."""
 
+import json
 import subprocess
 import sys
 import tracemalloc
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import accountants
-from experiments import scale
+from experiments import scale, timing
 from lipdp.batches import DrawnBatches
 
 pytestmark = pytest.mark.any_backend
@@ -74,3 +75,12 @@ def test_bounds_of_a_deep_network():
 def test_ledger_of_many_steps_is_small():
     found = scale.ledger(5000)
     assert found["bytes"] < 5 * found["steps"]
+
+
+def test_a_part_is_measured_in_a_process_of_its_own(tmp_path):
+    out = tmp_path / "scale.json"
+    command = [sys.executable, "-m", "experiments.scale", "--parts=schemes", f"--out={out}"]
+    subprocess.run([*command, "--examples=700000", "--batch_size=500"], check=True)
+    found = json.loads(out.read_text())
+    assert found["schemes"]["schemes"]["CyclicPoisson"]["bytes_an_example"] == 1
+    assert found["device"] == timing.machine() and "schemes" in found["made_with"]

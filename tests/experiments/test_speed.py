@@ -1,5 +1,6 @@
 """The comparison keeps what it measures, and says why it lacks the rest."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -7,24 +8,27 @@ import types
 
 import numpy as np
 import pytest
+from absl import app
 
-from experiments import speed, speed_page
+from experiments import speed, speed_page, timing
 from experiments.opponents import worker
 
 pytestmark = pytest.mark.any_backend
 
 
+LIMITS = timing.Limits(steps=3, seconds=2, gib=0.4)
+
+
 def method(name, library="lipdp", **kinds):
     kinds = kinds or {"private": "private", "plain": "plain"}
-    return speed.Method(library, name, "tests.experiments.stepping", kinds)
+    return timing.Method(library, name, "tests.experiments.stepping", kinds, ("mlp",), 5)
 
 
 @pytest.fixture
 def flags(monkeypatch, tmp_path):
     values = types.SimpleNamespace(
-        steps=3, threads=1, seconds=2, gib=0.4, again=False, batch_sizes=["64", "256"],
-        keep_memory=True,
-        networks=["mlp"], together=False,
+        **dataclasses.asdict(LIMITS), again=False, together=False,
+        batch_sizes=["64", "256"], networks=["mlp"],
         out=str(tmp_path / "speed.json"), environments=str(tmp_path),
     )  # fmt: skip
     monkeypatch.setattr(speed, "FLAGS", values)
@@ -36,8 +40,8 @@ def rows(flags):
     return {(row["method"], row["batch_size"]): row for row in found}
 
 
-def test_kinds_take_turns_and_each_has_its_own_process(flags):
-    found = speed.measure(sys.executable, method("ours"), "mlp", 64)
+def test_kinds_take_turns_and_each_has_its_own_process():
+    found = timing.measure(sys.executable, method("ours"), "mlp", 64, LIMITS)
     assert found["steps"] == 3 and found["versions"] == {"pretence": "1.0 of mlp"}
     private, plain = found["private"], found["plain"]
     assert 30 <= private["cpu_ms"] < 60 and 10 <= plain["cpu_ms"] < 30
@@ -47,7 +51,7 @@ def test_kinds_take_turns_and_each_has_its_own_process(flags):
 def test_methods_take_turns_too(flags, monkeypatch):
     taken = []
 
-    def rounds(python, method, network, batch_size):
+    def rounds(python, method, network, batch_size, limits):
         for i in range(2 if method.name == "lipdp, JAX" else 3):
             taken.append((method.name[-3:], batch_size, i))
             yield
@@ -55,9 +59,10 @@ def test_methods_take_turns_too(flags, monkeypatch):
         return {"steps": 3, "versions": {}, **times}
 
     monkeypatch.setattr(speed, "rounds", rounds)
-    monkeypatch.setattr(speed, "METHODS", (method("lipdp, JAX"), method("lipdp, TensorFlow")))
     flags.together, flags.batch_sizes = True, ["64"]
-    speed.compare(["lipdp"])
+    methods = (method("lipdp, JAX"), method("lipdp, TensorFlow"))
+    monkeypatch.setattr(speed, "METHODS", methods)
+    speed.compare(methods)
     assert [name for name, *_ in taken] == ["JAX", "low", "JAX", "low", "low"]
     assert all(row["private"]["cpu_ms"] == 1.0 for row in rows(flags).values())
 
@@ -70,9 +75,10 @@ def test_methods_take_turns_too(flags, monkeypatch):
         ("large", "private: needs more than 0.4 GiB"),
     ],
 )
-def test_reasons(flags, private, reason):
-    with pytest.raises(speed.Failure, match=reason):
-        speed.measure(sys.executable, method("x", private=private, plain="plain"), "mlp", 64)
+def test_reasons(private, reason):
+    dying = method("x", private=private, plain="plain")
+    with pytest.raises(timing.Failure, match=reason):
+        timing.measure(sys.executable, dying, "mlp", 64, LIMITS)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -88,11 +94,11 @@ def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(together, flags
 
     def environment(library):
         if library == "tf_privacy":
-            raise speed.Failure("not installed: no such version")
+            raise timing.Failure("not installed: no such version")
         return sys.executable
 
     monkeypatch.setattr(speed, "environment", environment)
-    speed.compare(["lipdp", "opacus", "tf_privacy", "jax_privacy"])
+    speed.compare(methods)
     found = rows(flags)
     assert len(found) == 8
     assert found["not there", 64]["failed"] == "not installed: no such version"
@@ -111,10 +117,10 @@ def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(together, flags
         return {**made, "steps": 7}
 
     monkeypatch.setattr(speed, "rounds", measured)
-    speed.compare(["lipdp", "opacus", "tf_privacy", "jax_privacy"])
+    speed.compare(methods)
     assert rows(flags) == found
     flags.again = True
-    speed.compare(["lipdp"])
+    speed.compare(methods[:1])
     again = rows(flags)
     assert [key for key in found if again[key] != found[key]] == [
         ("lipdp, TensorFlow", 64),
@@ -159,6 +165,13 @@ def test_who_is_ahead_and_what_would_fit():
     assert speed_page._largest(ours, "private", 1.0) == 1024 + (1024 - 292) * 5
     theirs = [r for r in found if r["library"] == "opacus"]
     assert speed_page._largest(theirs, "private", 1.0) is None
+
+
+def test_methods_are_chosen_by_library_or_one_by_one():
+    names = [m.name for m in speed.chosen(["lipdp", "opacus:ghost"])]
+    assert names == ["lipdp, TensorFlow", "lipdp, JAX", "Opacus, ghost clipping"]
+    with pytest.raises(app.UsageError, match="--only takes .*opacus:ghost.*; got opacus:gost"):
+        speed.chosen(["opacus:gost"])
 
 
 def test_every_library_has_an_environment_and_every_network_a_shape():
