@@ -10,6 +10,7 @@ from lipdp.audit import attack_bounds
 from lipdp.layers import scattering
 from lipdp.layers.scattering import Scattering2D
 from lipdp.steps.autodiff import compiled, pull_back
+from tests.lipdp.helpers import one_in
 
 ROUNDING = 1 + 1e-5
 
@@ -85,18 +86,22 @@ def direct_scattering(image, J, L, max_order, padding):
 
 
 @pytest.mark.parametrize(
-    "shape, arguments",
-    [
-        ((16, 16, 1), {"J": 2, "L": 4}),
-        ((8, 12, 2), {"J": 2, "L": 3, "padding": "reflect"}),
-        ((10, 7, 1), {"J": 1, "L": 2}),
-        ((9, 6, 1), {"J": 2, "L": 4, "max_order": 1}),
-        ((8, 16, 1), {"J": 3, "L": 2}),
-        ((16, 16, 1), {"J": 3, "L": 1, "padding": "reflect"}),
-    ],
+    "shape_and_arguments",
+    one_in(
+        4,
+        [
+            ((8, 12, 2), {"J": 2, "L": 3, "padding": "reflect"}),
+            ((16, 16, 1), {"J": 2, "L": 4}),
+            ((10, 7, 1), {"J": 1, "L": 2}),
+            ((9, 6, 1), {"J": 2, "L": 4, "max_order": 1}),
+            ((8, 16, 1), {"J": 3, "L": 2}),
+            ((16, 16, 1), {"J": 3, "L": 1, "padding": "reflect"}),
+        ],
+    ),
     ids=str,
 )
-def test_equals_a_direct_computation(shape, arguments, rng):
+def test_equals_a_direct_computation(shape_and_arguments, rng):
+    shape, arguments = shape_and_arguments
     layer = Scattering2D(**arguments)
     x = rng.standard_normal((2, *shape))
     found = coefficients(layer, x.astype("float32"))
