@@ -294,8 +294,9 @@ TensorFlow, batches of a fixed size. CPU ms; the overhead is the mean of the two
 
 {overhead}
 
-By least squares the overhead is {constant:.1f} ms + {a:.3g} ns·n² + {b:.3g} ns·n³, and the plain
-step of the widest layer takes {c:.3g} ns·n² for an example.
+For a weight the overhead is {before:.0f} ns at n = {narrower:,} and {after:.0f} ns at {widest:,}.
+There the plain step takes {each:.3g} ns a weight for an example, in three products: a single
+product of two n × n matrices would take {whole:.0f} ns a weight, and twice that at twice the width.
 
 A convolution on p positions multiplies p rows for each example, and its matrix has
 `kernel² · channels` rows or columns: it gets there p times sooner. Token layers and patches do too.
@@ -353,27 +354,24 @@ Neither depends on the number of examples, weights or workers.
 
 def write_page(found, path):
     """Writes the page that belongs to the JSON, beside it."""
-    from scipy import optimize
-
     table = record.markdown
     rows = found["overhead"]
     widths = np.array([row["width"] for row in rows], float)
     added = [[row[f"private_{b}"] - row[f"plain_{b}"] for b in (64, 512)] for row in rows]
     added = np.mean(added, axis=1)
     per_example = np.array([(row["plain_512"] - row["plain_64"]) / 448 for row in rows])
-    # Relative errors, so that the small widths count.
-    powers = np.stack([widths**0, 1e-6 * widths**2, 1e-6 * widths**3], axis=1)
-    (constant, a, b), _ = optimize.nnls(powers / added[:, None], np.ones(len(rows)))
+    before, after = 1e6 * added[-2:] / widths[-2:] ** 2
+    each = 1e6 * per_example[-1] / widths[-1] ** 2
     lines = [
         [
             f"{row['width']:,}",
             *(f"{row[f'private_{b}']:.1f} / {row[f'plain_{b}']:.1f}" for b in (64, 512)),
             f"{more:.1f}",
             f"{row['noise']:.1f}",
-            f"{each:.3f}",
-            *(f"{share * more / each:,.0f}" for share in (20, 100)),
+            f"{example:.3f}",
+            *(f"{share * more / example:,.0f}" for share in (20, 100)),
         ]
-        for row, more, each in zip(rows, added, per_example, strict=True)
+        for row, more, example in zip(rows, added, per_example, strict=True)
     ]
     head = ["n", "private / plain, B = 64", "B = 512", "overhead", "of which noise"]
     head += ["plain, an example", "under 5 % beyond B =", "1 %"]
@@ -383,10 +381,12 @@ def write_page(found, path):
     text = _PAGE.format(
         device=found["device"],
         overhead=table(head, lines),
-        constant=constant,
-        a=a,
-        b=b,
-        c=1e6 * per_example[-1] / widths[-1] ** 2,
+        before=before,
+        after=after,
+        each=each,
+        narrower=int(widths[-2]),
+        widest=int(widths[-1]),
+        whole=each * widths[-1] / 3,
         communication=f"{traffic:,.0f} MiB a step with 8 workers and {weights:,} weights.",
         draws=table(
             ["examples", "expected batch", "draws", "CPU ms each", "memory that it took, MiB"],
