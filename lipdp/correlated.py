@@ -204,15 +204,17 @@ class _Stream(GaussianNoise):
         return renewed
 
     def add(self, backend: Any, features: dict, sums: list, stds: list) -> list:
-        noisy, shapes = [None] * len(sums), [tuple(total.shape) for total in sums]
-        for group in drawn_together(shapes):
+        shapes = [tuple(total.shape) for total in sums]
+
+        def normals(group, stream):
             draw = backend.compiled(standard_normals)
-            drawn = draw(features["key"], np.uint32(group[0]), tuple(shapes[i] for i in group))
-            for index, noise in zip(group, drawn, strict=True):
-                if self.variables:
-                    noise = self._correlated(noise, self.variables[index])
-                noisy[index] = sums[index] + stds[index] * noise
-        return noisy
+            return draw(features["key"], stream, tuple(shapes[i] for i in group))
+
+        noise = drawn_together(normals, shapes)
+        if self.variables:
+            pairs = zip(noise, self.variables, strict=True)
+            noise = [self._correlated(fresh, memory) for fresh, memory in pairs]
+        return [total + std * z for total, std, z in zip(sums, stds, noise, strict=True)]
 
     def multiplier(self, noise_multiplier: float, entries: int) -> float:
         """Times the sensitivity of the run that is planned, for contributions of norm 1."""

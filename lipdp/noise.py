@@ -156,14 +156,13 @@ class GaussianNoise:
                 of an adaptive clip. Stream `i` of the key belongs to sum `i` and what is drawn
                 with it, streams from their number on to others.
         """
-        noisy = [None] * len(sums)
-        for group in drawn_together([tuple(total.shape) for total in sums]):
+
+        def noisy(group, stream):
             totals = [sums[i] for i in group]
             scales = [ops.convert_to_tensor(stds[i], "float32") for i in group]
-            made = backend.compiled(add_noise)(totals, scales, features["key"], np.uint32(group[0]))
-            for index, total in zip(group, made, strict=True):
-                noisy[index] = total
-        return noisy
+            return backend.compiled(add_noise)(totals, scales, features["key"], stream)
+
+        return drawn_together(noisy, [tuple(total.shape) for total in sums])
 
 
 class SecureNoise(GaussianNoise):

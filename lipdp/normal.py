@@ -8,7 +8,7 @@ entry.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,14 +136,29 @@ def _polynomial(coefficients, x):
     return value
 
 
-def drawn_together(shapes: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Which of these tensors one draw makes: positions, those of few entries in one list.
+def drawn_together(
+    draw: Callable[[list[int], Tensor], list[Tensor]], shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """What is drawn for tensors of these shapes: those of few entries by one call, the others by a
+    call each.
 
-    >>> drawn_together([(3, 3, 16), (1024, 1024), (16,)])
-    [[0, 2], [1]]
+    Args:
+        draw: of the positions of some of them, and a stream that no other call has: the first of
+            the positions.
+        shapes: of all.
+
+    Returns:
+        What the calls gave, in the order of the shapes.
+
+    >>> drawn_together(lambda few, stream: [len(few)] * len(few), [(3, 16), (1024, 1024), (16,)])
+    [2, 1, 2]
     """
     few = [i for i, shape in enumerate(shapes) if math.prod(shape) < _FEW]
-    return sorted([[i] for i in range(len(shapes)) if i not in few] + ([few] if few else []))
+    groups = [[i] for i in range(len(shapes)) if i not in few] + ([few] if few else [])
+    drawn = {}
+    for group in groups:
+        drawn.update(zip(group, draw(group, np.uint32(group[0])), strict=True))
+    return [drawn[i] for i in range(len(shapes))]
 
 
 def standard_normals(key: Tensor, stream: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
