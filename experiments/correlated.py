@@ -2,7 +2,7 @@
 
 Nothing is trained: the noise of each kind is calibrated to the same budgets, and compared by the
 root mean square, over the steps of a run, of its sum up to that step (see
-`lipdp.correlated.mean_error`). The network is, roughly, the sum of its updates.
+`lipdp.noise.correlated.mean_error`). The network is, roughly, the sum of its updates.
 """
 
 import json
@@ -19,7 +19,7 @@ def rms_noise(sampling, noise, epsilon, steps):
     import numpy as np
 
     import accountants
-    from lipdp.correlated import mean_error
+    from lipdp.noise.correlated import mean_error
 
     multiplier = accountants.calibrate_noise_multiplier(
         epsilon=epsilon,

@@ -88,7 +88,7 @@ def clipped_sums(network, values, x, y, mask, clip):
     import keras
     from keras import ops
 
-    from lipdp.steps.autodiff import pull_back
+    from lipdp.autodiff import vjp
 
     weighted = [layer for layer in network.layers if layer.trainable_variables]
 
@@ -110,7 +110,7 @@ def clipped_sums(network, values, x, y, mask, clip):
         return [ops.softmax(logits) - own, *map(ops.zeros_like, read)]
 
     taps = [ops.zeros((x.shape[0], *layer.output.shape[1:])) for layer in weighted]
-    (_, *read), found = pull_back(forward, taps, cotangents)
+    (_, *read), found = vjp(forward, taps, cotangents)
     parts = [_part(*of) for of in zip(weighted, read, found, strict=True)]
     norms = ops.sqrt(sum(squares for squares, _ in parts))
     scales = mask * ops.minimum(1.0, clip / ops.maximum(norms, 1e-30))
@@ -168,7 +168,7 @@ def train(images, network, settings, epsilon, delta, seed, rows=1024):
     from rich.progress import track
 
     import accountants
-    from lipdp.steps.autodiff import compiled
+    from lipdp.autodiff import compiled
 
     x, y = images.x_train, images.y_train
     random = np.random.default_rng(seed)

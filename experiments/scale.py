@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from experiments import record, timing
-from experiments.opponents import worker
+from experiments.baselines import worker
 
 FLAGS = flags.FLAGS
 
@@ -42,8 +42,8 @@ class Indices:
 
 def batches_of(sampling, examples, steps, seed=None):
     """Batches of row numbers, drawn as a model draws them; without a seed from fresh entropy."""
-    from lipdp.batches import DrawnBatches
-    from lipdp.noise import RandomSource
+    from lipdp.data.batches import DrawnBatches
+    from lipdp.randomness import RandomSource
 
     drawn = DrawnBatches(Indices(examples), sampling, RandomSource(seed), (0, 0), steps)
     drawn.on_epoch_begin()
@@ -149,8 +149,8 @@ def _noise(width):
     """Draws the noise of a square matrix on TensorFlow, as a step does."""
     import tensorflow as tf
 
-    from lipdp import steps
     from lipdp.noise import GaussianNoise
+    from lipdp.training import steps
 
     sums, key = tf.zeros((width, width)), tf.constant([1, 2, 3, 4], tf.uint32)
     add = tf.function(GaussianNoise().add)
@@ -161,7 +161,8 @@ def _stepper(kind, width, batch_size):
     import keras
 
     import lipdp
-    from lipdp import layers, steps
+    from lipdp import layers
+    from lipdp.training import steps
 
     body = [layers.BallProjection(1.0), layers.SpectralDense(width, use_bias=False)]
     body += [layers.GroupSort(), layers.SpectralDense(10, use_bias=False)]
@@ -281,7 +282,8 @@ operations. What privacy adds does not grow with the batch, so its share falls a
 
 - noise for `n²` weights;
 - a projection with its certificate. With a side above 256 that is 14 or 16 products with a block of
-  16 vectors, `O(n² log n)` (`lipdp.norms.probable_norm_bound`). Smaller matrices, and all of them
+  16 vectors, `O(n² log n)` (`lipdp.bounds.norms.probable_norm_bound`). Smaller matrices, and all
+  of them
   before the first step, are certified by a few products of whole matrices, `O(n³)`; orthogonal
   layers take such products at each step;
 - work that depends on neither: the draw of the batch, the mask, the ledger.

@@ -43,13 +43,13 @@ _TENSORFLOW, _JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
 
 def _ours(name, variables):
     warmup = SHAPES_WARMUP if variables == _JAX else WARMUP
-    worker = "experiments.opponents.ours"
+    worker = "experiments.baselines.ours"
     return Method("lipdp", name, worker, _OURS, NETWORKS, warmup, variables)
 
 
 def _other(library, name, private, plain="plain", networks=NETWORKS, **more):
     kinds = {"private": private, "plain": plain}
-    worker = f"experiments.opponents.{library}"
+    worker = f"experiments.baselines.{library}"
     return Method(library, name, worker, kinds, networks, WARMUP, **more)
 
 

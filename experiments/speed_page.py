@@ -3,7 +3,7 @@
 import textwrap
 
 from experiments import record
-from experiments.opponents import worker
+from experiments.baselines import worker
 
 NETWORKS = tuple(worker.SHAPES)
 

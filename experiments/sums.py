@@ -40,7 +40,7 @@ def release(
     Raises:
         ValueError: the share or the sensitivity is out of range.
     """
-    from lipdp.noise import RandomSource
+    from lipdp.randomness import RandomSource
 
     if not 0 < share < 1:
         raise ValueError(f"`share` must lie strictly between 0 and 1; got {share!r}.")

@@ -1,7 +1,7 @@
 """Times kinds of steps beside each other: a process for each, which take turns step by step.
 
 A process of its own tells the peak of a kind's memory, and lets it have an environment of its own.
-What it runs is a module of `experiments.opponents`.
+What it runs is a module of `experiments.baselines`.
 """
 
 import contextlib

@@ -11,16 +11,16 @@ from accountants import (
     ShuffledEpochs,
     TruncatedPoisson,
 )
-from lipdp import bounds, layers, losses, metrics, models, norms, projections, robustness
+from lipdp import bounds, layers, losses, metrics, models, robustness
 from lipdp._version import __version__
-from lipdp.augmentation import Augmentation
 from lipdp.bounds import UnknownLayerError, gradient_bounds
-from lipdp.check import check
-from lipdp.clipping import AdaptiveClip
-from lipdp.correlated import BandedNoise, ToeplitzNoise
-from lipdp.model import PrivateModel
-from lipdp.repair import repair
-from lipdp.spending import BudgetExceeded, Spent
+from lipdp.data.augmentation import Augmentation
+from lipdp.inspection.check import check
+from lipdp.inspection.repair import repair
+from lipdp.noise import BandedNoise, ToeplitzNoise
+from lipdp.training.clipping import AdaptiveClip
+from lipdp.training.model import PrivateModel
+from lipdp.training.spending import BudgetExceeded, Spent
 
 __all__ = [
     "AdaptiveClip",
@@ -48,8 +48,6 @@ __all__ = [
     "losses",
     "metrics",
     "models",
-    "norms",
-    "projections",
     "repair",
     "robustness",
 ]

@@ -9,13 +9,14 @@ import numpy as np
 import accountants
 from accountants import cli
 from lipdp import audit, losses
-from lipdp.check import check
 from lipdp.config import read_config, train
-from lipdp.model import PrivateModel
+from lipdp.inspection.check import check
+from lipdp.inspection.repair import repair
 from lipdp.noise import ALLOCATIONS
-from lipdp.repair import repair
-from lipdp.report import Report, attained_gradients
-from lipdp.spending import BudgetExceeded
+from lipdp.report import Report
+from lipdp.training.attained import attained_gradients
+from lipdp.training.model import PrivateModel
+from lipdp.training.spending import BudgetExceeded
 
 __all__ = ["COMMANDS", "main"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from accountants import Budget
 from accountants.sampling import Sampling
 from lipdp import losses, models
-from lipdp.model import PrivateModel
+from lipdp.training.model import PrivateModel
 
 __all__ = ["read_config", "train"]
 

@@ -9,9 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from lipdp.noise import RandomSource
+from lipdp.randomness import SharedSource
 
-__all__ = ["ALONE", "Devices", "SharedSource", "agreed", "digest", "from_chief"]
+__all__ = [
+    "SINGLE_DEVICE",
+    "Devices",
+    "SharedSource",
+    "require_same_run",
+    "digest",
+    "broadcast_from_chief",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,38 +51,7 @@ class Devices:
 
 
 #: One device, one process.
-ALONE = Devices()
-
-
-class SharedSource(RandomSource):
-    """Randomness that all processes of a run share: a function of the chief's fresh secret.
-
-    Keys and the seeds of draws are keyed BLAKE2b hashes of their position, so that who learns some
-    of them learns nothing of the others, nor of the secret.
-
-    Args:
-        secret: 32 bytes from the operating system of the chief, used for one run only.
-
-    >>> source = SharedSource(bytes(32))
-    >>> source.key(1, 2).tolist() == SharedSource(bytes(32)).key(1, 2).tolist()
-    True
-    >>> source.key(1, 2).tolist() == source.key(1, 3).tolist()
-    False
-    """
-
-    def __init__(self, secret: bytes) -> None:
-        super().__init__(None)
-        self._secret = secret
-
-    def _bytes(self, position, size):
-        text = json.dumps([int(p) for p in position]).encode()
-        return hashlib.blake2b(text, key=self._secret, digest_size=size).digest()
-
-    def _sequence(self, *position):
-        return np.random.SeedSequence(int.from_bytes(self._bytes(position, 32), "little"))
-
-    def key(self, *position: int) -> np.ndarray:
-        return np.frombuffer(self._bytes((0, *position), 16), dtype=np.uint32)
+SINGLE_DEVICE = Devices()
 
 
 def digest(*arrays: Any) -> str:
@@ -91,7 +67,9 @@ def digest(*arrays: Any) -> str:
     return hashed.hexdigest()
 
 
-def from_chief(gather: Callable[[np.ndarray], np.ndarray], own: Devices, fact: Any) -> Any:
+def broadcast_from_chief(
+    gather: Callable[[np.ndarray], np.ndarray], own: Devices, fact: Any
+) -> Any:
     """What the chief says of `fact`, which JSON can tell.
 
     Args:
@@ -105,7 +83,7 @@ def from_chief(gather: Callable[[np.ndarray], np.ndarray], own: Devices, fact: A
     return json.loads(told[0].astype(np.uint8).tobytes())
 
 
-def agreed(
+def require_same_run(
     gather: Callable[[np.ndarray], np.ndarray], own: Devices, facts: dict[str, Any]
 ) -> SharedSource:
     """Randomness for a run of several processes, once they have the same run in mind.

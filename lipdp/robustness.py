@@ -17,10 +17,10 @@ import numpy as np
 from keras import ops
 
 from lipdp._validation import check_number
+from lipdp.autodiff import compiled, gradient
 from lipdp.bounds.rule import measuring
 from lipdp.bounds.walk import UNIT, network_bounds, trace
 from lipdp.layers import BallProjection, FrobeniusDense, SpectralDense
-from lipdp.steps.autodiff import compiled, gradient
 
 __all__ = ["attack", "certified_accuracy", "certified_radii"]
 
@@ -175,7 +175,7 @@ def _certify(network, input_bound):
                 "how its output moves with its input: no radius can be certified through it."
             )
     traced = trace(network)
-    if any(step.call.masked for step in traced.steps):
+    if any(step.call.masked for step in traced.calls):
         raise ValueError(
             f"Network {network.name!r} works with masks, which jump where an input moves: no "
             "radius can be certified through them."
@@ -188,8 +188,8 @@ def _certify(network, input_bound):
         behind = _number(sum(found.input_cotangents)) / UNIT
         error = sum(errors)
     else:
-        front = [step.operation for step in traced.steps[:place]]
-        ball = traced.steps[place].operation.radius
+        front = [step.operation for step in traced.calls[:place]]
+        ball = traced.calls[place].operation.radius
         behind = _number(layers[place].cotangent) / UNIT
         slope = _number(sum(found.input_cotangents)) / UNIT / behind if behind > 0 else 0.0
         before = sum(errors[:place]) / behind if behind > 0 else 0.0
@@ -214,8 +214,8 @@ def _certify(network, input_bound):
 def _projection(traced):
     """Where in the calls the first projection stands, if layers in a chain lead there."""
     (current,) = traced.inputs
-    for place, step in enumerate(traced.steps):
-        readers = sum(other.inputs.count(current) for other in traced.steps)
+    for place, step in enumerate(traced.calls):
+        readers = sum(other.inputs.count(current) for other in traced.calls)
         layer = step.operation
         if step.inputs != [current] or readers != 1 or not isinstance(layer, keras.layers.Layer):
             return None
@@ -229,7 +229,7 @@ def _projection(traced):
 
 def _last_rows(traced):
     """The columns `(classes, features)` of the dense layer that makes the logits, or None."""
-    step = traced.steps[-1]
+    step = traced.calls[-1]
     layer = step.operation
     if (
         type(layer) not in _DENSE

@@ -16,8 +16,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from lipdp.autodiff import compiled, vjp
 from lipdp.bounds import network_bounds
-from lipdp.steps.autodiff import compiled, pull_back
 
 # Lengths of a step of the ascent, in radii of the ball; a whole power step is tried first.
 _STEPS = (math.inf, 0.5, 0.1)
@@ -262,7 +262,7 @@ class _Search:
                 output, _ = network.stateless_call(trainable, state, inputs, training=training)
                 return [output]
 
-            (output,), cotangents = pull_back(forward, arguments, lambda _: [g])
+            (output,), cotangents = vjp(forward, arguments, lambda _: [g])
             return [output[:1], *cotangents[weights:], *cotangents[:weights]]
 
         return quantities
@@ -273,7 +273,7 @@ class _Search:
         def cotangents_of(values):
             return [coefficients[i] * value for i, value in enumerate(values)]
 
-        return pull_back(self._quantities, arguments, cotangents_of)
+        return vjp(self._quantities, arguments, cotangents_of)
 
     def _flat(self, coefficients, arguments):
         return self._quantities(*arguments), [ops.zeros_like(a) for a in arguments]

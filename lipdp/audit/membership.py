@@ -19,8 +19,8 @@ import keras
 import numpy as np
 
 from lipdp.audit.claims import Claim
-from lipdp.report import Printed
-from lipdp.sources import as_array, open_source
+from lipdp.data.sources import as_array, open_source
+from lipdp.report import RichText
 
 __all__ = ["Membership", "MembershipRow", "Signals", "infer_membership", "lira"]
 
@@ -324,7 +324,7 @@ class MembershipRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Membership(Printed):
+class Membership(RichText):
     """What `infer_membership` found.
 
     Attributes:

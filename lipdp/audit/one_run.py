@@ -19,10 +19,10 @@ from keras import ops, tree
 
 from lipdp import losses
 from lipdp.audit.claims import Claim
-from lipdp.clipping import clip_rows
-from lipdp.report import Printed
-from lipdp.sources import as_array
-from lipdp.steps.autodiff import gradient
+from lipdp.autodiff import gradient
+from lipdp.data.sources import as_array
+from lipdp.report import RichText
+from lipdp.training.clipping import clip_rows
 
 __all__ = [
     "OneRun",
@@ -416,7 +416,7 @@ def _gaussian_epsilon(mu, delta):
 
 
 @dataclasses.dataclass(frozen=True)
-class OneRunResult(Printed):
+class OneRunResult(RichText):
     """What a one-run audit proves, all of it at once with `confidence`.
 
     Attributes:

@@ -17,8 +17,8 @@ from typing import Any
 
 from keras import ops
 
-from lipdp import norms
-from lipdp.projections import AlmostOrthogonal, ConvBall, NormBall, RowBall, SpectralBall
+from lipdp.bounds import norms
+from lipdp.bounds.projections import AlmostOrthogonal, ConvBall, NormBall, RowBall, SpectralBall
 
 Scalar = Any  # float or scalar tensor
 

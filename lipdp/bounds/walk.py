@@ -53,7 +53,7 @@ class NetworkBounds:
 
 
 @dataclasses.dataclass
-class Step:
+class LayerCall:
     """One call of one layer in a traced network, between numbered tensors."""
 
     operation: object
@@ -68,7 +68,7 @@ class Step:
 class Trace:
     """All calls of a network, nested ones included, in the order of computation."""
 
-    steps: list[Step]
+    calls: list[LayerCall]
     inputs: list[int]
     outputs: list[int]
 
@@ -105,7 +105,7 @@ def trace(network: keras.Model) -> Trace:
     numbers = itertools.count()
     graph = _graph(network)
     inputs = [next(numbers) for _ in graph._inputs]
-    steps = []
+    calls = []
     # Tensors that may carry a Keras mask: once attached it may come through every further layer,
     # also through nested models, whose graphs do not show it.
     masked = set()
@@ -138,16 +138,16 @@ def trace(network: keras.Model) -> Trace:
                     )
                     if call.masked or any(get_keras_mask(t) is not None for t in node.outputs):
                         masked.update(outputs)
-                    steps.append(Step(operation, call, sources, outputs))
+                    calls.append(LayerCall(operation, call, sources, outputs))
                 slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
         return [slots[id(t)] for t in graph._outputs]
 
     _check_layer(network)
     outputs = follow(graph, inputs)
-    return Trace(steps, inputs, outputs)
+    return Trace(calls, inputs, outputs)
 
 
-def rule_of(step: Step) -> Rule:
+def rule_of(step: LayerCall) -> Rule:
     """The rule of one call.
 
     Raises:
@@ -269,9 +269,9 @@ def network_bounds(
         raise ValueError(
             f"`network` must have one output; {network.name!r} has {len(traced.outputs)}."
         )
-    steps, (output,) = traced.steps, traced.outputs
+    calls, (output,) = traced.calls, traced.outputs
     forward = dict.fromkeys(traced.inputs, input_bound)
-    for step in steps:
+    for step in calls:
         step.rule = rule_of(step)
         step.xs = [forward[s] for s in step.inputs]
         forward[step.outputs[0]] = step.rule.forward(step.xs)
@@ -279,7 +279,7 @@ def network_bounds(
     def backwards(start):
         cotangents = {output: start}
         found = []
-        for step in reversed(steps):
+        for step in reversed(calls):
             g = cotangents.get(step.outputs[0])
             if g is None:  # nothing of the loss comes through here
                 found.append((step, 0.0, [0.0] * len(step.inputs)))

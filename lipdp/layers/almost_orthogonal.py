@@ -7,8 +7,8 @@ import keras
 
 from lipdp.bounds import Call, Rule
 from lipdp.bounds.builtin import linear
+from lipdp.bounds.projections import AlmostOrthogonal
 from lipdp.layers.projected import WithBias
-from lipdp.projections import AlmostOrthogonal
 
 
 class _AlmostOrthogonal(WithBias):
@@ -22,7 +22,7 @@ class _AlmostOrthogonal(WithBias):
 @keras.saving.register_keras_serializable("lipdp")
 class AlmostOrthogonalDense(_AlmostOrthogonal, keras.layers.Dense):
     """Dense layer whose kernel has spectral norm at most 1 by the rescaling of almost-orthogonal
-    layers, as a projection after each update (`lipdp.projections.AlmostOrthogonal`).
+    layers, as a projection after each update (`lipdp.bounds.projections.AlmostOrthogonal`).
 
     Costs one product of the kernel with itself, and scales single channels instead of the whole
     kernel. Bounds as for `SpectralDense`.
@@ -63,7 +63,7 @@ class AlmostOrthogonalDense(_AlmostOrthogonal, keras.layers.Dense):
 @keras.saving.register_keras_serializable("lipdp")
 class AlmostOrthogonalConv2D(_AlmostOrthogonal, keras.layers.Conv2D):
     """2-D convolution whose operator norm is at most 1 by the rescaling of almost-orthogonal
-    layers, as a projection after each update (`lipdp.projections.AlmostOrthogonal`).
+    layers, as a projection after each update (`lipdp.bounds.projections.AlmostOrthogonal`).
 
     Costs one convolution of the kernel with itself, whatever the size of the map, and holds for
     maps of all sizes. Bounds as for `SpectralConv2D`.

@@ -8,10 +8,10 @@ from keras import ops
 
 from lipdp._validation import check_number
 from lipdp.bounds import Call, Rule
+from lipdp.bounds.projections import SpectralBall
 from lipdp.bounds.rule import matrix_norm, minimum, size
 from lipdp.layers.normalization import BallProjection
 from lipdp.layers.projected import Projected
-from lipdp.projections import SpectralBall
 
 # Instead of the scores of hidden positions; −∞ would make NaN where all are hidden.
 _HIDDEN = -1e9

@@ -11,12 +11,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp import norms
 from lipdp._validation import check_number
-from lipdp.bounds import Call, Rule, lipschitz
+from lipdp.bounds import Call, Rule, lipschitz, norms
+from lipdp.bounds.projections import ConvBall, NormBall, SpectralBall
 from lipdp.bounds.rule import root_of_squares, vector_norm
 from lipdp.layers.projected import Projected
-from lipdp.projections import ConvBall, NormBall, SpectralBall
 
 
 class _Block(Projected, keras.layers.Layer):
@@ -220,7 +219,7 @@ class ConvexPotentialConv2D(_Block):
     Args:
         kernel_size: an integer or a pair.
         hidden: channels of the convolution; by default as many as the input has.
-        certificate: as in `lipdp.norms.conv_norm_bound`.
+        certificate: as in `lipdp.bounds.norms.conv_norm_bound`.
         use_bias, bias_norm, kernel_initializer, **kwargs: as for `ConvexPotential`.
 
     Input and output shape: `(batch, height, width, channels)`, all but the batch known.

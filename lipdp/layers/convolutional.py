@@ -8,13 +8,13 @@ from keras import ops
 
 from lipdp.bounds import Call, Rule
 from lipdp.bounds.builtin import linear
-from lipdp.layers.projected import WithBias
-from lipdp.projections import (
+from lipdp.bounds.projections import (
     ConvBall,
     ConvTransposeBall,
     DepthwiseConvBall,
     ResidualConvBall,
 )
+from lipdp.layers.projected import WithBias
 
 Initializer = str | keras.initializers.Initializer
 
@@ -117,8 +117,8 @@ class SpectralConv2D(_SpectralConv, keras.layers.Conv2D):
     """2-D convolution whose operator norm is at most 1, certified after each update.
 
     The kernel itself is projected, zero padding and stride included (see
-    `lipdp.norms.conv_norm_bound`), so nothing multiplies it in the forward pass. With `m` the
-    number of outputs that read one input entry (`m = 1` for 1×1 kernels and for strides that do
+    `lipdp.bounds.norms.conv_norm_bound`), so nothing multiplies it in the forward pass. With `m`
+    the number of outputs that read one input entry (`m = 1` for 1×1 kernels and for strides that do
     not overlap) and `T` output positions: output at most `X + √T·bias_norm`, cotangent at most
     `G`, gradients at most `√m·X·G` (kernel) and `√T·G` (bias).
 
@@ -128,7 +128,7 @@ class SpectralConv2D(_SpectralConv, keras.layers.Conv2D):
         use_bias: whether a bias is added. On a map its bound grows with the root of the number
             of positions, so it costs much noise.
         bias_norm: radius of the ball of the bias.
-        certificate: `"reshaped"`, `"fft"` or `"auto"`, as in `lipdp.norms.conv_norm_bound`.
+        certificate: `"reshaped"`, `"fft"` or `"auto"`, as in `lipdp.bounds.norms.conv_norm_bound`.
         activation: a Keras activation with a known constant.
         kernel_initializer: a Keras initializer; its result is projected.
         **kwargs: as for `keras.layers.Conv2D`, but constraints.
@@ -233,7 +233,7 @@ class ResidualConv2D(_Convolution, keras.layers.Conv2D):
         filters: output channels, as many as the input has.
         kernel_size: odd.
         use_bias, bias_norm, activation: as for `SpectralConv2D`.
-        certificate: as in `lipdp.norms.conv_norm_bound`. `"reshaped"` does not know that the
+        certificate: as in `lipdp.bounds.norms.conv_norm_bound`. `"reshaped"` does not know that the
             identity has norm 1 and shrinks it; `"fft"` is exact for it.
         kernel_initializer: of `K`; its result is projected. Zeros make the layer the identity.
         **kwargs: `name`, `dtype`, `trainable`.
@@ -292,8 +292,8 @@ class SpectralDepthwiseConv2D(_Convolution, keras.layers.DepthwiseConv2D):
     """2-D depthwise convolution whose operator norm is at most 1, certified after each update.
 
     Each input channel meets its own `depth_multiplier` filters only; all of them together are
-    projected, channel by channel (`lipdp.norms.depthwise_norm_bounds`). With `m` the number of
-    output positions that read one input entry and `T` output positions: output at most
+    projected, channel by channel (`lipdp.bounds.norms.depthwise_norm_bounds`). With `m` the number
+    of output positions that read one input entry and `T` output positions: output at most
     `X + √T·bias_norm`, cotangent at most `G`, gradients at most `√m·X·G` (kernel) and `√T·G`
     (bias).
 
@@ -426,7 +426,7 @@ class SpectralConv2DTranspose(_Convolution, keras.layers.Conv2DTranspose):
     With `m` the number of input positions that one output entry reads (`m = 1` where the stride
     is at least the kernel) and `T` output positions: output at most `X + √T·bias_norm`, cotangent
     at most `G`, gradients at most `√m·X·G` (kernel) and `√T·G` (bias); see
-    `lipdp.norms.conv_transpose_norm_bound`.
+    `lipdp.bounds.norms.conv_transpose_norm_bound`.
 
     Args:
         filters, kernel_size, strides, padding, output_padding, dilation_rate: as in

@@ -7,8 +7,8 @@ import keras
 
 from lipdp.bounds import Call, Rule
 from lipdp.bounds.builtin import linear
+from lipdp.bounds.projections import NormBall, SpectralBall
 from lipdp.layers.projected import WithBias
-from lipdp.projections import NormBall, SpectralBall
 
 
 @keras.saving.register_keras_serializable("lipdp")

@@ -15,8 +15,8 @@ from keras import ops
 
 from lipdp.bounds import Call, Rule
 from lipdp.bounds.builtin import linear
+from lipdp.bounds.projections import SpectralBall
 from lipdp.layers.projected import WithBias
-from lipdp.projections import SpectralBall
 
 #: What rounding may add to the norm of the matrix and of the Jacobian.
 _ROUNDING = 1.0 + 1e-4

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from lipdp._validation import check_number
-from lipdp.projections import NormBall, Projection
+from lipdp.bounds.projections import NormBall, Projection
 
 
 class Projected(keras.layers.Layer):

@@ -10,9 +10,9 @@ from keras import ops
 from lipdp._validation import check_number
 from lipdp.bounds import Call, Rule
 from lipdp.bounds.builtin.activations import ACTIVATIONS
+from lipdp.bounds.projections import NormBall, SpectralBall
 from lipdp.bounds.rule import matrix_norm, minimum, size, vector_norm
 from lipdp.layers.projected import Projected
-from lipdp.projections import NormBall, SpectralBall
 
 
 @keras.saving.register_keras_serializable("lipdp")

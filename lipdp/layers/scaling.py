@@ -6,8 +6,8 @@ import keras
 
 from lipdp._validation import check_number
 from lipdp.bounds import Call, Rule, lipschitz
+from lipdp.bounds.projections import EntryBall
 from lipdp.layers.projected import Projected
-from lipdp.projections import EntryBall
 
 
 @keras.saving.register_keras_serializable("lipdp")

@@ -9,10 +9,10 @@ from keras import ops
 
 from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.builtin import linear
+from lipdp.bounds.projections import NormBall, RowBall
 from lipdp.bounds.rule import row_norm, size, vector_norm
 from lipdp.layers.dense import SpectralDense
 from lipdp.layers.projected import Projected
-from lipdp.projections import NormBall, RowBall
 
 
 @keras.saving.register_keras_serializable("lipdp")

@@ -62,7 +62,7 @@ def squeeze_labels(y_true, y_pred):
     return y_true
 
 
-def beside(y_true, y_pred):
+def align_targets(y_true, y_pred):
     """Targets `(...)` for outputs `(..., 1)` with that axis: nothing is broadcast over examples."""
     if len(y_true.shape) + 1 == len(y_pred.shape) and y_pred.shape[-1] == 1:
         return ops.expand_dims(y_true, -1)

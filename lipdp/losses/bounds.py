@@ -9,7 +9,7 @@ import numpy as np
 from keras import losses as keras_losses
 from keras import ops
 
-from lipdp.losses.base import BoundedLoss, beside
+from lipdp.losses.base import BoundedLoss, align_targets
 from lipdp.losses.certified import EMMA, GloRo
 from lipdp.losses.entropies import (
     BinaryCrossentropy,
@@ -198,7 +198,7 @@ def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
     function = loss.call if isinstance(loss, keras.losses.Loss) else loss
     targets = _targets(loss)
     if targets != "labels":
-        y_true = beside(ops.cast(y_true, y_pred.dtype), y_pred)
+        y_true = align_targets(ops.cast(y_true, y_pred.dtype), y_pred)
     if type(loss) in _KERAS_HINGES:
         y_true = _as_signs(y_true)
     if type(loss) in (*_OWN, *_KERAS):

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from lipdp._validation import check_number
-from lipdp.losses.base import Tempered, beside, one_hot, squeeze_labels
+from lipdp.losses.base import Tempered, align_targets, one_hot, squeeze_labels
 
 __all__ = [
     "BinaryCrossentropy",
@@ -99,7 +99,7 @@ class BinaryCrossentropy(Tempered):
 
     def call(self, y_true, y_pred):
         entropy = ops.binary_crossentropy(
-            beside(y_true, y_pred), self.temperature * y_pred, from_logits=True
+            align_targets(y_true, y_pred), self.temperature * y_pred, from_logits=True
         )
         return ops.mean(entropy, axis=-1) / self.temperature
 

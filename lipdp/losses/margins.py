@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from lipdp._validation import check_number
-from lipdp.losses.base import BoundedLoss, beside, one_hot
+from lipdp.losses.base import BoundedLoss, align_targets, one_hot
 
 __all__ = ["BinaryHKR", "BinaryKR", "MulticlassHKR", "MulticlassHinge", "MulticlassKR"]
 
@@ -207,7 +207,7 @@ class BinaryKR(BoundedLoss):
         self.prior = check_number(prior, "prior", below=1.0)
 
     def call(self, y_true, y_pred):
-        y_true = beside(y_true, y_pred)
+        y_true = align_targets(y_true, y_pred)
         slope = (1.0 - y_true) / (1.0 - self.prior) - y_true / self.prior
         return ops.mean(slope * y_pred, axis=-1)
 
@@ -252,7 +252,7 @@ class BinaryHKR(BinaryKR):
         self.margin = check_number(margin, "margin", zero=True)
 
     def call(self, y_true, y_pred):
-        sign = 2.0 * beside(y_true, y_pred) - 1.0
+        sign = 2.0 * align_targets(y_true, y_pred) - 1.0
         hinge = ops.mean(ops.relu(self.margin - sign * y_pred), axis=-1)
         return BinaryKR.call(self, y_true, y_pred) + self.alpha * hinge
 

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from lipdp._validation import check_number
-from lipdp.losses.base import BoundedLoss, beside
+from lipdp.losses.base import BoundedLoss, align_targets
 
 __all__ = ["CosineSimilarity"]
 
@@ -47,7 +47,7 @@ class CosineSimilarity(BoundedLoss):
         # As in the ball projection: no norm whose slope at 0 is not a number.
         square = ops.sum(ops.square(y_pred), axis=-1)
         scale = ops.rsqrt(ops.maximum(square, self.min_norm**2))
-        return -ops.sum(beside(y_true, y_pred) * y_pred, axis=-1) * scale
+        return -ops.sum(align_targets(y_true, y_pred) * y_pred, axis=-1) * scale
 
     def bound(self, classes: int) -> float:
         return self.max_target_norm / self.min_norm

@@ -1,14 +1,12 @@
 """The sensitivity report: numbers, text, and a page to read and print."""
 
-from lipdp.report.numbers import Attained, LayerRow, Printed, Report, WeightRow, number
-from lipdp.report.sample import attained_gradients
+from lipdp.report.numbers import Attained, LayerRow, Report, RichText, WeightRow, number
 
 __all__ = [
     "Attained",
     "LayerRow",
-    "Printed",
+    "RichText",
     "Report",
     "WeightRow",
-    "attained_gradients",
     "number",
 ]

@@ -12,12 +12,12 @@ from keras import ops
 from accountants import TrainingRun
 from lipdp.bounds import gradient_bounds
 from lipdp.bounds.walk import network_bounds, trace
-from lipdp.noise import shares, standard_deviations
+from lipdp.noise import resolve_allocation, standard_deviations
 
-__all__ = ["Attained", "LayerRow", "Printed", "Report", "WeightRow", "number"]
+__all__ = ["Attained", "LayerRow", "RichText", "Report", "WeightRow", "number"]
 
 
-class Printed:
+class RichText:
     """Mixin: what rich shows, as text."""
 
     def to_text(self, width: int = 110) -> str:
@@ -104,7 +104,7 @@ class Attained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report(Printed):
+class Report(RichText):
     """Sensitivities of a network and the noise they call for.
 
     Attributes:
@@ -161,7 +161,7 @@ class Report(Printed):
             runs, delta: planned ones, in place of what the model has spent.
             attained: of a sample.
         """
-        clip = number(model.current_clip()) * model.largest_weight
+        clip = number(model.current_clip()) * model.sample_weight_bound
         network = model.network
         variables = network.trainable_variables
         bounds = gradient_bounds(network, clip)
@@ -180,7 +180,7 @@ class Report(Printed):
                 [bounds[v.path] for v in variables],
                 [math.prod(v.shape) for v in variables],
                 noise,
-                shares(model.allocation, variables),
+                resolve_allocation(model.allocation, variables),
             )
             stds = [s / divisor for s in sums]
             total = math.sqrt(
@@ -313,7 +313,7 @@ class Report(Printed):
 def _layer_rows(traced, walk, trainable):
     """Rows of the calls; the sources by the numbers of the tensors that they make and read."""
     made = {tensor: -1 - i for i, tensor in enumerate(traced.inputs)}
-    for index, (step, layer) in enumerate(zip(traced.steps, walk.layers, strict=True)):
+    for index, (step, layer) in enumerate(zip(traced.calls, walk.layers, strict=True)):
         yield LayerRow(
             layer=layer.name,
             kind=layer.kind,

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from experiments.opponents import worker
+from experiments.baselines import worker
 
 
 def build(method, network, batch_size):

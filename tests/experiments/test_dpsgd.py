@@ -10,7 +10,7 @@ from absl import app, flags
 from keras import ops
 
 from experiments import dpsgd
-from lipdp.steps.autodiff import pull_back
+from lipdp.autodiff import vjp
 
 pytestmark = pytest.mark.any_backend
 
@@ -27,7 +27,7 @@ def gradients(network, values, x, y):
     def cotangents(outputs):
         return [ops.softmax(outputs[0]) - ops.one_hot(y, outputs[0].shape[-1])]
 
-    return [np.asarray(g) for g in pull_back(logits, values, cotangents)[1]]
+    return [np.asarray(g) for g in vjp(logits, values, cotangents)[1]]
 
 
 @pytest.fixture(params=("mlp", "conv_net"))

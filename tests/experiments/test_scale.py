@@ -10,7 +10,7 @@ import pytest
 
 import accountants
 from experiments import scale, timing
-from lipdp.batches import DrawnBatches
+from lipdp.data.batches import DrawnBatches
 
 pytestmark = pytest.mark.any_backend
 

@@ -11,7 +11,7 @@ import pytest
 from absl import app
 
 from experiments import speed, speed_page, timing
-from experiments.opponents import worker
+from experiments.baselines import worker
 
 pytestmark = pytest.mark.any_backend
 
@@ -185,7 +185,7 @@ def test_every_library_has_an_environment_and_every_network_a_shape():
 def test_both_networks_of_a_name_are_alike(network):
     import keras
 
-    from experiments.opponents import networks, ours
+    from experiments.baselines import networks, ours
 
     theirs = keras.Model(*networks.layers_of(network, keras))
     mine = ours.network_of(network)

@@ -20,9 +20,9 @@ from keras import ops
 import accountants
 import lipdp
 from lipdp import layers, noise
-from lipdp.normal import standard_normal
-from lipdp.spending import Spending
-from lipdp.steps.autodiff import compiled
+from lipdp.autodiff import compiled
+from lipdp.noise.gaussian_rng import standard_normal
+from lipdp.training.spending import Spending
 from tests.lipdp.helpers import data, dense_network, private, weights
 
 K = keras.layers

@@ -6,10 +6,10 @@ import math
 import keras
 from keras import layers, ops
 
-from lipdp import norms
+from lipdp.bounds import norms
 from lipdp.bounds.builtin.activations import with_activation
+from lipdp.bounds.projections import ConvBall, ConvTransposeBall, DepthwiseConvBall
 from lipdp.bounds.rule import conv_norm, lipschitz, matrix_norm, register, size, vector_norm
-from lipdp.projections import ConvBall, ConvTransposeBall, DepthwiseConvBall
 
 
 def affine(layer, call, norm, weights, note=""):

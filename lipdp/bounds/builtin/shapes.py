@@ -7,7 +7,7 @@ import numpy as np
 from keras import layers, ops
 from keras.src import ops as keras_ops
 
-from lipdp import norms
+from lipdp.bounds import norms
 from lipdp.bounds.builtin.linear import channels_last
 from lipdp.bounds.rule import Rule, lipschitz, register, size
 

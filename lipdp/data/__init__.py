@@ -1,0 +1,1 @@
+"""From what `fit` is given to the batch of a step."""

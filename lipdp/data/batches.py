@@ -1,0 +1,427 @@
+"""Data sources to batches, drawn as the sampling scheme says."""
+
+import concurrent.futures
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from keras import tree
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+from accountants import (
+    CyclicPoisson,
+    FixedEpochs,
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    ShuffledEpochs,
+    TruncatedPoisson,
+)
+from accountants.sampling import Sampling
+from lipdp.data.sources import Arrays, Records, Stream, as_array, padded
+from lipdp.devices import SINGLE_DEVICE, Devices
+from lipdp.randomness import RandomSource
+
+__all__ = ["DrawnBatch", "DrawnBatches", "KerasBatches", "padding_multiple", "check_weights"]
+
+
+@dataclasses.dataclass
+class DrawnBatch:
+    """A batch that a model drew for itself, good for one step.
+
+    Attributes:
+        inputs: `(rows, ...)`, padded with zeros; a structure of such arrays for several inputs.
+        targets: `(rows, ...)`.
+        mask: `(rows,)` float32, 1 for examples, 0 for padding.
+        key: uint32 `(4,)`, the key of the step's noise.
+        weights: `(rows,)` float32, or None where every example weighs 1.
+        noise: the step's noise where the host draws it, or None.
+    """
+
+    inputs: Any
+    targets: np.ndarray
+    mask: np.ndarray
+    key: np.ndarray
+    weights: np.ndarray | None = None
+    noise: np.ndarray | None = None
+
+    def as_data(self) -> tuple:
+        """What Keras' loops hand to `train_step`; key, weights, noise travel with the inputs."""
+        features = {"inputs": self.inputs, "key": self.key}
+        for name, value in (("weights", self.weights), ("noise", self.noise)):
+            if value is not None:
+                features[name] = value
+        return (features, self.targets, self.mask)
+
+    def parts(self, number: int, first: bool = True) -> list["DrawnBatch"]:
+        """The rows in equally many for each device. All have the key; noise of the host goes with
+        the first part of all only, to be added once.
+
+        Args:
+            number: how many, a divisor of the rows.
+            first: whether these parts begin the batch; another process may have its beginning.
+        """
+        size = len(self.mask) // number
+
+        def part(i):
+            rows = slice(i * size, (i + 1) * size)
+            noise = self.noise
+            if noise is not None and (i > 0 or not first):
+                noise = np.zeros_like(noise)
+            return DrawnBatch(
+                tree.map_structure(lambda a: a[rows], self.inputs),
+                self.targets[rows],
+                self.mask[rows],
+                self.key,
+                None if self.weights is None else self.weights[rows],
+                noise,
+            )
+
+        return [part(i) for i in range(number)]
+
+
+def padding_multiple(
+    sampling: Sampling,
+    expected_batch_size: float,
+    physical_batch_size: int | None = None,
+    compiled: bool = False,
+    replicas: int = 1,
+) -> int:
+    """What the rows of a batch are padded to a multiple of: a constant of the scheme.
+
+    Args:
+        sampling: how batches are drawn.
+        expected_batch_size: their rows, on average.
+        physical_batch_size: most rows that a device computes at once.
+        compiled: whether each shape of a batch is compiled.
+        replicas: devices that share out the rows.
+
+    >>> padding_multiple(PoissonSampling(1000), 1000.0, compiled=True)
+    32
+    >>> padding_multiple(FullBatch(), 1000.0)
+    1
+    """
+    if physical_batch_size is not None:
+        return physical_batch_size * replicas
+    bucket = 1
+    if isinstance(sampling, TruncatedPoisson):
+        bucket = sampling.physical_batch_size
+    elif compiled and isinstance(sampling, (PoissonSampling, CyclicPoisson, RandomAllocation)):
+        # XLA compiles for each shape: about six lie within the batch size's spread.
+        bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(expected_batch_size))))
+    return -(-bucket // replicas) * replicas
+
+
+def check_weights(
+    sample_weight: Any,
+    class_weight: dict[int, float] | None,
+    examples: Arrays | Records | Stream,
+    largest: float | None,
+) -> np.ndarray | None:
+    """The weight of each example, or None where none are given.
+
+    What an example weighs may depend on public knowledge and on the example itself. Weights that
+    are counted in the private data, as "balanced" class weights are, change with every label:
+    no maximum of theirs makes the guarantee hold.
+
+    Args:
+        sample_weight: `(examples,)`, from 0 to `largest`.
+        class_weight: weight of each class; 1 for a class that is missing, as in Keras.
+        examples: the source of the examples; `class_weight` is for arrays.
+        largest: the maximum that `compile` declared.
+
+    Returns:
+        A float32 array `(examples,)`, or None.
+
+    Raises:
+        TypeError: not an array of numbers, or not a dict.
+        ValueError: no maximum is declared, both kinds are given, a weight is out of range, or the
+            targets have no classes.
+
+    >>> check_weights(None, {1: 2.0}, Arrays(np.ones(3), np.array([0, 1, 1])), 2.0)
+    array([1., 2., 2.], dtype=float32)
+    """
+    if sample_weight is None and class_weight is None:
+        return None
+    if sample_weight is not None and class_weight is not None:
+        raise ValueError("`sample_weight` and `class_weight` cannot both be given.")
+    name = "class_weight" if sample_weight is None else "sample_weight"
+    if isinstance(examples, Stream):
+        raise ValueError(f"`{name}` needs examples that keep their places; a stream has its own.")
+    if largest is None:
+        raise ValueError(
+            f"`{name}` needs a public maximum: compile(..., max_sample_weight=2.0), say. One "
+            "example moves a gradient up to that many times further, and the noise grows with it. "
+            "Weights may come from public knowledge, or each from its own example; class weights "
+            "computed from the private labels (class counts, 'balanced') are not covered by the "
+            "guarantee."
+        )
+    if sample_weight is not None:
+        weights = as_array(sample_weight, name).astype("float64")
+        if weights.shape != (len(examples),):
+            raise ValueError(
+                f"`sample_weight` must hold one number for each of the {len(examples)} examples; "
+                f"got shape {weights.shape}."
+            )
+    elif isinstance(examples, Records):
+        raise ValueError("`class_weight` needs arrays; give `sample_weight` with records.")
+    else:
+        weights = _class_weights(class_weight, examples.y)
+    # Written so that NaN is refused.
+    if not ((weights >= 0) & (weights <= largest)).all():
+        raise ValueError(
+            f"`{name}` must lie between 0 and `max_sample_weight` = {largest:g}; got weights from "
+            f"{weights.min()} to {weights.max()}"
+            + (" (a class that is not named weighs 1)." if sample_weight is None else ".")
+        )
+    return weights.astype("float32")
+
+
+def _class_weights(class_weight, y):
+    if not isinstance(class_weight, dict):
+        raise TypeError(
+            "`class_weight` must be a dict of public constants, label: weight; got "
+            f"{class_weight!r}. Weights that balance the classes of the private data are not "
+            "covered by the guarantee."
+        )
+    labels = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if labels.ndim == 2 and np.allclose(labels.sum(axis=1), 1.0, atol=1e-3):
+        labels = labels.argmax(axis=1)
+    if labels.ndim != 1 or (labels != np.floor(labels)).any():
+        raise ValueError(
+            "`class_weight` needs one label, or one distribution over the classes, an example; "
+            f"got targets of shape {y.shape}. Give `sample_weight` instead."
+        )
+    weights = np.ones(len(labels))
+    for label, weight in class_weight.items():
+        try:
+            weights[labels == int(label)] = float(weight)
+        except (TypeError, ValueError):
+            raise TypeError(
+                "`class_weight` must be a dict of public constants, label: weight; got "
+                f"{label!r}: {weight!r}."
+            ) from None
+    return weights
+
+
+class DrawnBatches:
+    """Batches of one data set, one epoch long, drawn as `sampling` says.
+
+    Each request draws: Poisson batches are independent however often and in whichever order
+    they are asked for, so a loop that peeks at the data changes nothing. Only batches that a
+    step was paid for are ever used.
+
+    While a step runs, a thread draws and gathers the batch behind it. It is handed out once, to
+    the request for its own step; what nobody asks for is dropped, with its key.
+
+    Args:
+        examples: where they come from, as `lipdp.data.sources.open_source` returns it.
+        sampling: a scheme of `accountants`.
+        source: of randomness, a `lipdp.randomness.RandomSource`.
+        position: integers that set these draws apart from all others of the source.
+        steps: steps an epoch.
+        bucket: rows are padded to a multiple of this, so that few shapes occur.
+        weights: `(examples,)`, or None where every example weighs 1.
+        draw_noise: draws what a batch carries as its noise.
+        steps_taken: tells how many steps of the run were taken.
+        devices: which share out the rows. Every process draws the same batch, and reads from it
+            the rows of its own devices.
+    """
+
+    def __init__(
+        self,
+        examples: Arrays | Records | Stream,
+        sampling: Sampling,
+        source: RandomSource,
+        position: Sequence[int],
+        steps: int,
+        bucket: int = 1,
+        weights: np.ndarray | None = None,
+        draw_noise: Callable[[], np.ndarray | None] = lambda: None,
+        steps_taken: Callable[[], int] | None = None,
+        devices: Devices = SINGLE_DEVICE,
+    ) -> None:
+        self.examples, self.weights = examples, weights
+        self.sampling = sampling
+        self.source = source
+        self.position = tuple(position)
+        self.steps = steps
+        self.bucket = bucket
+        self.draw_noise = draw_noise
+        self.epoch = 0
+        self.steps_taken = steps_taken
+        self.devices = devices
+        self._drawn = {}
+        self._lock = threading.Lock()
+        self._ahead = (None, None)  # (epoch, index), and the future of that batch
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
+        self._closed = False
+
+    def __len__(self):
+        return self.steps
+
+    def on_epoch_begin(self):
+        if self.steps_taken is not None and self.steps_taken() == 0:
+            self.epoch = 0  # a loop may look at batches before it trains
+        else:
+            self.check_taken(self.steps)
+        self.epoch += 1
+
+    def check_taken(self, steps: int) -> None:
+        """Checks that `steps` steps of this epoch were taken, and all of those before.
+
+        Schemes that tell in how many steps of a run an example may take part, or how far apart,
+        hold for steps in the order in which they are drawn, with none left out.
+
+        Raises:
+            RuntimeError: a batch was drawn and left out.
+        """
+        expected = self._step(self.epoch, steps)
+        if self.steps_taken is None or self.steps_taken() == expected or self._independent():
+            return
+        raise RuntimeError(
+            f"{self.sampling!r} counts on every batch being trained on, in order: {expected} were "
+            f"drawn in this run and {self.steps_taken()} trained on. The run has to end here."
+        )
+
+    def _step(self, epoch, index):
+        """The number in the run, from 0, of step `index` of an epoch."""
+        return (epoch - 1) * self.steps + index
+
+    def _independent(self):
+        """Whether any choice of the steps is accounted as so many steps are."""
+        n, steps = len(self.examples), 2 * self.steps
+        return self.sampling.participations(n, steps) == steps
+
+    def request(self, index: int) -> DrawnBatch:
+        """The `DrawnBatch` of step `index` of the epoch; the next one begins to be drawn."""
+        epoch = self.epoch
+        with self._lock:
+            (place, future), self._ahead = self._ahead, (None, None)
+        if place == (epoch, index):
+            batch = future.result()
+        else:
+            # What was drawn for another place belongs to a loop that was left: it is dropped.
+            concurrent.futures.wait([future] if future is not None else [])
+            batch = self.draw(index, epoch)
+        with self._lock:
+            if index + 1 < self.steps and not self._closed:
+                future = self._worker.submit(self.draw, index + 1, epoch)
+                self._ahead = (epoch, index + 1), future
+        return batch
+
+    def close(self) -> None:
+        """Ends the thread. What it has drawn ahead is dropped."""
+        with self._lock:
+            self._closed, self._ahead = True, (None, None)
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def draw(self, index: int, epoch: int | None = None) -> DrawnBatch:
+        """The `DrawnBatch` of step `index` of an epoch, by default the one that runs."""
+        epoch = self.epoch if epoch is None else epoch
+        place = (*self.position, epoch, index)
+        rows = self._rows(place, epoch, index)
+        size = max(1, -(-len(rows) // self.bucket)) * self.bucket
+        size //= self.devices.processes
+        rows = rows[self.devices.process * size :][:size]
+        return self._batch(rows, size, self.source.key(*place))
+
+    def blank(self) -> DrawnBatch:
+        """Padding alone, in the shapes and types of a drawn batch. Nothing is drawn or read."""
+        size = self.bucket // self.devices.processes
+        return self._batch(np.arange(0), size, np.zeros(4, np.uint32))
+
+    def _batch(self, rows, size, key):
+        mask = np.zeros(size, np.float32)
+        mask[: len(rows)] = 1.0
+        weights = None if self.weights is None else padded(self.weights, rows, size)
+        return DrawnBatch(*self.examples.take(rows, size), mask, key, weights, self.draw_noise())
+
+    def _rows(self, place, epoch, index):
+        """Which examples step `index` takes, exactly as the scheme's accounting wants them drawn.
+
+        Raises:
+            TypeError: the scheme is none of those that are drawn here.
+        """
+        n, sampling, run = len(self.examples), self.sampling, self.position
+        if isinstance(sampling, FullBatch):
+            return np.arange(n)
+        if isinstance(sampling, (PoissonSampling, TruncatedPoisson, FixedSize)):
+            generator = self.source.generator(*place)
+            if isinstance(sampling, FixedSize):
+                count = sampling.batch_size
+            else:
+                # A binomial number of distinct examples is what n independent coins give.
+                count = generator.binomial(n, sampling.sampling_probability(n))
+            if isinstance(sampling, TruncatedPoisson):
+                count = min(count, sampling.physical_batch_size)
+            return np.sort(generator.choice(n, count, replace=False, shuffle=False))
+        if isinstance(sampling, CyclicPoisson):
+            groups = self._once(run, lambda generator: _assigned(generator, n, sampling.bands))
+            turn = self._step(epoch, index) % sampling.bands
+            # A coin for every example, of which those of the group count: no list of the group.
+            generator = self.source.generator(*place)
+            count = generator.binomial(n, sampling.sampling_probability(n))
+            rows = np.sort(generator.choice(n, count, replace=False, shuffle=False))
+            return rows[groups[rows] == turn]
+        if isinstance(sampling, (ShuffledEpochs, FixedEpochs)):
+            start, end = (min(n, i * sampling.batch_size) for i in (index, index + 1))
+            if isinstance(self.examples, Stream):
+                return np.arange(start, end)  # in its own order
+            where = run if isinstance(sampling, FixedEpochs) else (*run, epoch)
+            order = self._once(where, lambda generator: _shuffled(generator, n))
+            return order[start:end].astype(np.int64)
+        if isinstance(sampling, RandomAllocation):
+            steps = self._once((*run, epoch), lambda generator: _assigned(generator, n, self.steps))
+            return np.flatnonzero(steps == index)
+        raise TypeError(f"No batches can be drawn as {sampling!r} says.")
+
+    def _once(self, place, draw):
+        """What is drawn once an epoch, or a run; also where a loop prefetches from several threads.
+        With two draws an example could take part twice.
+        """
+        with self._lock:
+            if place not in self._drawn:
+                drawn = draw(self.source.generator(*place))
+                kept = dict([*self._drawn.items()][-1:])  # a loop may still ask for the last one
+                self._drawn = {**kept, place: drawn}
+            return self._drawn[place]
+
+
+class KerasBatches(DataAdapter):
+    """Drawn batches as Keras' loops take them; each backend's step file says how they are read.
+
+    Args:
+        model: the `PrivateModel`.
+        drawn: its `DrawnBatches`.
+    """
+
+    batch_size = has_partial_batch = partial_batch_size = None
+
+    def __init__(self, model: Any, drawn: DrawnBatches) -> None:
+        self.model, self.drawn = model, drawn
+
+    @property
+    def num_batches(self):
+        return len(self.drawn)
+
+    def on_epoch_begin(self):
+        self.drawn.on_epoch_begin()
+
+
+# What a scheme keeps of every example is as small as its range allows: 10⁹ of them are 1 to 4 GB.
+
+
+def _assigned(generator, n, parts):
+    """For each of n examples one of so many parts, independently."""
+    return generator.integers(parts, size=n, dtype=np.min_scalar_type(parts - 1))
+
+
+def _shuffled(generator, n):
+    order = np.arange(n, dtype=np.min_scalar_type(max(n - 1, 0)))
+    generator.shuffle(order)
+    return order

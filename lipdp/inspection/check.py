@@ -1,0 +1,232 @@
+"""Can this network be trained privately, what does each layer cost, and what to do about it."""
+
+import dataclasses
+import math
+
+import keras
+from keras import ops
+
+from lipdp.bounds import UnknownLayerError, gradient_bounds
+from lipdp.bounds.projections import Projection
+from lipdp.bounds.walk import rule_of, trace
+from lipdp.report import RichText, number
+
+__all__ = ["Check", "LayerCheck", "check", "check_trainable"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCheck:
+    """One call of one layer.
+
+    Attributes:
+        layer: its name.
+        kind: its class.
+        lipschitz: how much a cotangent can grow on its way back; None without a rule.
+        output_bound: bound of the output's norm; infinite where nothing bounds the input.
+        note: where the bound is loose.
+        problem: why the layer cannot be private, and what to use instead; empty if it can.
+    """
+
+    layer: str
+    kind: str
+    lipschitz: float | None
+    output_bound: float
+    note: str
+    problem: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Check(RichText):
+    """What `check` found.
+
+    Attributes:
+        network: its name.
+        layers: a `LayerCheck` for each call, in the order of computation.
+        problems: what is wrong with the network as a whole.
+    """
+
+    network: str
+    layers: tuple[LayerCheck, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def private(self) -> bool:
+        """Whether `PrivateModel` can train it."""
+        return not self.problems and not any(layer.problem for layer in self.layers)
+
+    def to_dict(self) -> dict:
+        """Plain lists, numbers and strings, ready for JSON; infinite bounds are None."""
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        for layer in layers:
+            if not math.isfinite(layer["output_bound"]):
+                layer["output_bound"] = None
+        return {
+            "network": self.network,
+            "private": self.private,
+            "problems": list(self.problems),
+            "layers": layers,
+        }
+
+    def __rich__(self):
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=f"Layers of {self.network}", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        table.add_column("class", overflow="fold")
+        table.add_column("Lipschitz", justify="right", no_wrap=True)
+        table.add_column("output ≤", justify="right", no_wrap=True)
+        table.add_column("what to know", overflow="fold")
+        for layer in self.layers:
+            constant = "–" if layer.lipschitz is None else f"{layer.lipschitz:.4g}"
+            style = "red" if layer.problem else None
+            said = layer.problem or layer.note
+            output = f"{layer.output_bound:.4g}"
+            table.add_row(layer.layer, layer.kind, constant, output, Text(said), style=style)
+        wrong = sum(bool(layer.problem) for layer in self.layers)
+        lines = [*self.problems]
+        if wrong:
+            lines.append(f"{wrong} of {len(self.layers)} layers cannot be private.")
+        if self.private:
+            lines.append("The network can be trained privately.")
+        else:
+            lines.append("lipdp.repair(network) makes the replacements that can be made.")
+        return Group(table, Text("\n".join(lines)))
+
+
+def check(network: keras.Model) -> Check:
+    """Lists every layer with its Lipschitz constant, where its bound is loose, and for what cannot
+    be private what to use instead.
+
+    Args:
+        network: a built Sequential or functional model.
+
+    Returns:
+        A `Check`: print it, ask `.private`, or take `to_dict()`.
+
+    Raises:
+        TypeError: the network is not a Sequential or functional model.
+        ValueError: it is not built.
+
+    >>> network = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(),
+    ...                             keras.layers.Dense(2)], name="plain")
+    >>> found = check(network)
+    >>> found.private, [bool(layer.problem) for layer in found.layers]
+    (False, [True, False])
+    """
+    try:
+        traced = trace(network)
+    except UnknownLayerError as error:
+        return Check(network.name, (), (str(error),))
+    _call(network)
+    problems, layers = [], []
+    if len(traced.outputs) != 1:
+        problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
+
+    bounds = dict.fromkeys(traced.inputs, math.inf)
+    covered, unbounded = set(), []
+    for step in traced.calls:
+        xs = [bounds[s] for s in step.inputs]
+        constant, output, note, problem = None, math.inf, "", ""
+        try:
+            rule = rule_of(step)
+        except UnknownLayerError as error:
+            problem = str(error)
+            # One problem is told once: what its weights lack is no further one.
+            covered.update(v.path for v in getattr(step.operation, "trainable_variables", []))
+        else:
+            output = number(rule.forward(xs))
+            # The constant at an input of norm one, where the input's norm enters.
+            ones = [x if number(x) < math.inf else 1.0 for x in xs]
+            constant = max(number(b) for b in rule.backward(ones, 1.0))
+            gradients = rule.gradients(xs, 1.0)
+            covered.update(v.path for v, _ in gradients)
+            if any(not math.isfinite(number(b)) for v, b in gradients if v.trainable):
+                unbounded.append(step.operation.name)
+            note = "; ".join(filter(None, [rule.note, _measured(gradients)]))
+        bounds.update(dict.fromkeys(step.outputs, output))
+        layers.append(
+            LayerCheck(
+                step.operation.name, type(step.operation).__name__, constant, output, note, problem
+            )
+        )
+
+    if unbounded and not any(layer.problem for layer in layers):
+        problems.append(
+            f"Nothing bounds the norm of what {', '.join(map(repr, unbounded))} read: put "
+            "lipdp.layers.BallProjection(radius) behind the input."
+        )
+    if not network.trainable_variables:
+        problems.append("The network has no trainable weights.")
+    for variable in network.trainable_variables:
+        if variable.path not in covered:
+            problems.append(f"Trainable weight {variable.path!r} has no gradient bound.")
+    if not any(layer.problem for layer in layers):
+        problems += _imprecise(network)
+    return Check(network.name, tuple(layers), tuple(problems))
+
+
+def check_trainable(network: keras.Model) -> None:
+    """Refuses a network that cannot be trained privately, with the first thing that is wrong.
+
+    Raises:
+        TypeError: it is not a Sequential or functional model.
+        ValueError: it is not built, has several outputs or no trainable weights, no bound of its
+            input, or computes in anything but float32.
+        UnknownLayerError: a layer has no bound, or cannot be private.
+
+    >>> check_trainable(keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]))
+    Traceback (most recent call last):
+        ...
+    ValueError: `network` ... has no trainable weights.
+    """
+    trace(network)  # refuses what is no network before it is called
+    _call(network)
+    gradient_bounds(network, 1.0)
+    if not network.trainable_variables:
+        raise ValueError(f"`network` {network.name!r} has no trainable weights.")
+    for problem in _imprecise(network):
+        raise ValueError(problem)
+
+
+def _call(network):
+    """Calls it on zeros where its shapes are known, without a trace in its variables: what a layer
+    adds to the loss shows only then, and `rule_of` finds it.
+    """
+    inputs = network.inputs
+    if all(n is not None for t in inputs for n in t.shape[1:]):
+        zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
+        with keras.StatelessScope(collect_losses=True):
+            network(zeros if len(zeros) > 1 else zeros[0], training=True)
+
+
+def _imprecise(network):
+    """What in it is not computed in float32."""
+    problems = [
+        "Private training computes in float32: what rounding may add to a gradient is within the "
+        f"bounds' allowance there, and nowhere else. Layer {layer.name!r} computes in "
+        f"{layer.compute_dtype}; make it with dtype='float32', or the whole network under "
+        "keras.config.set_dtype_policy('float32')."
+        for layer in network._flatten_layers(include_self=False)
+        if layer.compute_dtype != "float32"
+    ]
+    return problems + [
+        f"Private training updates weights in float32; {variable.path!r} has dtype "
+        f"{variable.dtype}. Make its layer with dtype='float32'."
+        for variable in network.trainable_variables
+        if variable.dtype != "float32"
+    ]
+
+
+def _measured(gradients):
+    """What to know of weights that no projection holds."""
+    names = [
+        v.name for v, _ in gradients if not isinstance(getattr(v, "constraint", None), Projection)
+    ]
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: measured at each step, so bounds and noise grow with the weights; "
+        "the layers of lipdp keep theirs in a ball"
+    )

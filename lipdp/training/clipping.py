@@ -1,0 +1,125 @@
+"""Clip of the loss gradient: the rows of a (batch × outputs) array, nothing per weight."""
+
+import dataclasses
+import math
+from typing import Any
+
+from keras import ops
+
+__all__ = ["AdaptiveClip", "clip_rows", "clamp_weights", "scale_rows"]
+
+
+def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
+    """Clips each example's loss gradient to norm `clip`.
+
+    Args:
+        gradients: `(batch, ...)`, one row an example. A row that is not finite becomes zero.
+        clip: the norm, a float or scalar tensor.
+        mask: `(batch,)`, 1 for examples and 0 for padding, whose rows become zero.
+
+    Returns:
+        The clipped rows, and `(batch,)` indicators of rows within the clip (0 for padding).
+
+    >>> rows, within = clip_rows(ops.array([[3.0, 4.0], [0.3, 0.4]]), 1.0, ops.ones((2,)))
+    >>> [round(float(v), 2) for v in rows[0]], [float(v) for v in within]
+    ([0.6, 0.8], [0.0, 1.0])
+    """
+    axes = tuple(range(1, len(gradients.shape)))
+    finite = ops.all(ops.isfinite(gradients), axis=axes, keepdims=True)
+    rows = ops.where(finite, gradients, ops.zeros_like(gradients))
+    # Divided by its largest entry first, a row's squares do not overflow. Of zeros that is 1: where
+    # XLA sees that a gradient is constant, it squares the divisor by itself, and a small one's
+    # inverse becomes infinite.
+    scale = ops.max(ops.abs(rows), axis=axes, keepdims=True)
+    scale = ops.where(scale > 0, scale, 1.0)
+    norms = scale * ops.sqrt(ops.sum(ops.square(rows / scale), axis=axes, keepdims=True))
+    mask = ops.reshape(ops.cast(ops.greater(mask, 0), rows.dtype), (-1,) + (1,) * len(axes))
+    outside = norms > clip
+    rows = rows * mask * ops.where(outside, clip / ops.where(outside, norms, 1.0), 1.0)
+    within = mask * ops.cast(ops.logical_not(outside), rows.dtype)
+    return rows, ops.reshape(within, (-1,))
+
+
+def clamp_weights(weights: Any, largest: float) -> Any:
+    """Weights in `[0, largest]`, whatever they were; one that is not finite becomes 0.
+
+    >>> [float(v) for v in clamp_weights(ops.array([0.5, 9.0, math.nan]), 2.0)]
+    [0.5, 2.0, 0.0]
+    """
+    return ops.where(ops.isfinite(weights), ops.clip(weights, 0.0, largest), 0.0)
+
+
+def scale_rows(rows: Any, weights: Any, largest: float) -> Any:
+    """Multiplies each example's row by its weight, clamped to `[0, largest]`.
+
+    A row of norm at most `C` then has one of at most `largest·C`, whatever the weights are.
+
+    Args:
+        rows: `(batch, ...)`.
+        weights: `(batch,)`.
+        largest: the declared maximum.
+
+    >>> [float(v) for v in scale_rows(ops.ones((3, 1)), ops.array([0.5, 9.0, 1.0]), 2.0)[:, 0]]
+    [0.5, 2.0, 1.0]
+    """
+    weights = clamp_weights(ops.cast(weights, rows.dtype), largest)
+    return rows * ops.reshape(weights, (-1,) + (1,) * (len(rows.shape) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveClip:
+    """Clip that follows a quantile of the norms of the loss gradients.
+
+    Each step also releases the noisy fraction `b` of the batch's rows within the clip, on the
+    same batch and jointly with the gradient, and moves `C ← C·exp(−learning_rate·(b − quantile))`
+    (Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021). The
+    indicators are centred by ½, so one example moves their sum by ½. With noise of
+    `count_noise_multiplier` times that, the gradient's own multiplier becomes
+    `(σ⁻² − count_noise_multiplier⁻²)^(−1/2)`: the joint release is one Gaussian mechanism of
+    multiplier `σ`, the one that is accounted.
+
+    Args:
+        quantile: fraction of rows that should pass unclipped.
+        initial: clip of the first step; by default the loss' gradient bound, or 1.
+        learning_rate: speed in log space.
+        count_noise_multiplier: noise of the count in units of its sensitivity; by default
+            `max(expected batch size / 10, 5·σ)`, which costs 2 % of gradient noise at most.
+
+    Raises:
+        ValueError: a value out of range.
+
+    >>> AdaptiveClip(quantile=0.9).learning_rate
+    0.2
+    """
+
+    quantile: float = 0.5
+    initial: float | None = None
+    learning_rate: float = 0.2
+    count_noise_multiplier: float | None = None
+
+    def __post_init__(self):
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"`quantile` must lie strictly in (0, 1); got {self.quantile!r}.")
+        for name in ("initial", "learning_rate", "count_noise_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite; got {value!r}.")
+
+    def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
+        """(multiplier of the gradient, multiplier of the count) whose joint one is given.
+
+        Raises:
+            ValueError: the count's noise alone uses up the budget.
+        """
+        if noise_multiplier == 0:
+            return 0.0, 0.0
+        count = self.count_noise_multiplier
+        if count is None:
+            count = max(expected_batch_size / 10, 5 * noise_multiplier)
+        if count <= noise_multiplier:
+            raise ValueError(
+                f"`count_noise_multiplier` must be above the noise multiplier "
+                f"{noise_multiplier:.4g}, or nothing is left for the gradient; got {count:.4g}."
+            )
+        # (σ⁻² − c⁻²)^(−1/2), written so that it rounds well.
+        return noise_multiplier / math.sqrt(1 - (noise_multiplier / count) ** 2), count

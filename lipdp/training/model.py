@@ -1,0 +1,725 @@
+"""PrivateModel: `compile`, `fit`, `spent`, `report`."""
+
+import dataclasses
+import functools
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+import accountants
+from accountants import (
+    Budget,
+    FixedEpochs,
+    RandomAllocation,
+    ShuffledEpochs,
+    TrainingRun,
+)
+from accountants.sampling import Sampling
+from lipdp import losses
+from lipdp._validation import check_number
+from lipdp.bounds.projections import Projection
+from lipdp.data.augmentation import Augmentation
+from lipdp.data.batches import DrawnBatch, DrawnBatches, check_weights, padding_multiple
+from lipdp.data.sources import Arrays, Stream, open_source
+from lipdp.devices import SINGLE_DEVICE, broadcast_from_chief, digest, require_same_run
+from lipdp.inspection.check import check_trainable
+from lipdp.noise import SecureNoise, make_noise, resolve_allocation
+from lipdp.randomness import RandomSource
+from lipdp.report import Report
+from lipdp.training import steps
+from lipdp.training.attained import attained_gradients
+from lipdp.training.clipping import AdaptiveClip
+from lipdp.training.spending import Spending, Spent
+
+__all__ = ["StepConstants", "PrivateModel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConstants:
+    """The constants of every private step; public, and never a function of a batch.
+
+    Attributes:
+        noise_multiplier: of the joint release; what is accounted.
+        gradient_noise_multiplier, count_noise_multiplier: those of the stds of its two parts, with
+            what the noise adds for its rounding, or of what is fresh in a step of correlated
+            noise; the second is 0 without adaptive clipping.
+        expected_batch_size: the divisor of the sums.
+        noise_constants: of the noise, where it is correlated.
+    """
+
+    noise_multiplier: float
+    gradient_noise_multiplier: float
+    count_noise_multiplier: float
+    expected_batch_size: float
+    noise_constants: tuple[float, ...] = ()
+
+
+class PrivateModel(keras.Model):
+    """A Keras network with private training.
+
+    `compile`, `fit`, `evaluate`, `predict` and callbacks are Keras' own. `fit` draws the batches
+    itself, so that what is accounted is what is sampled. What is guaranteed to be private is the
+    network's weights, at the end and after each step; training metrics are computed on private
+    batches and are not covered, nor is a choice among runs made by looking at their results.
+
+    Give a `budget` and the noise is calibrated at the first `fit` so that its planned steps spend
+    it; or a `noise_multiplier` and read `spent()`; or both: that noise, and the budget as a cap.
+
+    Args:
+        network: a Sequential or functional model whose layers all have bounds, with a
+            `BallProjection` in front. It stays an ordinary Keras model: save and serve that one.
+        budget: `lipdp.Budget(epsilon, delta)`.
+        noise_multiplier: std of the noise over the sensitivity.
+        sampling: how batches are drawn: `lipdp.PoissonSampling(batch_size)`, `TruncatedPoisson`,
+            `FixedSize`, `RandomAllocation`, `ShuffledEpochs` or `FullBatch`, each accounted as it
+            is drawn; `CyclicPoisson` or `FixedEpochs` for correlated noise.
+        clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
+            default the loss' own bound; a loss without one needs a clip.
+        augmentation: `lipdp.Augmentation(layers, views)`: random views of each example.
+        physical_batch_size: most rows that are computed at once: a drawn batch is split into
+            pieces of this size, whose gradients are summed before the noise, once. Same result,
+            less memory.
+        allocation: how noise is shared over the weights: `"global"`, `"per_weight"`, `"least"`
+            (least total noise), or a dict: for the path of each trainable weight its share of the
+            budget (of `1/σ²`), up to a factor.
+        noise: `"gaussian"`, floating-point noise, independent in every step; `"secure"`, discrete
+            Gaussian noise on a grid, from the operating system's cryptographic generator, which
+            leaves no traces in the last bits (`lipdp.noise.SecureNoise` has its guarantee and its
+            limits); or correlated over steps: `lipdp.BandedNoise()` with `CyclicPoisson`,
+            `lipdp.ToeplitzNoise()` with `FixedEpochs`.
+        ledger: path of a file that keeps what was spent, across processes.
+        seed: for tests only: whoever knows it can subtract the noise.
+
+    Raises:
+        TypeError: an argument is not what it should be.
+        ValueError: a value out of range, or a network without bounds.
+        UnknownLayerError: a layer has no bound, or cannot be private.
+
+    >>> from lipdp import layers
+    >>> network = keras.Sequential([
+    ...     keras.Input((4,)), layers.BallProjection(1.0), layers.SpectralDense(2)])
+    >>> model = PrivateModel(network, noise_multiplier=4.0,
+    ...                      sampling=accountants.PoissonSampling(batch_size=16))
+    >>> model.compile("sgd", loss="sparse_categorical_crossentropy")
+    >>> history = model.fit(np.ones((64, 4)), np.zeros(64, int), epochs=2, verbose=0)
+    >>> round(model.spent(delta=1e-3).epsilon, 1)
+    0.4
+    """
+
+    def __init__(
+        self,
+        network: keras.Model,
+        *,
+        budget: Budget | None = None,
+        noise_multiplier: float | None = None,
+        sampling: Sampling | None = None,
+        noise: Any = "gaussian",
+        clip: float | AdaptiveClip | None = None,
+        augmentation: Augmentation | None = None,
+        physical_batch_size: int | None = None,
+        allocation: str | Mapping[str, float] = "global",
+        ledger: str | os.PathLike[str] | None = None,
+        seed: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        # Whatever the policy of the day: what it adds to the network is computed in float32.
+        super().__init__(name=name, dtype="float32")
+        self.spending = Spending(budget, noise_multiplier, ledger, self._certificates)
+        if not isinstance(sampling, Sampling):
+            raise TypeError(
+                "`sampling` must say how batches are drawn, for instance "
+                f"lipdp.PoissonSampling(batch_size=256); got {sampling!r}."
+            )
+        self.sampling = sampling
+        self.noise = make_noise(noise, sampling)
+        if seed is not None and isinstance(self.noise, SecureNoise):
+            raise ValueError(
+                f"noise='secure' cannot be repeated: leave `seed` out; got seed={seed!r}."
+            )
+        self.clip, self.adaptive = _check_clip(clip)
+        if self.noise.correlated and self.adaptive is not None:
+            raise ValueError(
+                "`clip` must be a number with correlated noise: what AdaptiveClip counts in each "
+                f"step would need noise of its own; got {clip!r}."
+            )
+        if augmentation is not None and not isinstance(augmentation, Augmentation):
+            raise TypeError(
+                "`augmentation` must be lipdp.Augmentation(layers, views=...); got "
+                f"{augmentation!r}."
+            )
+        if augmentation is not None and len(getattr(network, "inputs", [])) > 1:
+            raise ValueError("`augmentation` is for networks with one input.")
+        self.augmentation = augmentation
+        if physical_batch_size is not None:
+            physical_batch_size = _check_count(physical_batch_size, "physical_batch_size")
+        self.physical_batch_size = physical_batch_size
+
+        check_trainable(network)
+        resolve_allocation(allocation, network.trainable_variables)
+        self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
+        self.network = network
+        self._source = RandomSource(seed)
+        self._fits = 0
+        self._paying = False
+        self.mechanism = None
+        self.step_halves = None
+        self.private_loss = None
+        self.max_sample_weight = None
+        self._clip_weight = None
+        self.built = True
+
+    # --- Keras -------------------------------------------------------------------------------
+
+    def call(self, inputs, training=None):
+        # A drawn batch carries the key of its noise, and weights, beside the inputs.
+        if isinstance(inputs, dict) and {"inputs", "key"} <= set(inputs):
+            inputs = inputs["inputs"]
+        return self.network(inputs, training=training)
+
+    @property
+    def non_trainable_variables(self):
+        # The memory of correlated noise is state of the step, but no weight: it is never saved.
+        return [*super().non_trainable_variables, *self.noise.variables]
+
+    def compile(
+        self,
+        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        loss: str | losses.Loss | None = None,
+        metrics: list | None = None,
+        weighted_metrics: list | None = None,
+        max_sample_weight: float | None = None,
+        run_eagerly: bool = False,
+        steps_per_execution: int = 1,
+        jit_compile: bool | str = "auto",
+    ) -> None:
+        """Configures training, as Keras' `compile` does.
+
+        Args:
+            optimizer: any Keras optimizer or its name. It sees noisy gradients only.
+            loss: a name (cross-entropies are those on logits), a Keras loss or a function
+                `(y_true, y_pred)`. Its reduction is ignored: an example's loss is the mean over
+                its positions. Without a known gradient bound it needs a `clip`.
+            metrics: Keras metrics; on training data not covered by the guarantee.
+            weighted_metrics: the same, weighted by the sample weights where `fit` is given any.
+            max_sample_weight: largest weight of an example that `fit` may be given, a public
+                constant; without it weights are refused. The bounds start at the clip times this,
+                so noise grows with it. Weights may lie between 0 and it.
+            steps_per_execution: steps of `fit` that run, and are paid for, together; divides the
+                steps of an epoch.
+            run_eagerly, jit_compile: as in Keras; `"auto"` uses XLA on JAX, and on TensorFlow
+                where there is a GPU.
+
+        Raises:
+            TypeError, ValueError: an argument is not one of these.
+        """
+        loss = losses.get(loss)
+        self._check_head(loss)
+        if max_sample_weight is not None:
+            max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
+        optimizer = keras.optimizers.get(optimizer)
+        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        if scaled or optimizer.loss_scale_factor is not None:
+            raise ValueError(
+                "`optimizer` must not scale losses: the noise would be divided by its scale."
+            )
+        bound = losses.gradient_bound(loss, self.network.output_shape[1:])
+        if math.isinf(bound) and self.clip is None and self.adaptive is None:
+            name = getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__))
+            raise ValueError(
+                f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
+                "`clip`, a number or lipdp.AdaptiveClip(...)."
+            )
+        if jit_compile == "auto":
+            jit_compile = not run_eagerly and steps.backend().default_jit_compile()
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
+            run_eagerly=run_eagerly,
+            steps_per_execution=_check_count(steps_per_execution, "steps_per_execution"),
+            jit_compile=jit_compile,
+            auto_scale_loss=False,
+        )
+        self.private_loss = loss
+        self.loss_gradient_bound = bound
+        self.max_sample_weight = max_sample_weight
+        self._make_clip()
+        optimizer.build(self.network.trainable_variables)
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        epochs: int = 1,
+        verbose: str | int = "auto",
+        callbacks: Any = None,
+        validation_data: Any = None,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int = 1,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
+    ) -> keras.callbacks.History:
+        """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
+
+        Training ends before the step that would overspend the budget. A further call goes on
+        from what has been spent.
+
+        Args:
+            x: inputs, an array `(examples, ...)`, finite; for several inputs a dict by their names
+                or a list in their order. Or, without `y`: a finite `tf.data.Dataset` or
+                `PyDataset` of batches, which is read into memory (under `ShuffledEpochs` a
+                `tf.data.Dataset` is read in its own order, a pass an epoch, and never kept; its
+                order must not depend on what the examples hold); or anything with `len()` whose
+                items are pairs `(x, y)`, of which only drawn ones are read, in another thread.
+            y: targets, one array `(examples, ...)`.
+            epochs, verbose, callbacks, validation_*, initial_epoch: as in Keras.
+            steps_per_epoch: steps an epoch, where the scheme does not fix them.
+            sample_weight: `(examples,)`, each from 0 to compile's `max_sample_weight`, and made of
+                public knowledge or of its own example: the gradient of an example, once clipped,
+                is multiplied by its weight.
+            class_weight: `{label: weight}` of public constants; not counted in the private labels.
+
+        Returns:
+            Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
+            budget's delta, or at 1e-5 without a budget.
+
+        Raises:
+            BudgetExceeded: not one step is left.
+            TypeError, ValueError: data or arguments that cannot be trained on; nothing is spent.
+        """
+        epochs = _check_count(epochs, "epochs")
+        initial_epoch = _check_count(initial_epoch, "initial_epoch", least=0)
+        planned = max(0, epochs - initial_epoch)
+        batches = self._prepare(
+            x, y, steps_per_epoch, planned, sample_weight, class_weight, self.steps_per_execution
+        )
+        try:
+            if validation_data is not None and self.devices.processes > 1:
+                raise ValueError(
+                    "`validation_data` is for one process; with several, save the network and "
+                    "evaluate it by itself."
+                )
+            asked = len(batches) * (epochs - initial_epoch)
+            run = self.spending.run
+            if run.limited:
+                warnings.warn(
+                    f"The budget allows {run.allowed} of the {asked} steps that were asked for; "
+                    "training will end there.",
+                    stacklevel=2,
+                )
+            history = super().fit(
+                steps.backend().keras_batches(self, batches),
+                epochs=epochs,
+                verbose=verbose,
+                callbacks=callbacks,
+                validation_data=validation_data,
+                initial_epoch=initial_epoch,
+                validation_steps=validation_steps,
+                validation_batch_size=validation_batch_size,
+                validation_freq=validation_freq,
+                shuffle=False,
+            )
+            if self.optimizer.use_ema:
+                self._project()  # Keras averages weights as they are before their projection
+            return history
+        finally:
+            batches.close()
+            self.spending.settle()
+
+    def batches(
+        self,
+        x: Any,
+        y: Any,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        sample_weight: Any = None,
+        class_weight: dict[int, float] | None = None,
+    ) -> Iterator[DrawnBatch]:
+        """Batches for a loop of your own: `for batch in model.batches(x, y): ...`.
+
+        Each is good for one `train_on_batch(batch)`. Arguments and errors as for `fit`; the
+        generator ends before the step that would overspend.
+
+        Yields:
+            `DrawnBatch`.
+
+        Raises:
+            RuntimeError: a batch was left out, and the scheme counts on steps in their order.
+        """
+        epochs = _check_count(epochs, "epochs")
+        drawn = self._prepare(x, y, steps_per_epoch, epochs, sample_weight, class_weight)
+        try:
+            for _ in range(epochs):
+                drawn.on_epoch_begin()
+                for index in range(len(drawn)):
+                    if self.spending.run.allowed <= self.spending.run.paid:
+                        return
+                    self._open_batch = drawn.request(index)
+                    yield self._open_batch
+                    drawn.check_taken(index + 1)
+        finally:
+            self._open_batch = None
+            drawn.close()
+            self.spending.settle()
+
+    def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
+        """One private step on a batch that `batches` drew.
+
+        Raises:
+            BudgetExceeded: the step would overspend.
+            ValueError: the batch was drawn by somebody else, or has been used: no scheme would
+                describe what was sampled.
+        """
+        self.spending.check_left()
+        if not isinstance(batch, DrawnBatch) or y is not None or batch is not self._open_batch:
+            raise ValueError(
+                "train_on_batch takes the batch that `for batch in model.batches(x, y)` has just "
+                "drawn, once: the guarantee holds for batches drawn as `sampling` says, and "
+                "nothing is known of others."
+            )
+        self._open_batch = None
+        features, targets, mask = steps.backend().to_device(self, batch)
+        return super().train_on_batch(
+            features, targets, sample_weight=mask, return_dict=return_dict
+        )
+
+    devices = SINGLE_DEVICE
+    _open_batch = None
+    _steps_per_call = 1  # steps of one call of the train function
+
+    def make_train_function(self, force=False):
+        if self.train_function is not None and not force:
+            return
+        make = functools.partial(super().make_train_function, force=True)
+        steps.backend().make_train_function(self, make)
+        inner = self.train_function
+
+        def pay_and_step(*args):
+            args = steps.backend().prefetch(args, self._steps_per_call)
+            # Paid for before it runs; every entrance of Keras comes by here.
+            self.spending.pay(self._steps_per_call)
+            self._paying = True
+            try:
+                result = inner(*args)
+            finally:
+                self._paying = False
+            # TensorFlow returns the logs, JAX (logs, state).
+            logs = result[0] if isinstance(result, tuple) else result
+            logs["epsilon"] = self.spending.epsilon_at_epoch_end()
+            run = self.spending.run
+            if run.limited and run.paid == run.allowed:
+                self.stop_training = True
+            return result
+
+        self.train_function = pay_and_step
+
+    def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        # Everything is built when a run begins; Keras would average a batch over the devices, with
+        # its key, to see its shapes.
+        if self.spending.run is None:
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+    def train_step(self, *args):
+        if not self._paying:
+            raise RuntimeError(
+                "train_step was called directly, and nobody paid for it. Use fit, or "
+                "`for batch in model.batches(x, y): model.train_on_batch(batch)`."
+            )
+        return steps.backend().train_step(self, *args)
+
+    def update_metrics(self, y, outputs, per_example_losses, mask, weights=None):
+        """Updates loss and metrics with the real examples of a batch; returns their results.
+
+        As in Keras, weights scale the losses, and count in `weighted_metrics` alone.
+        """
+        weighted = mask
+        if weights is not None:
+            weighted = mask * ops.cast(weights, mask.dtype)
+            per_example_losses = per_example_losses * weights
+        self._loss_tracker.update_state(per_example_losses, sample_weight=mask)
+        metrics = self._compile_metrics
+        if metrics is not None:
+            if not metrics.built:
+                metrics.build(y, outputs)
+            # Keras would let padding into the unweighted ones.
+            for (metric,), weight in (
+                (metrics._flat_metrics, mask),
+                (metrics._flat_weighted_metrics, weighted),
+            ):
+                if metric is not None:
+                    metric.update_state(y, outputs, sample_weight=weight)
+        return self.get_metrics_result()
+
+    @property
+    def sample_weight_bound(self) -> float:
+        """What an example can weigh at most: the bounds start at the clip times this."""
+        return 1.0 if self.max_sample_weight is None else self.max_sample_weight
+
+    @property
+    def entries(self) -> int:
+        """How many numbers the trainable weights have."""
+        return sum(math.prod(v.shape) for v in self.network.trainable_variables)
+
+    # --- the clip ----------------------------------------------------------------------------
+
+    def _make_clip(self):
+        if self.adaptive is None or self._clip_weight is not None:
+            return
+        initial = self.adaptive.initial
+        if initial is None:
+            initial = self.loss_gradient_bound if math.isfinite(self.loss_gradient_bound) else 1.0
+        self._clip_weight = self.add_weight(
+            shape=(),
+            initializer=keras.initializers.Constant(initial),
+            trainable=False,
+            name="clip",
+            aggregation="only_first_replica",
+        )
+
+    def current_clip(self):
+        """The norm to which rows of the loss gradient are clipped: a float, or a scalar tensor."""
+        if self.adaptive is not None:
+            return ops.minimum(self._clip_weight.value, self.loss_gradient_bound)
+        if self.clip is None:
+            return self.loss_gradient_bound
+        return min(self.clip, self.loss_gradient_bound)
+
+    def move_clip(self, fraction):
+        """The adaptive clip's move towards its quantile, from the noisy fraction within it."""
+        moved = self._clip_weight * ops.exp(
+            -self.adaptive.learning_rate * (fraction - self.adaptive.quantile)
+        )
+        ceiling = min(self.loss_gradient_bound, 1e30)
+        self._clip_weight.assign(ops.clip(moved, 1e-12, ceiling))
+
+    # --- what is spent -----------------------------------------------------------------------
+
+    def spent(self, delta: float | None = None) -> Spent:
+        """Privacy spent so far, by this model and in its ledger.
+
+        Args:
+            delta: by default the budget's.
+
+        Returns:
+            `Spent`, with `.epsilon`, `.delta`, `.relation` and `.steps`.
+
+        Raises:
+            ValueError: no delta, and no budget to take it from.
+        """
+        return self.spending.spent(delta, self.sampling)
+
+    def get_config(self):
+        raise TypeError(
+            "A PrivateModel is not saved: it stands for a training run and what it spent. Save "
+            "`model.network`, and keep what was spent with `ledger=`."
+        )
+
+    def report(
+        self, expected_batch_size: float | None = None, *, sample: tuple | None = None
+    ) -> Report:
+        """The sensitivity report: where every Δ comes from and how much noise it gets.
+
+        Args:
+            expected_batch_size: for a scheme whose batch is the data set, before `fit`.
+            sample: some examples `(x, y)`, whose gradients are put beside their bounds. That part
+                of the report is **not** private.
+
+        Returns:
+            `lipdp.report.Report`: print it, or take `to_dict()` or `to_html(path)`.
+
+        Raises:
+            RuntimeError: the model is not compiled: the loss' gradient bound is not known.
+            TypeError, ValueError: the sample does not fit the network.
+        """
+        if self.private_loss is None:
+            raise RuntimeError("Call compile(...) first: the bounds start at the loss.")
+        if sample is not None:
+            if not isinstance(sample, tuple) or len(sample) != 2:
+                raise TypeError(f"`sample` must be a pair (x, y); got {type(sample).__name__}.")
+            sample = attained_gradients(self, *sample)
+        return Report.of(self, expected_batch_size, attained=sample)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What may be spent."""
+        return self.spending.budget
+
+    @property
+    def noise_multiplier(self) -> float | None:
+        """Std of the noise over the sensitivity; None until it is calibrated."""
+        return self.spending.noise_multiplier
+
+    @property
+    def ledger(self) -> accountants.Ledger | None:
+        """The file that keeps what was spent."""
+        return self.spending.ledger
+
+    def _certificates(self):
+        return sum(
+            v.constraint.certifications(v.shape)
+            for v in self.network.trainable_variables
+            if isinstance(v.constraint, Projection)
+        )
+
+    def _prepare(
+        self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None, together=1
+    ):
+        """Checks everything, calibrates, opens the run; returns the batches of an epoch."""
+        if self.private_loss is None:
+            raise RuntimeError("Call compile(optimizer, loss) before training.")
+        if self.spending.run is not None:
+            raise RuntimeError("This model is training already; a run has one loop at a time.")
+        backend = steps.backend()
+        backend.check_precision()
+        own = backend.devices(self)
+        if own != self.devices:
+            self.devices, self.train_function = own, None
+        gather = functools.partial(backend.all_gather, self)
+        in_order = self.sampling.batch_size if isinstance(self.sampling, ShuffledEpochs) else None
+        examples = open_source(x, y, self.network, stream=in_order)
+        if isinstance(examples, Arrays):
+            losses.check_targets(self.private_loss, examples.y, self.network.output_shape[1:])
+        if isinstance(examples, Stream) and own.processes > 1:
+            raise ValueError(
+                "`x` must be arrays, or records of which any can be read, for training in several "
+                "processes: each would have to read all of a stream."
+            )
+        weights = check_weights(sample_weight, class_weight, examples, self.max_sample_weight)
+        n = len(examples)
+        self.sampling.validate(n)
+        per_epoch = self.sampling.steps_per_epoch(n)
+        if steps_per_epoch is not None:
+            if isinstance(self.sampling, (RandomAllocation, ShuffledEpochs, FixedEpochs)):
+                raise ValueError(
+                    f"`steps_per_epoch` is fixed by {self.sampling!r}: {per_epoch} for {n} "
+                    "examples."
+                )
+            per_epoch = _check_count(steps_per_epoch, "steps_per_epoch")
+        check_trainable(self.network)
+        if per_epoch % together:
+            raise ValueError(
+                f"`steps_per_execution` must divide the {per_epoch} steps of an epoch, so that "
+                f"what is paid for is what runs; got {together}."
+            )
+        self._steps_per_call = together
+        if own.processes > 1:
+            told = broadcast_from_chief(gather, own, [run.to_dict() for run in self.spending.runs])
+            if not own.chief:
+                self.spending.follow([TrainingRun.from_dict(run) for run in told])
+        constants = self.noise.plan(self.sampling, n, per_epoch * epochs)
+        run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch, together)
+
+        divisor = self.sampling.expected_batch_size(n)
+        gradient_noise, count_noise = self.noise_multiplier, 0.0
+        if self.adaptive is not None:
+            gradient_noise, count_noise = self.adaptive.split(self.noise_multiplier, divisor)
+            count_noise = self.noise.multiplier(count_noise, 1)
+        gradient_noise = self.noise.multiplier(gradient_noise, self.entries)
+        mechanism = StepConstants(
+            self.noise_multiplier, gradient_noise, count_noise, divisor, constants
+        )
+        with backend.scope(self):
+            renewed = self.noise.begin(self.network.trainable_variables)
+        if renewed or mechanism != self.mechanism:
+            self.mechanism = mechanism
+            self.train_function = None  # its constants are compiled in
+
+        self._project()  # loaded or assigned weights need not be where the bounds hold
+        position = (sum(earlier.steps for earlier in run.earlier), self._fits)
+        self._fits += 1
+        source = self._source
+        if own.processes > 1:
+            shared = require_same_run(
+                gather, own, self._run_fingerprint(examples, weights, run, position)
+            )
+            source = shared if source.seed is None else source
+        compiled = self.jit_compile or keras.backend.backend() == "jax"
+        bucket = padding_multiple(
+            self.sampling, divisor, self.physical_batch_size, compiled, own.replicas
+        )
+        entries = self.entries + (self.adaptive is not None)
+        drawn = DrawnBatches(
+            examples,
+            self.sampling,
+            source,
+            position,
+            per_epoch,
+            bucket,
+            weights,
+            draw_noise=functools.partial(self.noise.draw, entries),
+            steps_taken=lambda: run.paid,
+            devices=own,
+        )
+        if own.distributed:
+            with backend.scope(self):
+                # Metrics have variables, and on several devices none are made within a step.
+                self._symbolic_build(data_batch=drawn.blank().as_data())
+        self.spending.begin(run)
+        return drawn
+
+    def _run_fingerprint(self, examples, weights, run, position):
+        """What must be the same in each process of a run, as JSON tells it."""
+        some = np.unique(np.linspace(0, len(examples) - 1, 16).astype(int))
+        inputs, targets = examples.take(some, len(some))
+        optimizer = {k: v for k, v in self.optimizer.get_config().items() if k != "name"}
+        return {
+            "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
+            "sample weights": None if weights is None else digest(weights),
+            "steps": [run.per_epoch, self._steps_per_call, run.allowed, *position],
+            "mechanism": repr((self.sampling, self.mechanism, type(self.noise), self._source.seed)),
+            "settings": repr(
+                (self.loss_gradient_bound, self.clip, self.adaptive, self.allocation)
+                + (self.max_sample_weight, self.physical_batch_size, self.augmentation is None)
+            ),
+            "optimizer": repr((type(self.optimizer).__name__, optimizer)),
+            "weights": digest(*map(ops.convert_to_numpy, self.network.weights)),
+        }
+
+    def _project(self):
+        """Puts every weight into the set in which its bounds hold."""
+        for variable in self.network.trainable_variables:
+            if isinstance(variable.constraint, Projection):
+                variable.assign(variable.constraint(variable))
+
+    def _check_head(self, loss):
+        last = _last_layer(self.network)
+        activation = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
+        if activation.lower() in ("softmax", "sigmoid") and losses.takes_logits(loss):
+            raise ValueError(
+                f"The network ends in a {activation.lower()}, and this loss takes logits: remove "
+                f"it from layer {last.name!r}."
+            )
+
+
+def _check_clip(clip):
+    if clip is None:
+        return None, None
+    if isinstance(clip, AdaptiveClip):
+        return None, clip
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip < math.inf:
+        raise ValueError(
+            f"`clip` must be a positive, finite number or lipdp.AdaptiveClip(...); got {clip!r}."
+        )
+    return float(clip), None
+
+
+def _last_layer(network):
+    """The layer that makes the output, also where it is the last of a model within the model."""
+    last = network.outputs[0]._keras_history.operation
+    return _last_layer(last) if isinstance(last, keras.Model) else last
+
+
+def _check_count(value, name, least=1):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
+    return int(value)
