@@ -30,10 +30,18 @@ class Sampling(abc.ABC):
 
     Attributes:
         relations: the neighbouring relations for which the scheme is accounted, its default first.
+        varying_size: whether the number of examples in a batch is random.
+        fixed_epoch: whether the scheme itself fixes how many steps an epoch has.
+        whole_run: whether a whole run is one release, which needs noise that is scaled to it.
+        streamable: whether one pass in the data's own order is a draw of this scheme.
     """
 
     scheme: ClassVar[str]
     relations: ClassVar[tuple[Relation, ...]]
+    varying_size: ClassVar[bool] = False
+    fixed_epoch: ClassVar[bool] = False
+    whole_run: ClassVar[bool] = False
+    streamable: ClassVar[bool] = False
 
     @abc.abstractmethod
     def validate(self, num_examples: int) -> None:
@@ -141,6 +149,7 @@ class PoissonSampling(_Independent):
 
     scheme = "poisson"
     relations = RELATIONS
+    varying_size = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", _positive("batch_size", self.batch_size))
@@ -188,6 +197,7 @@ class TruncatedPoisson(_Independent):
 
     scheme = "truncated_poisson"
     relations = RELATIONS
+    varying_size = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", _positive("batch_size", self.batch_size))
@@ -293,6 +303,7 @@ class CyclicPoisson(_Independent):
 
     scheme = "cyclic_poisson"
     relations = RELATIONS
+    varying_size = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", _positive("batch_size", self.batch_size))
@@ -412,6 +423,8 @@ class ShuffledEpochs(_CutEpochs):
 
     scheme = "shuffled_epochs"
     relations = ("zero_out", "replace_one")
+    fixed_epoch = True
+    streamable = True
 
     def __post_init__(self) -> None:
         value = _validation.integer("batch_size", self.batch_size, minimum=1)
@@ -469,6 +482,8 @@ class FixedEpochs(_CutEpochs):
 
     scheme = "fixed_epochs"
     relations = ("zero_out", "replace_one")
+    fixed_epoch = True
+    whole_run = True
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs"):
@@ -511,6 +526,8 @@ class RandomAllocation(Sampling):
 
     scheme = "random_allocation"
     relations = RELATIONS
+    varying_size = True
+    fixed_epoch = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", _validation.integer("steps", self.steps, minimum=1))
