@@ -20,6 +20,7 @@ import numpy as np
 
 from lipdp.audit.claims import Claim
 from lipdp.data.sources import as_array, open_source
+from lipdp.inspection.check import final_activation
 from lipdp.report import RichText
 
 __all__ = ["Membership", "MembershipRow", "Signals", "infer_membership", "lira"]
@@ -147,9 +148,8 @@ class Signals:
 
 
 def _gives_probabilities(network, outputs):
-    last = network.outputs[0]._keras_history.operation
-    name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
-    if name.lower() in ("softmax", "sigmoid"):
+    _, activation = final_activation(network)
+    if activation in ("softmax", "sigmoid"):
         return True
     distributions = outputs.min() >= 0 and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3)
     return bool(distributions and outputs.shape[1] > 1)

@@ -1,6 +1,5 @@
-"""PrivateModel: `compile`, `fit`, `spent`, `report`."""
+"""PrivateModel: what Keras calls, and what its users ask."""
 
-import dataclasses
 import functools
 import math
 import os
@@ -9,55 +8,27 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 import accountants
-from accountants import (
-    Budget,
-    FixedEpochs,
-    RandomAllocation,
-    ShuffledEpochs,
-    TrainingRun,
-)
+from accountants import Budget
 from accountants.sampling import Sampling
+from accountants.validation import check_integer, check_number
 from lipdp import losses
-from lipdp._validation import check_number
-from lipdp.bounds.projections import Projection
 from lipdp.data.augmentation import Augmentation
-from lipdp.data.batches import DrawnBatch, DrawnBatches, check_weights, padding_multiple
-from lipdp.data.sources import Arrays, Stream, open_source
-from lipdp.devices import SINGLE_DEVICE, broadcast_from_chief, digest, require_same_run
-from lipdp.inspection.check import check_trainable
+from lipdp.data.batches import DrawnBatch
+from lipdp.devices import SINGLE_DEVICE
+from lipdp.inspection.check import check_trainable, final_activation
 from lipdp.noise import SecureNoise, make_noise, resolve_allocation
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
 from lipdp.training.attained import attained_gradients
-from lipdp.training.clipping import AdaptiveClip
-from lipdp.training.spending import Spending, Spent
+from lipdp.training.clipping import AdaptiveClip, FixedClip, TrackedClip, check_clip
+from lipdp.training.plan import Plan, make_plan, project, step_of
+from lipdp.training.spending import Spending, Spent, certificates
 
-__all__ = ["StepConstants", "PrivateModel"]
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConstants:
-    """The constants of every private step; public, and never a function of a batch.
-
-    Attributes:
-        noise_multiplier: of the joint release; what is accounted.
-        gradient_noise_multiplier, count_noise_multiplier: those of the stds of its two parts, with
-            what the noise adds for its rounding, or of what is fresh in a step of correlated
-            noise; the second is 0 without adaptive clipping.
-        expected_batch_size: the divisor of the sums.
-        noise_constants: of the noise, where it is correlated.
-    """
-
-    noise_multiplier: float
-    gradient_noise_multiplier: float
-    count_noise_multiplier: float
-    expected_batch_size: float
-    noise_constants: tuple[float, ...] = ()
+__all__ = ["PrivateModel"]
 
 
 class PrivateModel(keras.Model):
@@ -101,6 +72,7 @@ class PrivateModel(keras.Model):
         ValueError: a value out of range, or a network without bounds.
         UnknownLayerError: a layer has no bound, or cannot be private.
 
+    >>> import numpy as np
     >>> from lipdp import layers
     >>> network = keras.Sequential([
     ...     keras.Input((4,)), layers.BallProjection(1.0), layers.SpectralDense(2)])
@@ -130,7 +102,9 @@ class PrivateModel(keras.Model):
     ) -> None:
         # Whatever the policy of the day: what it adds to the network is computed in float32.
         super().__init__(name=name, dtype="float32")
-        self.spending = Spending(budget, noise_multiplier, ledger, self._certificates)
+        self.spending = Spending(
+            budget, noise_multiplier, ledger, lambda: certificates(self.network)
+        )
         if not isinstance(sampling, Sampling):
             raise TypeError(
                 "`sampling` must say how batches are drawn, for instance "
@@ -142,8 +116,8 @@ class PrivateModel(keras.Model):
             raise ValueError(
                 f"noise='secure' cannot be repeated: leave `seed` out; got seed={seed!r}."
             )
-        self.clip, self.adaptive = _check_clip(clip)
-        if self.noise.correlated and self.adaptive is not None:
+        self.clip = check_clip(clip)
+        if self.noise.correlated and isinstance(clip, AdaptiveClip):
             raise ValueError(
                 "`clip` must be a number with correlated noise: what AdaptiveClip counts in each "
                 f"step would need noise of its own; got {clip!r}."
@@ -157,21 +131,24 @@ class PrivateModel(keras.Model):
             raise ValueError("`augmentation` is for networks with one input.")
         self.augmentation = augmentation
         if physical_batch_size is not None:
-            physical_batch_size = _check_count(physical_batch_size, "physical_batch_size")
+            physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
 
         check_trainable(network)
         resolve_allocation(allocation, network.trainable_variables)
         self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         self.network = network
-        self._source = RandomSource(seed)
-        self._fits = 0
-        self._paying = False
-        self.mechanism = None
-        self.step_halves = None
+        self.random_source = RandomSource(seed)
+        self.fits = 0  # runs that were begun
+        self.devices = SINGLE_DEVICE
         self.private_loss = None
         self.max_sample_weight = None
-        self._clip_weight = None
+        self.clip_state = None
+        self.step = None  # a PrivateStep: all that a private step reads
+        self.step_halves = None  # on JAX
+        self._steps_per_call = 1
+        self._paying = False
+        self._open_batch = None
         self.built = True
 
     # --- Keras -------------------------------------------------------------------------------
@@ -219,7 +196,7 @@ class PrivateModel(keras.Model):
             TypeError, ValueError: an argument is not one of these.
         """
         loss = losses.get(loss)
-        self._check_head(loss)
+        _check_head(self.network, loss)
         if max_sample_weight is not None:
             max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
         optimizer = keras.optimizers.get(optimizer)
@@ -229,7 +206,7 @@ class PrivateModel(keras.Model):
                 "`optimizer` must not scale losses: the noise would be divided by its scale."
             )
         bound = losses.gradient_bound(loss, self.network.output_shape[1:])
-        if math.isinf(bound) and self.clip is None and self.adaptive is None:
+        if math.isinf(bound) and self.clip is None:
             name = getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__))
             raise ValueError(
                 f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
@@ -243,14 +220,14 @@ class PrivateModel(keras.Model):
             metrics=metrics,
             weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
-            steps_per_execution=_check_count(steps_per_execution, "steps_per_execution"),
+            steps_per_execution=check_integer(steps_per_execution, "steps_per_execution"),
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
         self.private_loss = loss
-        self.loss_gradient_bound = bound
         self.max_sample_weight = max_sample_weight
-        self._make_clip()
+        self.clip_state = self._clip_of(bound)
+        self.step = step_of(self)
         optimizer.build(self.network.trainable_variables)
 
     def fit(
@@ -297,11 +274,16 @@ class PrivateModel(keras.Model):
             BudgetExceeded: not one step is left.
             TypeError, ValueError: data or arguments that cannot be trained on; nothing is spent.
         """
-        epochs = _check_count(epochs, "epochs")
-        initial_epoch = _check_count(initial_epoch, "initial_epoch", least=0)
-        planned = max(0, epochs - initial_epoch)
-        batches = self._prepare(
-            x, y, steps_per_epoch, planned, sample_weight, class_weight, self.steps_per_execution
+        epochs = check_integer(epochs, "epochs")
+        initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
+        batches = self._begin(
+            x,
+            y,
+            max(0, epochs - initial_epoch),
+            steps_per_epoch,
+            sample_weight,
+            class_weight,
+            self.steps_per_execution,
         )
         try:
             if validation_data is not None and self.devices.processes > 1:
@@ -330,7 +312,7 @@ class PrivateModel(keras.Model):
                 shuffle=False,
             )
             if self.optimizer.use_ema:
-                self._project()  # Keras averages weights as they are before their projection
+                project(self.network)  # Keras averages weights as they are before their projection
             return history
         finally:
             batches.close()
@@ -356,8 +338,8 @@ class PrivateModel(keras.Model):
         Raises:
             RuntimeError: a batch was left out, and the scheme counts on steps in their order.
         """
-        epochs = _check_count(epochs, "epochs")
-        drawn = self._prepare(x, y, steps_per_epoch, epochs, sample_weight, class_weight)
+        epochs = check_integer(epochs, "epochs")
+        drawn = self._begin(x, y, epochs, steps_per_epoch, sample_weight, class_weight)
         try:
             for _ in range(epochs):
                 drawn.on_epoch_begin()
@@ -392,10 +374,6 @@ class PrivateModel(keras.Model):
         return super().train_on_batch(
             features, targets, sample_weight=mask, return_dict=return_dict
         )
-
-    devices = SINGLE_DEVICE
-    _open_batch = None
-    _steps_per_call = 1  # steps of one call of the train function
 
     def make_train_function(self, force=False):
         if self.train_function is not None and not force:
@@ -465,42 +443,9 @@ class PrivateModel(keras.Model):
         """What an example can weigh at most: the bounds start at the clip times this."""
         return 1.0 if self.max_sample_weight is None else self.max_sample_weight
 
-    @property
-    def entries(self) -> int:
-        """How many numbers the trainable weights have."""
-        return sum(math.prod(v.shape) for v in self.network.trainable_variables)
-
-    # --- the clip ----------------------------------------------------------------------------
-
-    def _make_clip(self):
-        if self.adaptive is None or self._clip_weight is not None:
-            return
-        initial = self.adaptive.initial
-        if initial is None:
-            initial = self.loss_gradient_bound if math.isfinite(self.loss_gradient_bound) else 1.0
-        self._clip_weight = self.add_weight(
-            shape=(),
-            initializer=keras.initializers.Constant(initial),
-            trainable=False,
-            name="clip",
-            aggregation="only_first_replica",
-        )
-
-    def current_clip(self):
+    def current_clip(self) -> Any:
         """The norm to which rows of the loss gradient are clipped: a float, or a scalar tensor."""
-        if self.adaptive is not None:
-            return ops.minimum(self._clip_weight.value, self.loss_gradient_bound)
-        if self.clip is None:
-            return self.loss_gradient_bound
-        return min(self.clip, self.loss_gradient_bound)
-
-    def move_clip(self, fraction):
-        """The adaptive clip's move towards its quantile, from the noisy fraction within it."""
-        moved = self._clip_weight * ops.exp(
-            -self.adaptive.learning_rate * (fraction - self.adaptive.quantile)
-        )
-        ceiling = min(self.loss_gradient_bound, 1e30)
-        self._clip_weight.assign(ops.clip(moved, 1e-12, ceiling))
+        return self.clip_state.current()
 
     # --- what is spent -----------------------------------------------------------------------
 
@@ -564,162 +509,54 @@ class PrivateModel(keras.Model):
         """The file that keeps what was spent."""
         return self.spending.ledger
 
-    def _certificates(self):
-        return sum(
-            v.constraint.certifications(v.shape)
-            for v in self.network.trainable_variables
-            if isinstance(v.constraint, Projection)
-        )
-
-    def _prepare(
-        self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None, together=1
-    ):
-        """Checks everything, calibrates, opens the run; returns the batches of an epoch."""
+    def _begin(self, *data: Any) -> Any:
+        """Plans a run, as `make_plan` does, and opens it; returns its batches."""
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
             raise RuntimeError("This model is training already; a run has one loop at a time.")
-        backend = steps.backend()
-        backend.check_precision()
-        own = backend.devices(self)
-        if own != self.devices:
-            self.devices, self.train_function = own, None
-        gather = functools.partial(backend.all_gather, self)
-        in_order = self.sampling.batch_size if isinstance(self.sampling, ShuffledEpochs) else None
-        examples = open_source(x, y, self.network, stream=in_order)
-        if isinstance(examples, Arrays):
-            losses.check_targets(self.private_loss, examples.y, self.network.output_shape[1:])
-        if isinstance(examples, Stream) and own.processes > 1:
-            raise ValueError(
-                "`x` must be arrays, or records of which any can be read, for training in several "
-                "processes: each would have to read all of a stream."
-            )
-        weights = check_weights(sample_weight, class_weight, examples, self.max_sample_weight)
-        n = len(examples)
-        self.sampling.validate(n)
-        per_epoch = self.sampling.steps_per_epoch(n)
-        if steps_per_epoch is not None:
-            if isinstance(self.sampling, (RandomAllocation, ShuffledEpochs, FixedEpochs)):
-                raise ValueError(
-                    f"`steps_per_epoch` is fixed by {self.sampling!r}: {per_epoch} for {n} "
-                    "examples."
-                )
-            per_epoch = _check_count(steps_per_epoch, "steps_per_epoch")
-        check_trainable(self.network)
-        if per_epoch % together:
-            raise ValueError(
-                f"`steps_per_execution` must divide the {per_epoch} steps of an epoch, so that "
-                f"what is paid for is what runs; got {together}."
-            )
-        self._steps_per_call = together
-        if own.processes > 1:
-            told = broadcast_from_chief(gather, own, [run.to_dict() for run in self.spending.runs])
-            if not own.chief:
-                self.spending.follow([TrainingRun.from_dict(run) for run in told])
-        constants = self.noise.plan(self.sampling, n, per_epoch * epochs)
-        run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch, together)
+        plan = make_plan(self, *data)
+        self._follow(plan)
+        self.spending.begin(plan.run)
+        return plan.batches
 
-        divisor = self.sampling.expected_batch_size(n)
-        gradient_noise, count_noise = self.noise_multiplier, 0.0
-        if self.adaptive is not None:
-            gradient_noise, count_noise = self.adaptive.split(self.noise_multiplier, divisor)
-            count_noise = self.noise.multiplier(count_noise, 1)
-        gradient_noise = self.noise.multiplier(gradient_noise, self.entries)
-        mechanism = StepConstants(
-            self.noise_multiplier, gradient_noise, count_noise, divisor, constants
-        )
-        with backend.scope(self):
-            renewed = self.noise.begin(self.network.trainable_variables)
-        if renewed or mechanism != self.mechanism:
-            self.mechanism = mechanism
-            self.train_function = None  # its constants are compiled in
-
-        self._project()  # loaded or assigned weights need not be where the bounds hold
-        position = (sum(earlier.steps for earlier in run.earlier), self._fits)
-        self._fits += 1
-        source = self._source
-        if own.processes > 1:
-            shared = require_same_run(
-                gather, own, self._run_fingerprint(examples, weights, run, position)
-            )
-            source = shared if source.seed is None else source
-        compiled = self.jit_compile or keras.backend.backend() == "jax"
-        bucket = padding_multiple(
-            self.sampling, divisor, self.physical_batch_size, compiled, own.replicas
-        )
-        entries = self.entries + (self.adaptive is not None)
-        drawn = DrawnBatches(
-            examples,
-            self.sampling,
-            source,
-            position,
-            per_epoch,
-            bucket,
-            weights,
-            draw_noise=functools.partial(self.noise.draw, entries),
-            steps_taken=lambda: run.paid,
-            devices=own,
-        )
-        if own.distributed:
-            with backend.scope(self):
+    def _follow(self, plan: Plan) -> None:
+        """Takes over what is planned; a train function that was compiled for other steps goes."""
+        if plan.step != self.step or plan.devices != self.devices or plan.new_memory:
+            self.train_function = None
+        self.step, self.devices = plan.step, plan.devices
+        self._steps_per_call = plan.steps_per_call
+        self.fits += 1
+        if plan.devices.distributed:
+            with steps.backend().scope(self):
                 # Metrics have variables, and on several devices none are made within a step.
-                self._symbolic_build(data_batch=drawn.blank().as_data())
-        self.spending.begin(run)
-        return drawn
+                self._symbolic_build(data_batch=plan.batches.blank().as_data())
 
-    def _run_fingerprint(self, examples, weights, run, position):
-        """What must be the same in each process of a run, as JSON tells it."""
-        some = np.unique(np.linspace(0, len(examples) - 1, 16).astype(int))
-        inputs, targets = examples.take(some, len(some))
-        optimizer = {k: v for k, v in self.optimizer.get_config().items() if k != "name"}
-        return {
-            "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
-            "sample weights": None if weights is None else digest(weights),
-            "steps": [run.per_epoch, self._steps_per_call, run.allowed, *position],
-            "mechanism": repr((self.sampling, self.mechanism, type(self.noise), self._source.seed)),
-            "settings": repr(
-                (self.loss_gradient_bound, self.clip, self.adaptive, self.allocation)
-                + (self.max_sample_weight, self.physical_batch_size, self.augmentation is None)
-            ),
-            "optimizer": repr((type(self.optimizer).__name__, optimizer)),
-            "weights": digest(*map(ops.convert_to_numpy, self.network.weights)),
-        }
-
-    def _project(self):
-        """Puts every weight into the set in which its bounds hold."""
-        for variable in self.network.trainable_variables:
-            if isinstance(variable.constraint, Projection):
-                variable.assign(variable.constraint(variable))
-
-    def _check_head(self, loss):
-        last = _last_layer(self.network)
-        activation = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
-        if activation.lower() in ("softmax", "sigmoid") and losses.takes_logits(loss):
-            raise ValueError(
-                f"The network ends in a {activation.lower()}, and this loss takes logits: remove "
-                f"it from layer {last.name!r}."
+    def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip:
+        """The clip's state: that of an earlier `compile` goes on."""
+        if not isinstance(self.clip, AdaptiveClip):
+            norm = math.inf if self.clip is None else self.clip
+            return FixedClip(norm, loss_gradient_bound)
+        if self.clip_state is not None:
+            variable = self.clip_state.variable
+        else:
+            initial = self.clip.initial
+            if initial is None:
+                initial = loss_gradient_bound if math.isfinite(loss_gradient_bound) else 1.0
+            variable = self.add_weight(
+                shape=(),
+                initializer=keras.initializers.Constant(initial),
+                trainable=False,
+                name="clip",
+                aggregation="only_first_replica",
             )
+        return TrackedClip(self.clip, loss_gradient_bound, variable)
 
 
-def _check_clip(clip):
-    if clip is None:
-        return None, None
-    if isinstance(clip, AdaptiveClip):
-        return None, clip
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip < math.inf:
+def _check_head(network, loss):
+    layer, activation = final_activation(network)
+    if activation in ("softmax", "sigmoid") and losses.takes_logits(loss):
         raise ValueError(
-            f"`clip` must be a positive, finite number or lipdp.AdaptiveClip(...); got {clip!r}."
+            f"The network ends in a {activation}, and this loss takes logits: remove it from "
+            f"layer {layer.name!r}."
         )
-    return float(clip), None
-
-
-def _last_layer(network):
-    """The layer that makes the output, also where it is the last of a model within the model."""
-    last = network.outputs[0]._keras_history.operation
-    return _last_layer(last) if isinstance(last, keras.Model) else last
-
-
-def _check_count(value, name, least=1):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
-    return int(value)
