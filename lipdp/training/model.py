@@ -26,9 +26,28 @@ from lipdp.training import steps
 from lipdp.training.attained import attained_gradients
 from lipdp.training.clipping import AdaptiveClip, FixedClip, TrackedClip, check_clip
 from lipdp.training.plan import Plan, make_plan, project, step_of
+from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
 
 __all__ = ["PrivateModel"]
+
+# What a subclass must leave alone: each is a part of the step, or decides what is paid for.
+_STEP_METHODS = (
+    "batches",
+    "compile",
+    "compute_loss",
+    "compute_metrics",
+    "current_clip",
+    "fit",
+    "make_train_function",
+    "non_trainable_variables",
+    "sample_weight_bound",
+    "spent",
+    "train_on_batch",
+    "train_step",
+    "trainable_variables",
+    "update_metrics",
+)
 
 
 class PrivateModel(keras.Model):
@@ -83,6 +102,19 @@ class PrivateModel(keras.Model):
     >>> round(model.spent(delta=1e-3).epsilon, 1)
     0.4
     """
+
+    _variables = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _STEP_METHODS:
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name} would replace a part of the private step, and what is "
+                    "claimed would not be what runs. Leave it out: a loss of your own goes to "
+                    "`compile(loss=...)`, a loop of your own is `for batch in model.batches(x, "
+                    "y): model.train_on_batch(batch)`."
+                )
 
     def __init__(
         self,
@@ -146,6 +178,7 @@ class PrivateModel(keras.Model):
         self.clip_state = None
         self.step = None  # a PrivateStep: all that a private step reads
         self.step_halves = None  # on JAX
+        self.settings = None  # those that `compile` saw
         self._steps_per_call = 1
         self._paying = False
         self._open_batch = None
@@ -159,8 +192,17 @@ class PrivateModel(keras.Model):
             inputs = inputs["inputs"]
         return self.network(inputs, training=training)
 
+    # While a run is open, the lists of variables are those that it began with: Keras pairs them by
+    # their order with the values of the step, and `trainable` may change in between.
+
+    @property
+    def trainable_variables(self):
+        return self._variables[0] if self._variables else super().trainable_variables
+
     @property
     def non_trainable_variables(self):
+        if self._variables:
+            return self._variables[1]
         # The memory of correlated noise is state of the step, but no weight: it is never saved.
         return [*super().non_trainable_variables, *self.noise.variables]
 
@@ -195,6 +237,8 @@ class PrivateModel(keras.Model):
         Raises:
             TypeError, ValueError: an argument is not one of these.
         """
+        if self.spending.run is not None:
+            raise RuntimeError("This model is training: end the run before compile(...).")
         loss = losses.get(loss)
         _check_head(self.network, loss)
         if max_sample_weight is not None:
@@ -228,6 +272,7 @@ class PrivateModel(keras.Model):
         self.max_sample_weight = max_sample_weight
         self.clip_state = self._clip_of(bound)
         self.step = step_of(self)
+        self.settings = settings_of(self)
         optimizer.build(self.network.trainable_variables)
 
     def fit(
@@ -299,24 +344,24 @@ class PrivateModel(keras.Model):
                     "training will end there.",
                     stacklevel=2,
                 )
-            history = super().fit(
-                steps.backend().keras_batches(self, batches),
-                epochs=epochs,
-                verbose=verbose,
-                callbacks=callbacks,
-                validation_data=validation_data,
-                initial_epoch=initial_epoch,
-                validation_steps=validation_steps,
-                validation_batch_size=validation_batch_size,
-                validation_freq=validation_freq,
-                shuffle=False,
-            )
+            with steps.backend().keep_weights(self):
+                history = super().fit(
+                    steps.backend().keras_batches(self, batches),
+                    epochs=epochs,
+                    verbose=verbose,
+                    callbacks=callbacks,
+                    validation_data=validation_data,
+                    initial_epoch=initial_epoch,
+                    validation_steps=validation_steps,
+                    validation_batch_size=validation_batch_size,
+                    validation_freq=validation_freq,
+                    shuffle=False,
+                )
             if self.optimizer.use_ema:
                 project(self.network)  # Keras averages weights as they are before their projection
             return history
         finally:
-            batches.close()
-            self.spending.settle()
+            self._end(batches)
 
     def batches(
         self,
@@ -350,9 +395,7 @@ class PrivateModel(keras.Model):
                     yield self._open_batch
                     drawn.check_taken(index + 1)
         finally:
-            self._open_batch = None
-            drawn.close()
-            self.spending.settle()
+            self._end(drawn)
 
     def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
         """One private step on a batch that `batches` drew.
@@ -383,9 +426,14 @@ class PrivateModel(keras.Model):
         inner = self.train_function
 
         def pay_and_step(*args):
-            args = steps.backend().prefetch(args, self._steps_per_call)
-            # Paid for before it runs; every entrance of Keras comes by here.
-            self.spending.pay(self._steps_per_call)
+            try:
+                args = steps.backend().prefetch(args, self._steps_per_call)
+                self._check_settings()
+                # Paid for before it runs; every entrance of Keras comes by here.
+                self.spending.pay(self._steps_per_call)
+            except BaseException:
+                steps.backend().give_back(self, args)
+                raise
             self._paying = True
             try:
                 result = inner(*args)
@@ -515,10 +563,28 @@ class PrivateModel(keras.Model):
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
             raise RuntimeError("This model is training already; a run has one loop at a time.")
+        self._check_settings()
         plan = make_plan(self, *data)
         self._follow(plan)
         self.spending.begin(plan.run)
+        self._variables = self.trainable_variables, self.non_trainable_variables
         return plan.batches
+
+    def _end(self, batches: Any) -> None:
+        """Closes a run, whatever ended it."""
+        self._open_batch = self._variables = None
+        batches.close()
+        self.spending.settle()
+
+    def _check_settings(self) -> None:
+        """Refuses a step whose program has other constants than what Python says now."""
+        changed = changed_settings(self.settings, settings_of(self))
+        if changed:
+            raise RuntimeError(
+                f"Settings have changed since compile(...): {', '.join(changed)}. A step that is "
+                "compiled keeps the old ones, and its noise would not fit the new: call "
+                "compile(...) again. The step has not run."
+            )
 
     def _follow(self, plan: Plan) -> None:
         """Takes over what is planned; a train function that was compiled for other steps goes."""

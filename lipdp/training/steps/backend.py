@@ -77,6 +77,18 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def give_back(self, model: Any, arguments: Sequence[Any]) -> None:
+        """Puts the state that a train function was handed back into the model's variables, where
+        the step is not going to run.
+        """
+
+    @abc.abstractmethod
+    def keep_weights(self, model: Any) -> contextlib.AbstractContextManager:
+        """Has the model's variables hold the state of the last step when `fit` ends, also where an
+        error ends it.
+        """
+
+    @abc.abstractmethod
     def keras_batches(self, model: Any, drawn: DrawnBatches) -> Any:
         """Drawn batches as the backend's `fit` reads them."""
 

@@ -98,6 +98,20 @@ class JaxBackend(JaxDevices):
         state, iterator = arguments
         return state, iter([next(iterator) for _ in range(count)])
 
+    def give_back(self, model, arguments):
+        names = ("trainable", "non_trainable", "optimizer", "metrics")
+        state = {f"{name}_variables": v for name, v in zip(names, arguments[0], strict=True)}
+        model._jax_state, model._jax_state_synced = state, False
+        model.jax_state_sync()
+
+    @contextlib.contextmanager
+    def keep_weights(self, model):
+        model._jax_state = None  # of an earlier fit
+        try:
+            yield
+        finally:
+            model.jax_state_sync()
+
     def keras_batches(self, model, drawn):
         return JaxBatches(self, model, drawn)
 

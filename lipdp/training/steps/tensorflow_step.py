@@ -1,5 +1,6 @@
 """The private step on TensorFlow, where variables change in place."""
 
+import contextlib
 import functools
 
 import tensorflow as tf
@@ -87,6 +88,12 @@ class TensorFlowBackend(TensorFlowDevices):
 
     def prefetch(self, arguments, count):
         return arguments
+
+    def give_back(self, model, arguments):
+        pass  # a step changes the variables themselves
+
+    def keep_weights(self, model):
+        return contextlib.nullcontext()
 
     def keras_batches(self, model, drawn):
         return TensorFlowBatches(model, drawn)
