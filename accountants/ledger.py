@@ -292,17 +292,19 @@ def _open_locked(path: str) -> io.FileIO:
     file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise LedgerError(
-            f"{path} is being written by another run; a ledger takes one writer at a time."
-        ) from None
-    # The name of a new file is on disk only when its folder is.
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        # The name of a new file is on disk only when its folder is.
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        file.close()  # also on an interrupt, whose traceback may keep the file open, and its lock
+        if isinstance(error, BlockingIOError):
+            raise LedgerError(
+                f"{path} is being written by another run; a ledger takes one writer at a time."
+            ) from None
+        raise
     return file
 
 

@@ -1,5 +1,6 @@
 """PrivateModel: what Keras calls, and what its users ask."""
 
+import contextlib
 import functools
 import math
 import os
@@ -16,7 +17,7 @@ from accountants.sampling import Sampling
 from accountants.validation import check_integer, check_number
 from lipdp import losses
 from lipdp.data.augmentation import Augmentation
-from lipdp.data.batches import DrawnBatch
+from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import check_trainable, final_activation
 from lipdp.noise import SecureNoise, make_noise, resolve_allocation
@@ -103,7 +104,7 @@ class PrivateModel(keras.Model):
     0.4
     """
 
-    _variables = None
+    _plan = None  # of the run that is open
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -197,12 +198,12 @@ class PrivateModel(keras.Model):
 
     @property
     def trainable_variables(self):
-        return self._variables[0] if self._variables else super().trainable_variables
+        return self._plan.trainable_variables if self._plan else super().trainable_variables
 
     @property
     def non_trainable_variables(self):
-        if self._variables:
-            return self._variables[1]
+        if self._plan:
+            return self._plan.non_trainable_variables
         # The memory of correlated noise is state of the step, but no weight: it is never saved.
         return [*super().non_trainable_variables, *self.noise.variables]
 
@@ -256,6 +257,13 @@ class PrivateModel(keras.Model):
                 f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
                 "`clip`, a number or lipdp.AdaptiveClip(...)."
             )
+        optimizer.build(self.network.trainable_variables)
+        built_for = set(map(id, optimizer._trainable_variables))
+        if not built_for.issuperset(map(id, self.network.trainable_variables)):
+            raise ValueError(
+                "`optimizer` was built for other weights than those that are trained now: make a "
+                "new one."
+            )
         if jit_compile == "auto":
             jit_compile = not run_eagerly and steps.backend().default_jit_compile()
         super().compile(
@@ -273,7 +281,6 @@ class PrivateModel(keras.Model):
         self.clip_state = self._clip_of(bound)
         self.step = step_of(self)
         self.settings = settings_of(self)
-        optimizer.build(self.network.trainable_variables)
 
     def fit(
         self,
@@ -321,27 +328,22 @@ class PrivateModel(keras.Model):
         """
         epochs = check_integer(epochs, "epochs")
         initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
-        batches = self._begin(
-            x,
-            y,
-            max(0, epochs - initial_epoch),
-            steps_per_epoch,
-            sample_weight,
-            class_weight,
+        planned = max(0, epochs - initial_epoch)
+        _warn_of_monitors(callbacks)
+        with self._running(
+            *(x, y, planned, steps_per_epoch, sample_weight, class_weight),
             self.steps_per_execution,
-        )
-        try:
+        ) as batches:
             if validation_data is not None and self.devices.processes > 1:
                 raise ValueError(
                     "`validation_data` is for one process; with several, save the network and "
                     "evaluate it by itself."
                 )
-            asked = len(batches) * (epochs - initial_epoch)
             run = self.spending.run
             if run.limited:
                 warnings.warn(
-                    f"The budget allows {run.allowed} of the {asked} steps that were asked for; "
-                    "training will end there.",
+                    f"The budget allows {run.allowed} of the {len(batches) * planned} steps that "
+                    "were asked for; training will end there.",
                     stacklevel=2,
                 )
             with steps.backend().keep_weights(self):
@@ -360,8 +362,6 @@ class PrivateModel(keras.Model):
             if self.optimizer.use_ema:
                 project(self.network)  # Keras averages weights as they are before their projection
             return history
-        finally:
-            self._end(batches)
 
     def batches(
         self,
@@ -384,8 +384,8 @@ class PrivateModel(keras.Model):
             RuntimeError: a batch was left out, and the scheme counts on steps in their order.
         """
         epochs = check_integer(epochs, "epochs")
-        drawn = self._begin(x, y, epochs, steps_per_epoch, sample_weight, class_weight)
-        try:
+        data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight)
+        with self._running(*data) as drawn:
             for _ in range(epochs):
                 drawn.on_epoch_begin()
                 for index in range(len(drawn)):
@@ -394,8 +394,15 @@ class PrivateModel(keras.Model):
                     self._open_batch = drawn.request(index)
                     yield self._open_batch
                     drawn.check_taken(index + 1)
-        finally:
-            self._end(drawn)
+
+    def end_run(self) -> None:
+        """Ends the run that is open, if one is: what it paid for counts as spent.
+
+        `fit`, and a loop over `batches`, end theirs themselves, also where an error or an interrupt
+        ends them. This is for a loop that was left while its generator is still kept somewhere.
+        """
+        self._open_batch = self._plan = None
+        self.spending.settle()
 
     def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
         """One private step on a batch that `batches` drew.
@@ -511,6 +518,17 @@ class PrivateModel(keras.Model):
         """
         return self.spending.spent(delta, self.sampling)
 
+    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None) -> None:
+        """Saves the network, which is what a run is for; `ModelCheckpoint` does so, too.
+
+        The run itself is not saved: keep what was spent with `ledger=`.
+        """
+        self.network.save(filepath, overwrite=overwrite, zipped=zipped)
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Exports the network for serving, as Keras' `export` does."""
+        return self.network.export(filepath, *args, **kwargs)
+
     def get_config(self):
         raise TypeError(
             "A PrivateModel is not saved: it stands for a training run and what it spent. Save "
@@ -557,24 +575,29 @@ class PrivateModel(keras.Model):
         """The file that keeps what was spent."""
         return self.spending.ledger
 
-    def _begin(self, *data: Any) -> Any:
-        """Plans a run, as `make_plan` does, and opens it; returns its batches."""
+    @contextlib.contextmanager
+    def _running(self, *data: Any) -> Iterator[DrawnBatches]:
+        """Plans a run, as `make_plan` does, and keeps it open while the scope lasts."""
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
-            raise RuntimeError("This model is training already; a run has one loop at a time.")
+            raise RuntimeError(
+                "This model is training already; a run has one loop at a time. If that loop was "
+                "left, call model.end_run()."
+            )
         self._check_settings()
         plan = make_plan(self, *data)
-        self._follow(plan)
-        self.spending.begin(plan.run)
-        self._variables = self.trainable_variables, self.non_trainable_variables
-        return plan.batches
-
-    def _end(self, batches: Any) -> None:
-        """Closes a run, whatever ended it."""
-        self._open_batch = self._variables = None
-        batches.close()
-        self.spending.settle()
+        try:
+            self._follow(plan)
+            self.spending.begin(plan.run)
+            self._plan = plan
+            yield plan.batches
+        finally:
+            try:
+                plan.batches.close()
+            finally:
+                if self.spending.run is plan.run:
+                    self.end_run()
 
     def _check_settings(self) -> None:
         """Refuses a step whose program has other constants than what Python says now."""
@@ -626,3 +649,20 @@ def _check_head(network, loss):
             f"The network ends in a {activation}, and this loss takes logits: remove it from "
             f"layer {layer.name!r}."
         )
+
+
+def _warn_of_monitors(callbacks):
+    """Names the callbacks that let numbers without noise decide what is released."""
+    callbacks = getattr(callbacks, "callbacks", callbacks) or []
+    for callback in callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]:
+        monitor = getattr(callback, "monitor", None)
+        acts = getattr(callback, "save_best_only", True)  # a plain ModelCheckpoint does not
+        known = isinstance(monitor, str) and (monitor.startswith("val_") or monitor == "epsilon")
+        if isinstance(monitor, str) and acts and not known:
+            warnings.warn(
+                f"{type(callback).__name__}(monitor={monitor!r}) acts on a training metric, which "
+                "has no noise: what it decides (when to stop, which weights to keep, the learning "
+                "rate) tells of the private data, and ε does not cover it. Monitor a metric of "
+                "validation data that is not private, 'val_...', or leave the callback out.",
+                stacklevel=3,
+            )

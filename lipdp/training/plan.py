@@ -40,6 +40,8 @@ class Plan:
         devices: that share out the rows of a batch.
         steps_per_call: how many steps one call of Keras' train function takes.
         new_memory: whether the noise has other variables now than those of the last plan.
+        trainable_variables, non_trainable_variables: of the model, in the order that its steps
+            count on.
     """
 
     step: PrivateStep
@@ -48,6 +50,8 @@ class Plan:
     devices: Devices
     steps_per_call: int
     new_memory: bool
+    trainable_variables: list
+    non_trainable_variables: list
 
 
 def make_plan(
@@ -114,7 +118,16 @@ def make_plan(
         steps_taken=lambda: run.paid,
         devices=devices,
     )
-    return Plan(step, run, batches, devices, steps_per_call, new_memory)
+    return Plan(
+        step,
+        run,
+        batches,
+        devices,
+        steps_per_call,
+        new_memory,
+        model.trainable_variables,
+        model.non_trainable_variables,
+    )
 
 
 def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:

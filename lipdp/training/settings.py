@@ -37,35 +37,48 @@ def settings_of(model: Any) -> dict[str, Any]:
     found = {f"`{name}` of PrivateModel": _plain(getattr(model, name)) for name in _OF_MODEL}
     found["`trainable`"] = tuple(v.path for v in network.trainable_variables)
     if model.augmentation is not None:
-        found["augmentation"] = _attributes(model.augmentation)
+        for layer in (model.augmentation, *model.augmentation.layers):
+            found[f"augmentation layer {layer.name!r}"] = _attributes(layer)
     for layer in network._flatten_layers():
         found[f"layer {layer.path!r}"] = _attributes(layer)
     for variable in network.variables:
         constraint = getattr(variable, "constraint", None)
         if constraint is not None:
-            found[f"constraint of {variable.path!r}"] = (id(constraint), *_attributes(constraint))
+            found[f"constraint of {variable.path!r}"] = {
+                "itself": id(constraint),
+                **_attributes(constraint),
+            }
     found["loss"] = _attributes(model.private_loss)
     return found
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names of what has other settings now.
+    """The names of what has other settings now. Attributes that are new are none: loading and
+    exporting give layers some, and no program that was compiled before has read them.
 
     >>> changed_settings({"`clip`": 1.0, "loss": 0}, {"`clip`": 2.0, "loss": 0})
     ['`clip`']
     """
-    return [name for name in before | after if (name, before.get(name)) != (name, after.get(name))]
+    return [name for name, value in before.items() if _changed(value, after.get(name))]
+
+
+def _changed(before, after):
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return before != after
+    return any(name not in after or after[name] != value for name, value in before.items())
 
 
 def _attributes(thing):
-    """What its attributes are; of those that begin with an underscore only plain numbers count,
-    since Keras keeps its own state in the others.
+    """Its attributes, but whether it is built; of those that begin with an underscore only plain
+    numbers, since Keras keeps its own state in the others.
     """
-    return tuple(
-        (name, _plain(value))
+    return {
+        name: _plain(value)
         for name, value in vars(thing).items()
-        if not name.startswith("_") or type(value) is float
-    )
+        if value is not None
+        and name != "built"
+        and (not name.startswith("_") or type(value) is float)
+    }
 
 
 def _plain(value):

@@ -157,8 +157,13 @@ class Spending:
 
     def begin(self, run: "ActiveRun") -> None:
         """Opens a planned run."""
-        run.open(self.ledger)
-        self.run = run
+        self.run = run  # first: an interrupt while the ledger opens leaves something to close
+        try:
+            run.open(self.ledger)
+        except BaseException:
+            self.run = None
+            run.close()
+            raise
 
     def _allowed(self, prior, run, planned):
         """How many of the planned steps are within the budget."""

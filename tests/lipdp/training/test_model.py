@@ -175,15 +175,14 @@ def test_poisson_draws_have_the_right_law():
     model = private(sampling=lipdp.PoissonSampling(16))
     x = np.arange(64, dtype="float32")[:, None] * np.ones((1, 6), "float32")
     y = np.zeros(64, int)
-    batches = model._begin(x, y, 1, 1)
     counts, sizes = np.zeros(64), []
-    for index in range(4000):
-        batch = batches.draw(index)
-        rows = batch.inputs[batch.mask > 0][:, 0].astype(int)
-        assert len(set(rows)) == len(rows)
-        counts[rows] += 1
-        sizes.append(len(rows))
-    model.spending.settle()
+    with model._running(x, y, 1) as batches:
+        for index in range(4000):
+            batch = batches.draw(index)
+            rows = batch.inputs[batch.mask > 0][:, 0].astype(int)
+            assert len(set(rows)) == len(rows)
+            counts[rows] += 1
+            sizes.append(len(rows))
     # Each example enters with probability 1/4; sizes are binomial.
     assert abs(counts / 4000 - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 4000)
     assert abs(np.var(sizes) / (64 * 0.25 * 0.75) - 1) < 0.15

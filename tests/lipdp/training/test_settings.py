@@ -61,7 +61,7 @@ CHANGES = {
     "another loss": lambda m: setattr(m, "private_loss", lipdp.losses.get("mae")),
     "optimizer": lambda m: setattr(m, "optimizer", keras.optimizers.SGD(1.0)),
     "radius": set_of("ball", "radius", 50.0),
-    "cut of the cotangent": set_of("cut", "norm", 9.0),
+    "cut of the cotangent": set_of("cut", "clip_norm", 9.0),
     "activation": set_of("act", "activation", keras.activations.elu),
     "trainable": trainable,
     "another constraint": another_constraint,
