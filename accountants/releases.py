@@ -36,7 +36,7 @@ class Release(abc.ABC):
 
     @abc.abstractmethod
     def scale(self) -> tuple[float, float]:
-        """About the standard deviation of the privacy loss, and about the most it can be."""
+        """The privacy loss' standard deviation and the most it can be, both roughly."""
 
     @abc.abstractmethod
     def pld(self, grid: float) -> "PrivacyLossDistribution":

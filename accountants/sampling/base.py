@@ -221,7 +221,7 @@ class CutEpochs(Unsampled):
         return dataclasses.replace(self, batch_size=batch_size)  # type: ignore[type-var]
 
     def cut(self, draw: Draw) -> tuple[int, int]:
-        """Where in the order a step's batch begins and ends; the last one may be smaller."""
+        """The beginning and end of a step's batch in the order; the last one may be smaller."""
         start, end = (i * self.batch_size for i in (draw.index, draw.index + 1))
         return min(draw.num_examples, start), min(draw.num_examples, end)
 

@@ -1,4 +1,4 @@
-"""The random draws of a run: what a scheme gets to choose a step's examples with."""
+"""The random draws of a run, with which a scheme chooses the examples of each step."""
 
 import dataclasses
 import functools
@@ -90,7 +90,7 @@ class Draw:
 
     @property
     def in_order(self) -> bool:
-        """Whether the examples come in an order of their own, which is not to be changed."""
+        """Tells whether the examples come in an order of their own, which is not to be changed."""
         return self._draws.in_order
 
     @functools.cached_property
@@ -123,7 +123,7 @@ def distinct_rows(draw: Draw, count: int) -> np.ndarray:
 
 
 def assigned_parts(generator: np.random.Generator, num_examples: int, parts: int) -> np.ndarray:
-    """For each example one of so many parts, uniformly and independently."""
+    """Assigns each example to one of so many parts, uniformly and independently."""
     return generator.integers(parts, size=num_examples, dtype=np.min_scalar_type(parts - 1))
 
 

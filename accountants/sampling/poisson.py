@@ -60,7 +60,7 @@ class PoissonSampling(IndependentSteps):
         object.__setattr__(self, "batch_size", positive_number(self.batch_size, "batch_size"))
 
     def rows(self, draw: Draw) -> np.ndarray:
-        # A binomial number of distinct examples is what as many independent coins give.
+        # A binomial number of distinct examples is what n independent coins give.
         probability = self.sampling_probability(draw.num_examples)
         return distinct_rows(draw, draw.generator.binomial(draw.num_examples, probability))
 

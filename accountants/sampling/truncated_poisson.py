@@ -30,8 +30,7 @@ class TruncatedPoisson(IndependentSteps):
     """A Poisson draw, cut down to a physical size where it is larger.
 
     Arrays of one fixed size then hold every batch. What cutting costs (an example that is drawn
-    may push out another) is paid for by
-    `TruncatedPoissonRelease`; with a physical size of some
+    may push out another) is paid for by `TruncatedPoissonRelease`; with a physical size of some
     standard deviations above the expected one it costs next to nothing.
 
     The loader: in every step draw K ~ Binomial(n, batch_size / n) independently of all other
@@ -76,7 +75,7 @@ class TruncatedPoisson(IndependentSteps):
         return self.physical_batch_size
 
     def with_batch_size(self, batch_size: float) -> None:
-        """None: the physical size would have to change too."""
+        """Returns None, as the physical size would have to change too."""
 
     def rows(self, draw: Draw) -> np.ndarray:
         probability = self.sampling_probability(draw.num_examples)

@@ -287,7 +287,7 @@ class DrawnBatches:
         )
 
     def _independent(self):
-        """Whether any choice of the steps is accounted as so many steps are."""
+        """Tells whether any choice of the steps is accounted as so many steps are."""
         n, steps = len(self.examples), 2 * self.steps
         return self.sampling.participations(n, steps) == steps
 
