@@ -1,3 +1,5 @@
+import itertools
+
 import dp_accounting
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ from scipy import stats
 
 from accountants import FixedSize, PoissonSampling, TrainingRun, delta, epsilon
 from accountants.sampling.fixed_size import FixedSizeRelease
-from tests.accountants.sampling.helpers import least_deltas
+from tests.accountants.sampling.helpers import drawn, least_deltas
 
 
 @pytest.mark.parametrize("steps", [1, 12])
@@ -59,3 +61,13 @@ def test_rdp_without_replacement_agrees_with_dp_accounting():
     ours = epsilon(runs=[run], delta=1e-6, accountant="rdp")
     assert ours == pytest.approx(theirs.get_epsilon(1e-6), rel=1e-6)
     assert epsilon(runs=[run], delta=1e-6) < ours
+
+
+def test_each_step_is_a_fresh_choice_among_all():
+    found = drawn(FixedSize(5), 20, epochs=300)
+    assert {len(set(rows)) for rows in found} == {5}
+    counts = np.bincount(np.concatenate(found), minlength=20)
+    assert np.abs(counts - len(found) / 4).max() < 6 * np.sqrt(len(found) * 3 / 16)
+    # Also among those of the step before.
+    shared = [len({*a} & {*b}) for a, b in itertools.pairwise(found)]
+    assert np.mean(shared) == pytest.approx(5 * 5 / 20, rel=0.1)

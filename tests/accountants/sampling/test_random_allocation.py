@@ -7,6 +7,7 @@ from scipy import stats
 from accountants import PoissonSampling, RandomAllocation, TrainingRun, delta, epsilon
 from accountants.numerics import ORDERS
 from accountants.sampling.random_allocation import BallsInBinsRelease
+from tests.accountants.sampling.helpers import drawn
 
 
 @pytest.mark.parametrize(
@@ -124,3 +125,16 @@ def test_balls_in_bins_in_composition():
 def test_bad_numbers_of_bins(steps, error):
     with pytest.raises(error, match="steps"):
         RandomAllocation(steps)
+
+
+def test_each_epoch_gives_every_example_a_step_of_its_own():
+    found = drawn(RandomAllocation(4), 30, epochs=200)
+    steps = np.zeros((200, 30), int)
+    for number, rows in enumerate(found):
+        steps[number // 4, rows] += number % 4 + 1
+    assert steps.min() == 1 and steps.max() == 4
+    # Uniform, independent of other examples and of the epoch before.
+    shares = np.bincount(steps.ravel(), minlength=5)[1:] / steps.size
+    assert np.abs(shares - 0.25).max() < 6 * math.sqrt(3 / 16 / steps.size)
+    for one, other in ((steps[:, 0], steps[:, 1]), (steps[1:, 2], steps[:-1, 2])):
+        assert abs((one == other).mean() - 0.25) < 6 * math.sqrt(3 / 16 / len(one))

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from accountants import FixedSize, PoissonSampling, TrainingRun, TruncatedPoisson, delta, epsilon
-from tests.accountants.sampling.helpers import OTHERS, SIGMA, TARGETS, cells, least_deltas
+from tests.accountants.sampling.helpers import OTHERS, SIGMA, TARGETS, cells, drawn, least_deltas
 
 
 @pytest.mark.parametrize("others", OTHERS)
@@ -58,3 +58,21 @@ def test_truncation_costs_about_what_it_does_in_dp_accounting():
 def test_bad_physical_batch_sizes(physical, error):
     with pytest.raises(error, match="physical_batch_size"):
         TruncatedPoisson(29.5, physical)
+
+
+def test_batches_are_cut_without_favour():
+    found = drawn(TruncatedPoisson(8, 8), 40, epochs=400)
+    assert max(map(len, found)) == 8 > min(map(len, found))
+    counts = np.bincount(np.concatenate(found), minlength=40)
+    assert np.abs(counts - counts.mean()).max() < 6 * np.sqrt(counts.mean())
+    # Where nothing is cut it draws as Poisson sampling does.
+    assert all(
+        map(np.array_equal, drawn(TruncatedPoisson(8, 40), 40, 5), drawn(PoissonSampling(8), 40, 5))
+    )
+
+
+def test_every_batch_fills_the_physical_size():
+    assert TruncatedPoisson(8, 10).padded_size == 10
+    assert TruncatedPoisson(8, 10).with_batch_size(4) is None
+    with pytest.raises(ValueError, match=r"^`physical_batch_size` must be .* batch_size=8; got 7"):
+        TruncatedPoisson(8, 7)
