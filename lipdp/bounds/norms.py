@@ -14,6 +14,8 @@ import numpy as np
 from keras import ops
 from scipy import stats
 
+from accountants.validation import check_choice, check_integer
+
 Tensor = Any
 
 __all__ = [
@@ -290,9 +292,9 @@ def _candidates(degree, gap):
 
 def _per_axis(value, axes, name):
     values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes or any(v < 1 for v in values):
-        raise ValueError(f"`{name}` must be {axes} positive integers or one; got {value!r}.")
-    return values
+    if len(values) != axes:
+        raise ValueError(f"`{name}` must be an integer or {axes} of them; got {value!r}.")
+    return tuple(check_integer(v, name) for v in values)
 
 
 def _axes(kernel_shape, input_shape, strides, dilation_rate):
@@ -313,8 +315,7 @@ def _axes(kernel_shape, input_shape, strides, dilation_rate):
 
 def _geometry(kernel_shape, input_shape, strides, padding, dilation_rate):
     """(kernel, input, stride, dilation, outputs) of each spatial axis of a convolution."""
-    if padding not in ("valid", "same", "causal"):
-        raise ValueError(f"`padding` must be 'valid', 'same' or 'causal'; got {padding!r}.")
+    check_choice(padding, "padding", ("valid", "same", "causal"))
     geometry = []
     for k, n, s, d in _axes(kernel_shape, input_shape, strides, dilation_rate):
         reach = (k - 1) * d + 1
@@ -528,8 +529,7 @@ def _conv_norm_bounds(split, input_shape, strides, padding, dilation_rate, certi
 
 def _kernel_norm_bounds(split, multiplicity, grid, dilations, certificate):
     """Of each kernel of a stack `(kernels, taps..., a, b)`; see `conv_norm_bound`."""
-    if certificate not in ("auto", "fft", "reshaped"):
-        raise ValueError(f"`certificate` must be 'auto', 'fft' or 'reshaped'; got {certificate!r}.")
+    check_choice(certificate, "certificate", ("auto", "fft", "reshaped"))
     kernels, *sizes, rows, columns = split.shape
     taps = math.prod(sizes)
     # The kernel is real: opposite frequencies have the same singular values.

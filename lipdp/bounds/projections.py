@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_integer, check_number
 from lipdp.bounds import norms
 
 __all__ = [
@@ -164,10 +164,8 @@ class SpectralBall(Projection):
 
     def __init__(self, radius: float = 1.0, orthogonal: bool = False, iterations: int = 2) -> None:
         super().__init__(radius)
-        if not isinstance(iterations, int) or iterations < 1:
-            raise ValueError(f"`iterations` must be a positive integer; got {iterations!r}.")
         self.orthogonal = bool(orthogonal)
-        self.iterations = iterations
+        self.iterations = check_integer(iterations, "iterations")
 
     def certifications(self, shape: Sequence[int]) -> int:
         return int(min(shape) > _LARGE)

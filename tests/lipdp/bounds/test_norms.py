@@ -452,7 +452,7 @@ def test_almost_orthogonal_scales_refuse():
     [
         (dict(input_shape=(5,)), "`input_shape` must be 2 known spatial sizes"),
         (dict(input_shape=(5, None)), "`input_shape` must be 2 known spatial sizes"),
-        (dict(input_shape=(5, 5), strides=0), "`strides` must be 2 positive integers"),
+        (dict(input_shape=(5, 5), strides=0), "`strides` must be an integer of at least 1; got 0"),
         (dict(input_shape=(5, 5), padding="full"), "`padding` must be"),
         (dict(input_shape=(2, 5)), "spans 3 cells of an axis of 2"),
         (dict(input_shape=(5, 5), certificate="guess"), "`certificate` must be"),
