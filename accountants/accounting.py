@@ -1,4 +1,4 @@
-"""What a training run, or several on the same data, cost: epsilon and delta.
+"""The cost of a training run, or of several on the same data: epsilon and delta.
 
 Four accountants:
 
@@ -9,6 +9,9 @@ Four accountants:
   Proposition 12 of Canonne, Kamath and Steinke 2020. Looser, cheap, and good for any delta.
 - ``"exact"``: the closed form of the Gaussian mechanism (Balle and Wang 2018, Theorem 8), to
   which any composition of unsampled Gaussians reduces. Refuses runs that are subsampled.
+- ``"zcdp"``: zero-concentrated differential privacy (Bun and Steinke 2016), whose ρ of an
+  unsampled Gaussian adds up over a composition, converted as for ``"rdp"``. Looser than
+  ``"exact"``, for comparison with work that reports ρ. Refuses runs that are subsampled too.
 
 Every result is an upper bound: rounding goes to the safe side.
 """
@@ -17,11 +20,12 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
-from accountants import _validation, curves
+from accountants import curves
 from accountants.curves import Curve
 from accountants.mechanisms import TrainingRun
 from accountants.releases import Gaussian, Release
 from accountants.sampling import RELATIONS, Relation, Sampling
+from accountants.validation import check_choice, check_integer, check_number, check_probability
 
 Accountant = Literal["pld", "rdp", "exact", "zcdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp", "exact", "zcdp")
@@ -45,14 +49,12 @@ class Budget:
     delta: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "epsilon", _validation.number("epsilon", self.epsilon, strict=True)
-        )
-        object.__setattr__(self, "delta", _validation.probability("delta", self.delta))
+        object.__setattr__(self, "epsilon", check_number(self.epsilon, "epsilon"))
+        object.__setattr__(self, "delta", check_probability(self.delta, "delta"))
 
 
 class _Spent(float):
-    """A float that says of what it is: its attributes are named in `_details`."""
+    """A float with attributes that tell what it was found for, named in `_details`."""
 
     _details: ClassVar[tuple[str, ...]]
 
@@ -71,7 +73,9 @@ class _Spent(float):
 
 
 class Epsilon(_Spent):
-    """An epsilon that says of what: a float with `delta`, `relation`, `accountant`, `group_size`.
+    """An epsilon, with what it was found for.
+
+    A float with the attributes `delta`, `relation`, `accountant` and `group_size`.
 
     >>> Epsilon(0.5, delta=1e-5, relation="zero_out", accountant="exact")
     Epsilon(0.5, delta=1e-05, relation='zero_out', accountant='exact')
@@ -94,7 +98,9 @@ class Epsilon(_Spent):
 
 
 class Delta(_Spent):
-    """A delta that says of what: a float with `epsilon`, `relation`, `accountant`, `group_size`.
+    """A delta, with what it was found for.
+
+    A float with the attributes `epsilon`, `relation`, `accountant` and `group_size`.
 
     >>> Delta(1e-6, epsilon=1.0, relation="zero_out", accountant="exact")
     Delta(1e-06, epsilon=1.0, relation='zero_out', accountant='exact')
@@ -158,7 +164,7 @@ def epsilon(
         TypeError: an argument is missing, of another type, or both ways of naming runs are mixed.
         ValueError: a value is out of range, or nobody can account for the combination.
     """
-    delta = _validation.probability("delta", delta)
+    delta = check_probability(delta, "delta")
     runs = as_runs(noise_multiplier, sampling, num_examples, steps, runs)
     found = compose(runs, accountant, relation, group_size)
     return Epsilon(
@@ -197,7 +203,7 @@ def delta(
     Raises:
         TypeError, ValueError: as for `accountants.epsilon`.
     """
-    epsilon = _validation.number("epsilon", epsilon)
+    epsilon = check_number(epsilon, "epsilon", zero=True)
     runs = as_runs(noise_multiplier, sampling, num_examples, steps, runs)
     found = compose(runs, accountant, relation, group_size)
     return Delta(
@@ -256,8 +262,8 @@ def compose(
     group_size: int = 1,
 ) -> Composed:
     """The curve of all the runs together; raises as `epsilon` does."""
-    _validation.one_of("accountant", accountant, ACCOUNTANTS)
-    group_size = _validation.integer("group_size", group_size, minimum=1)
+    check_choice(accountant, "accountant", ACCOUNTANTS)
+    group_size = check_integer(group_size, "group_size")
     relation = resolve_relation(runs, relation)
     counts = _released(runs, accountant, relation, group_size)
     single = counts is None
@@ -282,7 +288,7 @@ def compose(
 def _released(
     runs: Sequence[TrainingRun], accountant: Accountant, relation: Relation, group_size: int
 ) -> dict[Release, int] | None:
-    """How often each release takes place, in order of the last run that has it.
+    """The number of times that each release takes place, ordered by the last run that has it.
 
     None if a release is not known for groups of this size.
     """
@@ -313,7 +319,7 @@ def resolve_relation(runs: Sequence[TrainingRun], relation: Relation | None) -> 
             if all(candidate in run.sampling.relations for run in runs):
                 return candidate
         raise ValueError(f"no relation is supported by all of {[run.sampling for run in runs]}.")
-    _validation.one_of("relation", relation, RELATIONS)
+    check_choice(relation, "relation", RELATIONS)
     for run in runs:
         if relation not in run.sampling.relations:
             raise ValueError(

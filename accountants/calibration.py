@@ -8,12 +8,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 
-from accountants import _validation
 from accountants.accounting import Accountant, Budget, check_runs
 from accountants.accounting import epsilon as spent
 from accountants.curves import GaussianCurve
 from accountants.mechanisms import TrainingRun
 from accountants.sampling import PoissonSampling, Relation, Sampling
+from accountants.validation import check_integer
 
 # How far above the least noise multiplier the answer may lie, relatively.
 _TOLERANCE = 5e-4
@@ -54,7 +54,7 @@ def calibrate_noise_multiplier(
             runs leave nothing of the budget.
     """
     budget = Budget(epsilon, delta)
-    steps = _validation.integer("steps", steps, minimum=1)
+    steps = check_integer(steps, "steps")
     prior = check_runs("prior", prior)
     run = TrainingRun(1.0, sampling, num_examples, steps)
 
@@ -104,7 +104,7 @@ def _between(short: float, enough: float, costs: dict[float, float], target: flo
 
 
 def _interpolate(start: float, end: float, target: float) -> float | None:
-    """Where between two costs the target lies, in logarithms, if they allow it."""
+    """The share of the way between two costs at which the target lies, in logarithms, or None."""
     if min(start, end) <= 0.0 or math.isinf(max(start, end)) or start == end:
         return None
     return math.log(target / start) / math.log(end / start)
@@ -164,7 +164,7 @@ def calibrate_steps(
             runs alone overspend.
     """
     budget = Budget(epsilon, delta)
-    max_steps = _validation.integer("max_steps", max_steps, minimum=0)
+    max_steps = check_integer(max_steps, "max_steps", 0)
     prior = check_runs("prior", prior)
     run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
 
@@ -208,7 +208,7 @@ def calibrate_epochs(
         TypeError, ValueError: as for `calibrate_steps`.
     """
     budget = Budget(epsilon, delta)
-    max_epochs = _validation.integer("max_epochs", max_epochs, minimum=0)
+    max_epochs = check_integer(max_epochs, "max_epochs", 0)
     prior = check_runs("prior", prior)
     run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
     length = sampling.steps_per_epoch(num_examples)
@@ -257,8 +257,8 @@ def calibrate_batch_size(
         TypeError, ValueError: as for `calibrate_steps`, or `scheme` makes no scheme.
     """
     budget = Budget(epsilon, delta)
-    epochs = _validation.integer("epochs", epochs, minimum=1)
-    num_examples = _validation.integer("num_examples", num_examples, minimum=1)
+    epochs = check_integer(epochs, "epochs")
+    num_examples = check_integer(num_examples, "num_examples")
     prior = check_runs("prior", prior)
 
     def run(batch_size: int) -> TrainingRun:

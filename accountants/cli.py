@@ -5,6 +5,7 @@
 Bad flags are explained on stderr, with exit code 2.
 """
 
+import dataclasses
 import json
 import math
 import sys
@@ -13,7 +14,6 @@ from typing import Any
 
 from absl import flags
 
-from accountants import _validation
 from accountants.accounting import ACCOUNTANTS, Budget, epsilon
 from accountants.calibration import (
     calibrate_batch_size,
@@ -23,45 +23,8 @@ from accountants.calibration import (
 )
 from accountants.ledger import Ledger, LedgerEntry, LedgerError
 from accountants.mechanisms import TrainingRun
-from accountants.sampling import (
-    RELATIONS,
-    CyclicPoisson,
-    FixedEpochs,
-    FixedSize,
-    FullBatch,
-    PoissonSampling,
-    RandomAllocation,
-    Sampling,
-    ShuffledEpochs,
-    TruncatedPoisson,
-)
-
-_SAMPLING = (
-    "poisson",
-    "truncated_poisson",
-    "fixed_size",
-    "cyclic_poisson",
-    "shuffled_epochs",
-    "fixed_epochs",
-    "random_allocation",
-    "full_batch",
-)
-
-
-# The schemes that a batch size alone describes.
-_OF_BATCH_SIZE: dict[str, Callable[[float], Sampling]] = {
-    "poisson": PoissonSampling,
-    "fixed_size": FixedSize,
-    "shuffled_epochs": ShuffledEpochs,
-}
-
-# The flag that one scheme alone has.
-_OWN = {
-    "truncated_poisson": "physical_batch_size",
-    "random_allocation": "steps_per_epoch",
-    "cyclic_poisson": "bands",
-    "fixed_epochs": "run_epochs",
-}
+from accountants.sampling import RELATIONS, SCHEMES, Sampling
+from accountants.validation import check_integer
 
 
 class UsageError(Exception):
@@ -101,12 +64,12 @@ class Flags(flags.FlagValues):
     def mechanism(self) -> None:
         self.number("noise_multiplier", "Standard deviation of the noise over the sensitivity.")
         self.integer("num_examples", "Size of the data set.")
-        self.one_of("sampling", _SAMPLING, "How batches are drawn.", "poisson")
-        self.number("batch_size", "Examples of a batch (expected ones, where they vary).")
-        self.integer("physical_batch_size", "Most examples of a batch of truncated_poisson.")
-        self.integer("steps_per_epoch", "Steps of an epoch of random_allocation.")
-        self.integer("bands", "Groups of examples of cyclic_poisson.")
-        self.integer("run_epochs", "Most epochs of a run of fixed_epochs, which is one release.")
+        self.one_of("sampling", list(SCHEMES), "How batches are drawn.", "poisson")
+        for name, fields in _scheme_flags().items():
+            # A number where it is one to any scheme; the others check for integers themselves.
+            whole = all(field.type is int for field in fields)
+            define = self.integer if whole else self.number
+            define(name, fields[0].metadata["help"])
         self.integer("steps", "Number of steps.")
         self.integer("epochs", "Number of epochs, instead of steps.")
 
@@ -122,30 +85,32 @@ class Flags(flags.FlagValues):
                 raise UsageError(f"--{name} cannot be given {reason}.")
 
 
-def _batch_size(values: Flags) -> float:
-    size = values.needed("batch_size")
-    return int(size) if math.isfinite(size) and size == int(size) else size
+def _scheme_flags() -> dict[str, list[dataclasses.Field[Any]]]:
+    """The fields that each flag of a scheme stands for, one for each scheme that has it."""
+    found: dict[str, list[dataclasses.Field[Any]]] = {}
+    for kind in SCHEMES.values():
+        for name, field in kind.settings().items():
+            found.setdefault(name, []).append(field)
+    return found
+
+
+def _schemes_of_a_batch_size() -> dict[str, type[Sampling]]:
+    """The schemes that a batch size alone describes."""
+    return {name: kind for name, kind in SCHEMES.items() if list(kind.settings()) == ["batch_size"]}
 
 
 def sampling_of(values: Flags) -> Sampling:
     """The scheme that the flags of `Flags.mechanism` describe."""
-    name = values.sampling
-    for other, flag in _OWN.items():
-        if other != name:
-            values.refuse(flag, reason=f"with --sampling={name}")
-    if name == "full_batch" or name == "random_allocation":
-        values.refuse("batch_size", reason=f"with --sampling={name}")
-    if name == "full_batch":
-        return FullBatch()
-    if name == "random_allocation":
-        return RandomAllocation(values.needed("steps_per_epoch"))
-    if name == "truncated_poisson":
-        return TruncatedPoisson(_batch_size(values), values.needed("physical_batch_size"))
-    if name == "cyclic_poisson":
-        return CyclicPoisson(_batch_size(values), values.needed("bands"))
-    if name == "fixed_epochs":
-        return FixedEpochs(_batch_size(values), values.needed("run_epochs"))
-    return _OF_BATCH_SIZE[name](_batch_size(values))
+    settings = SCHEMES[values.sampling].settings()
+    others = [name for name in _scheme_flags() if name not in settings]
+    values.refuse(*others, reason=f"with --sampling={values.sampling}")
+    given = {field.name: _whole(values.needed(name)) for name, field in settings.items()}
+    return SCHEMES[values.sampling](**given)
+
+
+def _whole(number: float) -> float:
+    """The number, as an int where it is whole."""
+    return int(number) if math.isfinite(number) and number == int(number) else number
 
 
 def steps_of(values: Flags, sampling: Sampling, num_examples: int) -> int:
@@ -154,7 +119,7 @@ def steps_of(values: Flags, sampling: Sampling, num_examples: int) -> int:
         raise UsageError("one of --steps and --epochs is needed.")
     if values.steps is not None:
         return values.steps
-    epochs = _validation.integer("epochs", values.epochs, minimum=0)
+    epochs = check_integer(values.epochs, "epochs", 0)
     return epochs * sampling.steps_per_epoch(num_examples)
 
 
@@ -163,7 +128,7 @@ def write(values: Flags, record: dict[str, Any], text: str) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: it is written as the string "inf"."""
+    """The value with the string "inf" for infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -243,17 +208,19 @@ def _calibrate(values: Flags, arguments: list[str]) -> None:
     found: float
     if unknown == "batch_size":
         values.refuse("steps", reason="with --solve_for=batch_size; give --epochs")
-        if values.sampling not in _OF_BATCH_SIZE:
+        schemes = _schemes_of_a_batch_size()
+        if values.sampling not in schemes:
             raise UsageError(
-                "--solve_for=batch_size is for --sampling=poisson, fixed_size or shuffled_epochs, "
+                f"--solve_for=batch_size is for --sampling={' or '.join(schemes)}, "
                 f"got {values.sampling}."
             )
-        values.refuse(*_OWN.values(), reason=f"with --sampling={values.sampling}")
+        others = [name for name in _scheme_flags() if name != "batch_size"]
+        values.refuse(*others, reason=f"with --sampling={values.sampling}")
         found = calibrate_batch_size(
             **common,
             noise_multiplier=values.needed("noise_multiplier"),
             epochs=values.needed("epochs"),
-            scheme=_OF_BATCH_SIZE[values.sampling],
+            scheme=schemes[values.sampling],
         )
     else:
         sampling = sampling_of(values)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from accountants.releases import ORDERS, Gaussian, Release, self_convolve
+from accountants.numerics import ORDERS, self_convolve
+from accountants.releases import Gaussian, Release
 
 if TYPE_CHECKING:
     from dp_accounting.pld.pld_pmf import PLDPmf
@@ -222,7 +223,7 @@ def _released(release: Release, count: int, grid: float) -> "PrivacyLossDistribu
 
 
 def _self_compose(pmf: "PLDPmf", count: int) -> "PLDPmf":
-    """As dp_accounting's own, whose bounds on the sum are wide for long distributions."""
+    """The sum of `count` losses; dp_accounting's own has wide bounds for long distributions."""
     if count <= 1_000:
         return _sum_of(pmf, count, _TRUNCATION)
     # In two stages: the rounding of an FFT raised to a power grows with the power.
@@ -275,7 +276,7 @@ def _grid(groups: Sequence[tuple[Release, int]]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class GroupCurve(Curve):
-    """For data sets that differ in `size` examples, from the `curve` for one.
+    """The curve for data sets that differ in `size` examples, from the `curve` for one.
 
     Through size - 1 data sets between, P(S) <= exp(ε) P'(S) + δ chains up to size·ε and
     δ (1 + exp(ε) + ... + exp((size - 1) ε)) (Dwork and Roth 2014, Section 2.3; Vadhan 2017).

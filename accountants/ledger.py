@@ -28,10 +28,10 @@ import secrets
 from types import TracebackType
 from typing import Any
 
-from accountants import _validation
 from accountants.accounting import Accountant, Epsilon, epsilon
 from accountants.mechanisms import TrainingRun
 from accountants.sampling import Relation, Sampling
+from accountants.validation import check_integer
 
 _CHECK_LENGTH = 16
 _SEAL = b" <torn> "
@@ -142,9 +142,9 @@ class Ledger:
             TypeError, ValueError: an argument is of another type or out of range.
         """
         run = TrainingRun(noise_multiplier, sampling, num_examples, steps=0)
-        reserve = _validation.integer("reserve", reserve, minimum=1)
+        reserve = check_integer(reserve, "reserve")
         if max_steps is not None:
-            max_steps = _validation.integer("max_steps", max_steps, minimum=0)
+            max_steps = check_integer(max_steps, "max_steps", 0)
         return LedgerRun(self.path, run, reserve, max_steps)
 
 
@@ -198,7 +198,7 @@ class LedgerRun:
         """
         # The common case, a step within the reservation, is kept short.
         if not (type(steps) is int and steps > 0):
-            steps = _validation.integer("steps", steps, minimum=1)
+            steps = check_integer(steps, "steps")
         if self._file is None or os.getpid() != self._process:
             state = "closed" if self._file is None else "open in the process that forked this one"
             raise LedgerError(f"the run in {self._path} is {state}; nothing can be paid by it.")
@@ -292,17 +292,19 @@ def _open_locked(path: str) -> io.FileIO:
     file = open(path, "ab", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise LedgerError(
-            f"{path} is being written by another run; a ledger takes one writer at a time."
-        ) from None
-    # The name of a new file is on disk only when its folder is.
-    folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        # The name of a new file is on disk only when its folder is.
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except BaseException as error:
+        file.close()  # also on an interrupt, whose traceback may keep the file open, and its lock
+        if isinstance(error, BlockingIOError):
+            raise LedgerError(
+                f"{path} is being written by another run; a ledger takes one writer at a time."
+            ) from None
+        raise
     return file
 
 

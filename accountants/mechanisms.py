@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from accountants import _validation
 from accountants.releases import Release
 from accountants.sampling import RELATIONS, Relation, Sampling
+from accountants.validation import check_choice, check_integer, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,9 +42,9 @@ class TrainingRun:
                 "sampling must be a scheme such as PoissonSampling(batch_size=256), got "
                 f"{self.sampling!r} ({type(self.sampling).__name__})."
             )
-        noise_multiplier = _validation.number("noise_multiplier", self.noise_multiplier)
-        num_examples = _validation.integer("num_examples", self.num_examples, minimum=1)
-        steps = _validation.integer("steps", self.steps, minimum=0)
+        noise_multiplier = check_number(self.noise_multiplier, "noise_multiplier", zero=True)
+        num_examples = check_integer(self.num_examples, "num_examples")
+        steps = check_integer(self.steps, "steps", 0)
         self.sampling.validate(num_examples)
         object.__setattr__(self, "noise_multiplier", noise_multiplier)
         object.__setattr__(self, "num_examples", num_examples)
@@ -66,11 +66,11 @@ class TrainingRun:
         >>> TrainingRun(4.0, FullBatch(), 100, 1).release("replace_one")
         Gaussian(shift=0.5)
         """
-        _validation.one_of("relation", relation, RELATIONS)
+        check_choice(relation, "relation", RELATIONS)
         return self.sampling.release(self.noise_multiplier, self.num_examples, relation)
 
     def group_release(self, relation: Relation, size: int) -> Release | None:
-        """As `release`, for data sets that differ in `size` examples; None if not known."""
+        """The `release` for data sets that differ in `size` examples; None if not known."""
         if size == 1:
             return self.release(relation)
         return self.sampling.group_release(self.noise_multiplier, self.num_examples, relation, size)

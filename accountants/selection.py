@@ -1,4 +1,4 @@
-"""What a search for hyperparameters costs of which only the best trial is released.
+"""The cost of a search for hyperparameters of which only the best trial is released.
 
 Papernot and Steinke 2022: the number of trials is drawn at random, each trial draws a candidate
 (independently of the data), trains and scores it; only the best candidate, its model and its score
@@ -11,16 +11,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from accountants import _validation, curves
+from accountants import curves
 from accountants.accounting import Epsilon, as_runs, check_runs, resolve_relation
 from accountants.mechanisms import TrainingRun
-from accountants.releases import ORDERS, Release
+from accountants.numerics import ORDERS
+from accountants.releases import Release
 from accountants.sampling import Relation, Sampling
+from accountants.validation import argument_message, check_number, check_probability
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomTrials:
-    """How many trials a search makes: a truncated negative binomial or Poisson number.
+    """The number of trials of a search: a truncated negative binomial or Poisson number.
 
     A fixed number of trials costs more than a random one of the same mean, so the number has to be
     drawn, and kept: trying "one more" is another search.
@@ -44,8 +46,11 @@ class RandomTrials:
     def __post_init__(self) -> None:
         shape = self.shape
         if not (isinstance(shape, float) and shape == math.inf):
-            shape = _validation.number("shape", shape)
-        mean = _validation.number("mean", self.mean, minimum=1.0, strict=shape != math.inf)
+            shape = check_number(shape, "shape", zero=True)
+        mean = check_number(self.mean, "mean")
+        if mean < 1 or (mean == 1 and shape != math.inf):
+            least = "of at least" if shape == math.inf else "above"
+            raise ValueError(argument_message("mean", f"a number {least} 1 and finite", self.mean))
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "shape", shape)
 
@@ -125,7 +130,7 @@ def search_epsilon(
     Raises:
         TypeError, ValueError: as for `accountants.epsilon`; `trials` is no RandomTrials.
     """
-    delta = _validation.probability("delta", delta)
+    delta = check_probability(delta, "delta")
     if not isinstance(trials, RandomTrials):
         raise TypeError(f"trials must be RandomTrials(mean=...), got {trials!r}.")
     trial = as_runs(noise_multiplier, sampling, num_examples, steps, runs)

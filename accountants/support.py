@@ -1,38 +1,9 @@
-"""Which scheme is accounted under which relation and by which accountant: found out by asking."""
+"""The schemes, relations and accountants that go together: found out by asking."""
 
 from accountants.accounting import ACCOUNTANTS, Accountant, epsilon
 from accountants.mechanisms import TrainingRun
 from accountants.releases import Gaussian
-from accountants.sampling import (
-    RELATIONS,
-    CyclicPoisson,
-    FixedEpochs,
-    FixedSize,
-    FullBatch,
-    PoissonSampling,
-    RandomAllocation,
-    Relation,
-    ShuffledEpochs,
-    TruncatedPoisson,
-)
-
-_EXAMPLES = (
-    PoissonSampling(10),
-    TruncatedPoisson(10, 20),
-    FixedSize(10),
-    CyclicPoisson(10, bands=4),
-    ShuffledEpochs(10),
-    FixedEpochs(10, epochs=2),
-    RandomAllocation(10),
-    FullBatch(),
-)
-# How many releases a run makes.
-_RATES = {
-    CyclicPoisson: "one every `bands` steps",
-    ShuffledEpochs: "one an epoch",
-    FixedEpochs: "one a run of up to `epochs` epochs",
-    RandomAllocation: "one an epoch",
-}
+from accountants.sampling import RELATIONS, SCHEMES, Relation
 
 
 def table() -> str:
@@ -48,22 +19,21 @@ def table() -> str:
         "| scheme | relation | pld | rdp | zcdp, exact | what is accounted | source |",
         "|---|---|---|---|---|---|---|",
     ]
-    for sampling in _EXAMPLES:
-        run = TrainingRun(2.0, sampling, num_examples=100, steps=10)
+    for kind in SCHEMES.values():
+        run = TrainingRun(2.0, kind.example(), num_examples=100, steps=10)
         for relation in RELATIONS:
             supported = {
                 accountant: _is_supported(run, relation, accountant) for accountant in ACCOUNTANTS
             }
-            name = type(sampling).__name__
+            name = kind.__name__
             if not any(supported.values()):
                 lines.append(f"| `{name}` | `{relation}` | – | – | – | refused | |")
                 continue
             release = run.release(relation)
-            rate = _RATES.get(type(sampling), "one a step")
             if isinstance(release, Gaussian):
-                what = f"an unsampled Gaussian, {rate}"
+                what = f"an unsampled Gaussian, {kind.rate}"
             else:
-                what = f"`releases.{type(release).__name__}`, {rate}"
+                what = f"`{type(release).__name__}`, {kind.rate}"
             unsampled = supported["zcdp"] and supported["exact"]
             columns = (supported["pld"], supported["rdp"], unsampled)
             marks = " | ".join("yes" if column else "–" for column in columns)

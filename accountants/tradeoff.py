@@ -1,4 +1,4 @@
-"""What an attacker can achieve at most, who has to tell from a model whether an example took part.
+"""The most that an attacker can achieve who has to tell whether an example took part.
 
 The attacker knows everything else: the other examples, the network, every noisy gradient sum. All
 figures are upper bounds on such attackers (lower bounds on their errors); what a given attack
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from accountants import _validation
 from accountants.accounting import Accountant, as_runs, compose
 from accountants.curves import Curve, GaussianCurve
 from accountants.mechanisms import TrainingRun
 from accountants.sampling import Relation, Sampling
+from accountants.validation import argument_message, check_number, check_probability
 
 _POINTS = 600
 
@@ -71,9 +71,9 @@ class TradeOff:
         Raises:
             TypeError, ValueError: the rate is no number between 0 and 1.
         """
-        rate = _validation.number("false_positive_rate", false_positive_rate)
+        rate = check_number(false_positive_rate, "false_positive_rate", zero=True)
         if rate > 1.0:
-            raise ValueError(f"false_positive_rate must be at most 1, got {rate!r}.")
+            raise ValueError(argument_message("false_positive_rate", "a number from 0 to 1", rate))
         if isinstance(self.curve, GaussianCurve):
             from scipy import special
 
@@ -108,7 +108,7 @@ class TradeOff:
         Raises:
             TypeError, ValueError: `floor` is not strictly between 0 and 1.
         """
-        floor = _validation.probability("floor", floor)
+        floor = check_probability(floor, "floor")
         if isinstance(self.curve, GaussianCurve):
             return self.curve.shift
         epsilons, deltas = self._profile

@@ -9,7 +9,13 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
-__all__ = ["check_choice", "check_integer", "check_number", "check_probability"]
+__all__ = [
+    "argument_message",
+    "check_choice",
+    "check_integer",
+    "check_number",
+    "check_probability",
+]
 
 
 def check_integer(value: Any, name: str, least: int = 1) -> int:
@@ -19,9 +25,9 @@ def check_integer(value: Any, name: str, least: int = 1) -> int:
     3
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(_message(name, f"an integer of at least {least}", value))
+        raise TypeError(argument_message(name, f"an integer of at least {least}", value))
     if value < least:
-        raise ValueError(_message(name, f"an integer of at least {least}", value))
+        raise ValueError(argument_message(name, f"an integer of at least {least}", value))
     return int(value)
 
 
@@ -34,9 +40,9 @@ def check_number(value: Any, name: str, zero: bool = False, below: float = math.
     least = "of at least 0" if zero else "above 0"
     accepted = f"a number {least} and {'finite' if below == math.inf else f'below {below:g}'}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(_message(name, accepted, value))
+        raise TypeError(argument_message(name, accepted, value))
     if not (0 <= value if zero else 0 < value) or not value < below:  # NaN is none of them
-        raise ValueError(_message(name, accepted, value))
+        raise ValueError(argument_message(name, accepted, value))
     return float(value)
 
 
@@ -48,9 +54,9 @@ def check_probability(value: Any, name: str) -> float:
     """
     accepted = "a number strictly between 0 and 1"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(_message(name, accepted, value))
+        raise TypeError(argument_message(name, accepted, value))
     if not 0 < value < 1:
-        raise ValueError(_message(name, accepted, value))
+        raise ValueError(argument_message(name, accepted, value))
     return float(value)
 
 
@@ -61,9 +67,14 @@ def check_choice(value: Any, name: str, accepted: Collection[str]) -> str:
     'pld'
     """
     if not isinstance(value, str) or value not in accepted:
-        raise ValueError(_message(name, f"one of {', '.join(map(repr, accepted))}", value))
+        raise ValueError(argument_message(name, f"one of {', '.join(map(repr, accepted))}", value))
     return value
 
 
-def _message(name: str, accepted: str, value: Any) -> str:
+def argument_message(name: str, accepted: str, value: Any) -> str:
+    """The message of an argument that is not what is accepted.
+
+    >>> argument_message("rate", "a number from 0 to 1", 2)
+    '`rate` must be a number from 0 to 1; got 2.'
+    """
     return f"`{name}` must be {accepted}; got {value!r}."

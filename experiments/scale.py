@@ -113,7 +113,7 @@ def schemes(examples, batch_size):
             start = time.process_time()
             drawn.draw(index)
             seconds.append(time.process_time() - start)
-        kept = sum(array.nbytes for array in drawn._drawn.values())
+        kept = sum(array.nbytes for array in drawn.draws.kept)
         found[type(sampling).__name__] = {
             "bytes_an_example": kept / examples,
             "first_s": seconds[0],

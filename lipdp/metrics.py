@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 from lipdp.losses.base import one_hot, squeeze_labels
 
 __all__ = ["CertifiedAccuracy"]

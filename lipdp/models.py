@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
+from accountants.validation import check_integer, check_number
 from lipdp import layers
-from lipdp._validation import check_number
 
 __all__ = [
     "conv_net",
@@ -59,7 +59,7 @@ def mlp(
     >>> mlp((28, 28, 1), 10, depth=3).output_shape
     (None, 10)
     """
-    _check("depth", depth, depth >= 1, "a positive integer")
+    check_integer(depth, "depth")
     _check_width(width, 2)
     hidden = []
     for _ in range(depth - 1):
@@ -147,11 +147,12 @@ def cosine_net(
     >>> cosine_net((28, 28, 1), 10).output_shape
     (None, 10)
     """
-    for name, value in (("kernel_size", kernel_size), ("strides", strides), ("pool", pool)):
-        _check(name, value, value >= 1, "a positive integer")
+    kernel_size = check_integer(kernel_size, "kernel_size")
+    strides, pool = check_integer(strides, "strides"), check_integer(pool, "pool")
     _check_image(input_shape, kernel_size + (pool - 1) * strides)
     entries = kernel_size**2 * input_shape[-1]
-    _check("filters", filters, 1 <= filters < entries, f"from 1 to {entries - 1}")
+    if check_integer(filters, "filters") >= entries:
+        raise ValueError(f"`filters` must be below {entries}; got {filters!r}.")
     waves = layers.SpectralConv2D(2 * filters, kernel_size, strides=strides, use_bias=False)
     network = _sequential(
         "cosine_net",
@@ -214,7 +215,8 @@ def vgg(
     >>> vgg((32, 32, 3), 10, width=8).output_shape
     (None, 10)
     """
-    _check("depth", depth, depth in _VGG, f"one of {sorted(_VGG)}")
+    if check_integer(depth, "depth") not in _VGG:
+        raise ValueError(f"`depth` must be one of {sorted(_VGG)}; got {depth!r}.")
     _check_image(input_shape, 8)
     _check_width(width, 2)
     body = []
@@ -256,7 +258,8 @@ def resnet(
     >>> resnet((32, 32, 3), 10, depth=6, width=8).output_shape
     (None, 10)
     """
-    _check("depth", depth, depth in (6, 8, 10), "6, 8 or 10")
+    if check_integer(depth, "depth") not in (6, 8, 10):
+        raise ValueError(f"`depth` must be 6, 8 or 10; got {depth!r}.")
     _check_image(input_shape, 8)
     _check_width(width, 2)
     blocks = (depth - 2) // 2
@@ -298,7 +301,7 @@ def mixer(
     >>> mixer((32, 32, 3), 10, width=8).output_shape
     (None, 10)
     """
-    _check("depth", depth, depth >= 1, "a positive integer")
+    check_integer(depth, "depth")
     _check_image(input_shape, 2)
     _check_width(width, 2)
     inputs, x = _front(input_shape, radius, centred=True)
@@ -340,11 +343,11 @@ def vision_transformer(
     >>> vision_transformer((32, 32, 3), 10, width=8).output_shape
     (None, 10)
     """
-    for name, value in (("depth", depth), ("heads", heads)):
-        _check(name, value, value >= 1, "a positive integer")
+    depth, heads = check_integer(depth, "depth"), check_integer(heads, "heads")
     _check_image(input_shape, 2)
     _check_width(width, 2)
-    _check("heads", heads, width % heads == 0, f"a divisor of width={width}")
+    if width % heads:
+        raise ValueError(f"`heads` must be a divisor of width={width}; got {heads!r}.")
     inputs, x = _front(input_shape, radius, centred=True)
     x = layers.PatchEmbedding(width, patch_size, use_bias=False)(x)
     positions = x.shape[1]
@@ -388,7 +391,7 @@ def text_classifier(
     (None, 2)
     """
     for name, value in (("vocabulary", vocabulary), ("length", length), ("depth", depth)):
-        _check(name, value, value >= 1, "a positive integer")
+        check_integer(value, name)
     _check_width(width, 2)
     body = [layers.EmbeddingBag(vocabulary, width, mask_zero=mask_zero)]
     for _ in range(depth - 1):
@@ -504,18 +507,9 @@ def _head(classes):
     return layers.SpectralDense(classes, use_bias=False, name="logits")
 
 
-def _check(name, value, holds, accepted):
-    if isinstance(value, bool) or not isinstance(value, int) or not holds:
-        raise ValueError(f"`{name}` must be {accepted}; got {value!r}.")
-
-
 def _check_width(width, multiple):
-    _check(
-        "width",
-        width,
-        isinstance(width, int) and width >= multiple and width % multiple == 0,
-        f"a positive multiple of {multiple}",
-    )
+    if check_integer(width, "width") % multiple:
+        raise ValueError(f"`width` must be a multiple of {multiple}; got {width!r}.")
 
 
 def _check_image(input_shape, least):

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 from lipdp.autodiff import compiled, gradient
 from lipdp.bounds.rule import measuring
 from lipdp.bounds.walk import UNIT, network_bounds, trace

@@ -18,8 +18,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from accountants.validation import check_integer, check_number, check_probability
 from lipdp.audit.claims import Claim
 from lipdp.data.sources import as_array, open_source
+from lipdp.inspection.check import final_activation
 from lipdp.report import RichText
 
 __all__ = ["Membership", "MembershipRow", "Signals", "infer_membership", "lira"]
@@ -76,8 +78,7 @@ class Signals:
                 "`model` must be a Sequential or functional keras.Model, or a PrivateModel; got "
                 f"{type(network).__name__}."
             )
-        if not temperature > 0 or not math.isfinite(temperature):
-            raise ValueError(f"`temperature` must be positive and finite; got {temperature!r}.")
+        temperature = check_number(temperature, "temperature")
         source = open_source(x, y, network)
         outputs = np.asarray(network.predict(source.x, verbose=0), np.float64)
         if outputs.ndim != 2:
@@ -147,9 +148,8 @@ class Signals:
 
 
 def _gives_probabilities(network, outputs):
-    last = network.outputs[0]._keras_history.operation
-    name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
-    if name.lower() in ("softmax", "sigmoid"):
+    _, activation = final_activation(network)
+    if activation in ("softmax", "sigmoid"):
         return True
     distributions = outputs.min() >= 0 and np.allclose(outputs.sum(axis=1), 1.0, atol=1e-3)
     return bool(distributions and outputs.shape[1] > 1)
@@ -240,8 +240,8 @@ def lira(
     Raises:
         TypeError, ValueError: `shadows` is odd or below 2, or data that do not fit.
     """
-    if isinstance(shadows, bool) or not isinstance(shadows, int) or shadows < 2 or shadows % 2:
-        raise ValueError(f"`shadows` must be an even number from 2 on; got {shadows!r}.")
+    if check_integer(shadows, "shadows", least=2) % 2:
+        raise ValueError(f"`shadows` must be even; got {shadows!r}.")
     pairs = [(as_array(x, "x"), as_array(y, "y")) for x, y in (members, nonmembers)]
     x, y = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
     # For each example, in which half of the shadow models it is.
@@ -428,14 +428,12 @@ def infer_membership(
     >>> [row.group for row in found.rows]
     ['all', 'class 0', 'class 1']
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"`confidence` must lie strictly between 0 and 1; got {confidence!r}.")
+    confidence = check_probability(confidence, "confidence")
     if not attacks and not scores or any(a not in ATTACKS for a in attacks):
         raise ValueError(f"`attacks` must be some of {ATTACKS}; got {attacks!r}.")
-    if any(not 0 < rate < 1 for rate in false_positive_rates):
-        raise ValueError(
-            f"`false_positive_rates` must lie strictly between 0 and 1; got {false_positive_rates}."
-        )
+    false_positive_rates = [
+        check_probability(rate, "false_positive_rates") for rate in false_positive_rates
+    ]
     inside, outside = (
         Signals.of(model, x, y, from_logits, temperature) for x, y in (members, nonmembers)
     )

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from accountants.validation import check_integer, check_probability
 from lipdp import losses
 from lipdp.audit.claims import Claim
 from lipdp.autodiff import gradient
@@ -92,7 +93,7 @@ def epsilon_lower_bound(
     Raises:
         TypeError, ValueError: as for `p_value`; `confidence` is not between 0 and 1.
     """
-    level = 1 - _check_confidence(confidence)
+    level = 1 - check_probability(confidence, "confidence")
     below, _ = _boundary(lambda e: p_value(canaries, guesses, correct, e, delta) < level, _MOST)
     return below
 
@@ -171,7 +172,7 @@ def gaussian_lower_bound(
         TypeError, ValueError: as for `p_value_of_curve` and `epsilon_lower_bound`.
     """
     m, r, v = _counts(canaries, guesses, correct)
-    level = 1 - _check_confidence(confidence)
+    level = 1 - check_probability(confidence, "confidence")
     below, _ = _boundary(
         lambda mu: _refuted(m, r, v, functools.partial(_gaussian, mu), level), 10.0
     )
@@ -200,21 +201,15 @@ def _boundary(holds, highest):
 
 
 def _counts(canaries, guesses, correct):
-    for name, value in (("canaries", canaries), ("guesses", guesses), ("correct", correct)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"`{name}` must be an integer; got {value!r}.")
-    if not 0 <= correct <= guesses <= canaries or guesses == 0:
+    canaries = check_integer(canaries, "canaries")
+    guesses = check_integer(guesses, "guesses")
+    correct = check_integer(correct, "correct", least=0)
+    if not correct <= guesses <= canaries:
         raise ValueError(
-            "there must be 0 <= correct <= guesses <= canaries, and a guess; got "
+            "`correct` must be at most `guesses`, and `guesses` at most `canaries`; got "
             f"correct={correct}, guesses={guesses}, canaries={canaries}."
         )
-    return int(canaries), int(guesses), int(correct)
-
-
-def _check_confidence(value):
-    if not isinstance(value, (int, float)) or not 0 < value < 1:
-        raise ValueError(f"`confidence` must lie strictly between 0 and 1; got {value!r}.")
-    return float(value)
+    return canaries, guesses, correct
 
 
 # --- canaries and scores --------------------------------------------------------------------
@@ -373,7 +368,7 @@ class OneRun:
         delta = claim.delta if delta is None and claim is not None else delta
         if delta is None:
             raise ValueError("`delta` must be given where there is no claim.")
-        _check_confidence(confidence)
+        check_probability(confidence, "confidence")
         if guesses is None:
             guesses = sorted({2 * max(1, m // (2 * 2**i)) for i in range(1, 7)} & {*range(m + 1)})
         if not guesses or any(not 2 <= r <= m or r % 2 for r in guesses):

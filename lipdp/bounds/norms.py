@@ -14,6 +14,8 @@ import numpy as np
 from keras import ops
 from scipy import stats
 
+from accountants.validation import check_choice, check_integer
+
 Tensor = Any
 
 __all__ = [
@@ -39,6 +41,12 @@ _ROUNDING = 1e-5
 _GAP = 0.05
 # Rows of the probe: wider probes need fewer products, each of them dearer.
 _PROBES = 16
+# What is allowed for in the norm of the probe's image: the rounding of the recurrence, which moves
+# it by far less than 1 % of its size, and the gap of its own bound.
+_RECURRENCE = 1.01
+_PROBE_GAP = 0.03
+# Values of `a` that are tried.
+_CANDIDATES = 5
 # The reciprocal of a larger number underflows on JAX: norms of larger tensors are infinite.
 _HUGE = 1e37
 # What the FFT certificate of a convolution may hold in memory, in numbers.
@@ -171,7 +179,7 @@ def probe_shape(kernel_shape: Sequence[int]) -> tuple[int, int]:
 
 
 def probable_norm_bound(
-    kernel: Tensor, probe: Tensor, expected: float = 1.0, gap: float = 0.1
+    kernel: Tensor, probe: Tensor, radius: float = 1.0, gap: float = 0.1
 ) -> Tensor:
     """Upper bound of the largest singular value that fails with probability 1e-20 at most.
 
@@ -184,9 +192,25 @@ def probable_norm_bound(
 
     whenever `‖Xv‖ ≥ ξ`; if `λ < a` the right-hand side is at least `a` anyway. `‖Xv‖²` is
     chi-square with 16 degrees of freedom whatever `v` is, so with `ξ²` its 1e-20 quantile the
-    bound fails with probability 1e-20 at most. `a` may depend on `X`: the event does not. The
-    randomised lower tail is that of Halko, Martinsson & Tropp (2011), section 4.3; the
-    polynomial is what makes a flat spectrum cost `k ~ 1/√gap` instead of `1/gap` products.
+    bound fails with probability 1e-20 at most. The randomised lower tail is that of Halko,
+    Martinsson & Tropp (2011), section 4.3; the polynomial is what makes a flat spectrum cost
+    `k ~ 1/√gap` instead of `1/gap` products.
+
+    The event `‖Xv‖ ≥ ξ` does not depend on `a`. On it the inequality holds for all `a` at once,
+    so `a` may depend on `X` and `W`, and the smallest of several bounds holds with the same
+    probability. The choice of `a` decides how tight the bound is:
+
+    - If `λ ≤ a`, no eigenvalue of `T_k(2A/a − I)` is above 1 and `s(Y) ≤ s(X)`. By Davidson &
+      Szarek (2001), `s(X) ≤ √n + √16 + 6` but with probability 2e-8. That makes the bound at
+      most `a·c²`, with `c` about `1 + gap`. The first `a` is `(radius/c)²`: a matrix of norm up
+      to `radius/c` is told to be inside the ball of `radius`.
+    - A larger norm would be overestimated by up to `c²`. So five values of `a` are tried, a
+      quarter of `gap` apart in the norm, up to `(radius·(1 + gap)/c)²`; the one just above `λ`
+      gives at most `(1 + gap/4)·c` times the norm. The products are the same: `T_k(2A/b − I)` is
+      a combination of the `T_j(2A/a − I)` with `j ≤ k`.
+
+    However often a matrix is multiplied by `radius` and divided by its bound, with fresh probes,
+    it therefore stops at a norm of at least `radius/((1 + gap/4)·c)`.
 
     `A` has the side of the columns, also where there are fewer rows: that is the order in which
     both products are fast, and eigenvalues of zero take nothing from the tightness.
@@ -196,9 +220,8 @@ def probable_norm_bound(
     Args:
         kernel: float tensor of shape `(m, n)`.
         probe: standard normal tensor of shape `probe_shape((m, n))`.
-        expected: the norm at which the bound should be sharpest (a radius). Only the tightness
-            depends on it.
-        gap: relative distance to the true norm that is aimed at when the norm is `expected`.
+        radius: the norm that the bound is compared with. Only the tightness depends on it.
+        gap: relative distance to the true norm that is aimed at for norms up to the radius.
 
     Returns:
         A scalar tensor, never above the Frobenius norm (rounded up).
@@ -211,6 +234,10 @@ def probable_norm_bound(
     """
     rows, columns = kernel.shape
     threshold = math.sqrt(stats.chi2.ppf(FAILURE_PROBABILITY, _PROBES))
+    # For a flat spectrum s(Y) is about s(X) <= √columns + √probes + 2.
+    ratio = (math.sqrt(columns) + math.sqrt(_PROBES) + 2.0) / threshold
+    degree = math.ceil(math.acosh(ratio) / math.acosh(2.0 * (1.0 + gap) ** 2 - 1.0))
+    ratios, combinations = _candidates(degree, gap)
 
     def gram(y):
         # `y·Wᵀ·W`. Written so that the kernel is the left factor, which processors multiply with
@@ -221,20 +248,28 @@ def probable_norm_bound(
     # Rayleigh quotients are below λ: with `a` at least a fraction of them nothing overflows.
     first = gram(probe)
     rayleigh = ops.max(ops.sum(first * probe, axis=1) / ops.sum(ops.square(probe), axis=1))
-    a = ops.maximum(rayleigh, expected**2)
-    # For a flat spectrum s(Y) is about s(X) <= √columns + √probes + 2.
-    ratio = (math.sqrt(columns) + math.sqrt(_PROBES) + 2.0) / threshold
-    degree = math.ceil(math.acosh(ratio) / math.acosh(2.0 * (1.0 + gap) ** 2 - 1.0))
-    previous, current = probe, 2.0 / a * first - probe
+    # (1 + cosh(x))/2 = cosh²(x/2).
+    largest = _RECURRENCE * (1.0 + _PROBE_GAP) * (ratio + 4.0 / threshold)
+    tightness = math.cosh(math.acosh(largest) / degree / 2.0) * _rounding(rows, columns)
+    a = ops.maximum(rayleigh, (radius / tightness) ** 2)
+    blocks = [probe, 2.0 / a * first - probe]
     for _ in range(degree - 1):
-        previous, current = current, 4.0 / a * gram(current) - 2.0 * current - previous
-    # 1 %: the rounding of the recurrence, which moves Y by far less than that of its size.
-    growth = ops.maximum(1.01 * spectral_norm_bound(current) / threshold, 1.0)
+        blocks.append(4.0 / a * gram(blocks[-1]) - 2.0 * blocks[-1] - blocks[-2])
+    blocks = ops.stack(blocks)
+    candidates = ops.tensordot(ops.convert_to_tensor(combinations, blocks.dtype), blocks, axes=1)
+    # The rounding of the blocks, which may be larger than their combination.
+    sizes = euclidean_norm(ops.reshape(blocks, (degree + 1, -1)), axis=1)
+    noise = ops.matmul(ops.convert_to_tensor(np.abs(combinations), blocks.dtype), sizes)
+    noise = noise * (10.0 * (_rounding(rows, columns) - 1.0))
+    tops = _RECURRENCE * spectral_norm_bound(candidates, _PROBE_GAP) + noise
+    growth = ops.maximum(tops / threshold, 1.0)
     # arccosh(x) = log(x + √(x² − 1)), written so that a large x does not overflow.
     log_growth = ops.log(growth) + ops.log(1.0 + ops.sqrt(1.0 - ops.square(1.0 / growth)))
-    bound = ops.sqrt(a * (1.0 + ops.cosh(log_growth / degree)) / 2.0) * _rounding(rows, columns)
+    bounds = ops.sqrt(a) * ops.convert_to_tensor(ratios, blocks.dtype)
+    bounds = bounds * ops.cosh(log_growth / degree / 2.0) * _rounding(rows, columns)
+    bound = ops.min(ops.where(ops.isfinite(bounds), bounds, math.inf))
     # The Frobenius norm is smaller for matrices of few singular values, and where the norm is far
-    # from what was expected and the recurrence overflows. A few rows tell that it is not.
+    # above the radius and the recurrence overflows. A few rows tell that it is not.
     few = euclidean_norm(kernel[: -(-rows // 8)])
 
     def smaller():
@@ -244,11 +279,22 @@ def probable_norm_bound(
     return ops.cond(bound <= few, lambda: bound, smaller)
 
 
+def _candidates(degree, gap):
+    """`√(b/a)` for each `b` that is tried, and `T_k(2x/b − 1)` in terms of `T_j(2x/a − 1)`."""
+
+    def polynomial(y, ratio):
+        return np.cos(degree * np.arccos(np.clip((y + 1.0) / ratio**2 - 1.0, -1.0, 1.0)))
+
+    ratios = np.geomspace(1.0, 1.0 + gap, _CANDIDATES)
+    interpolate = np.polynomial.chebyshev.chebinterpolate
+    return ratios, np.stack([interpolate(polynomial, degree, (ratio,)) for ratio in ratios])
+
+
 def _per_axis(value, axes, name):
     values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes or any(v < 1 for v in values):
-        raise ValueError(f"`{name}` must be {axes} positive integers or one; got {value!r}.")
-    return values
+    if len(values) != axes:
+        raise ValueError(f"`{name}` must be an integer or {axes} of them; got {value!r}.")
+    return tuple(check_integer(v, name) for v in values)
 
 
 def _axes(kernel_shape, input_shape, strides, dilation_rate):
@@ -269,8 +315,7 @@ def _axes(kernel_shape, input_shape, strides, dilation_rate):
 
 def _geometry(kernel_shape, input_shape, strides, padding, dilation_rate):
     """(kernel, input, stride, dilation, outputs) of each spatial axis of a convolution."""
-    if padding not in ("valid", "same", "causal"):
-        raise ValueError(f"`padding` must be 'valid', 'same' or 'causal'; got {padding!r}.")
+    check_choice(padding, "padding", ("valid", "same", "causal"))
     geometry = []
     for k, n, s, d in _axes(kernel_shape, input_shape, strides, dilation_rate):
         reach = (k - 1) * d + 1
@@ -484,8 +529,7 @@ def _conv_norm_bounds(split, input_shape, strides, padding, dilation_rate, certi
 
 def _kernel_norm_bounds(split, multiplicity, grid, dilations, certificate):
     """Of each kernel of a stack `(kernels, taps..., a, b)`; see `conv_norm_bound`."""
-    if certificate not in ("auto", "fft", "reshaped"):
-        raise ValueError(f"`certificate` must be 'auto', 'fft' or 'reshaped'; got {certificate!r}.")
+    check_choice(certificate, "certificate", ("auto", "fft", "reshaped"))
     kernels, *sizes, rows, columns = split.shape
     taps = math.prod(sizes)
     # The kernel is real: opposite frequencies have the same singular values.

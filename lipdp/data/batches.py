@@ -1,4 +1,4 @@
-"""Data sources to batches, drawn as the sampling scheme says."""
+"""Batches of a data source, drawn as the sampling scheme says."""
 
 import concurrent.futures
 import dataclasses
@@ -11,17 +11,7 @@ import numpy as np
 from keras import tree
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
-from accountants import (
-    CyclicPoisson,
-    FixedEpochs,
-    FixedSize,
-    FullBatch,
-    PoissonSampling,
-    RandomAllocation,
-    ShuffledEpochs,
-    TruncatedPoisson,
-)
-from accountants.sampling import Sampling
+from accountants.sampling import Draws, Sampling
 from lipdp.data.sources import Arrays, Records, Stream, as_array, padded
 from lipdp.devices import SINGLE_DEVICE, Devices
 from lipdp.randomness import RandomSource
@@ -50,7 +40,10 @@ class DrawnBatch:
     noise: np.ndarray | None = None
 
     def as_data(self) -> tuple:
-        """What Keras' loops hand to `train_step`; key, weights, noise travel with the inputs."""
+        """The tuple that Keras' loops hand to `train_step`.
+
+        Key, weights and noise travel with the inputs.
+        """
         features = {"inputs": self.inputs, "key": self.key}
         for name, value in (("weights", self.weights), ("noise", self.noise)):
             if value is not None:
@@ -58,8 +51,9 @@ class DrawnBatch:
         return (features, self.targets, self.mask)
 
     def parts(self, number: int, first: bool = True) -> list["DrawnBatch"]:
-        """The rows in equally many for each device. All have the key; noise of the host goes with
-        the first part of all only, to be added once.
+        """The rows, cut into equal parts for the devices.
+
+        All parts have the key. Noise of the host goes with the first of all, to be added once.
 
         Args:
             number: how many, a divisor of the rows.
@@ -91,7 +85,7 @@ def padding_multiple(
     compiled: bool = False,
     replicas: int = 1,
 ) -> int:
-    """What the rows of a batch are padded to a multiple of: a constant of the scheme.
+    """The number to a multiple of which the rows of a batch are padded: a constant of the scheme.
 
     Args:
         sampling: how batches are drawn.
@@ -100,6 +94,7 @@ def padding_multiple(
         compiled: whether each shape of a batch is compiled.
         replicas: devices that share out the rows.
 
+    >>> from accountants import FullBatch, PoissonSampling
     >>> padding_multiple(PoissonSampling(1000), 1000.0, compiled=True)
     32
     >>> padding_multiple(FullBatch(), 1000.0)
@@ -107,10 +102,8 @@ def padding_multiple(
     """
     if physical_batch_size is not None:
         return physical_batch_size * replicas
-    bucket = 1
-    if isinstance(sampling, TruncatedPoisson):
-        bucket = sampling.physical_batch_size
-    elif compiled and isinstance(sampling, (PoissonSampling, CyclicPoisson, RandomAllocation)):
+    bucket = sampling.padded_size or 1
+    if sampling.padded_size is None and sampling.varying_size and compiled:
         # XLA compiles for each shape: about six lie within the batch size's spread.
         bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(expected_batch_size))))
     return -(-bucket // replicas) * replicas
@@ -255,7 +248,12 @@ class DrawnBatches:
         self.epoch = 0
         self.steps_taken = steps_taken
         self.devices = devices
-        self._drawn = {}
+        self.draws = Draws(
+            len(examples),
+            steps,
+            lambda *place: self.source.generator(*self.position, *place),
+            in_order=isinstance(examples, Stream),
+        )
         self._lock = threading.Lock()
         self._ahead = (None, None)  # (epoch, index), and the future of that batch
         self._worker = concurrent.futures.ThreadPoolExecutor(1)
@@ -280,7 +278,7 @@ class DrawnBatches:
         Raises:
             RuntimeError: a batch was drawn and left out.
         """
-        expected = self._step(self.epoch, steps)
+        expected = self.draws.step(self.epoch, steps).step
         if self.steps_taken is None or self.steps_taken() == expected or self._independent():
             return
         raise RuntimeError(
@@ -288,12 +286,8 @@ class DrawnBatches:
             f"drawn in this run and {self.steps_taken()} trained on. The run has to end here."
         )
 
-    def _step(self, epoch, index):
-        """The number in the run, from 0, of step `index` of an epoch."""
-        return (epoch - 1) * self.steps + index
-
     def _independent(self):
-        """Whether any choice of the steps is accounted as so many steps are."""
+        """Tells whether any choice of the steps is accounted as so many steps are."""
         n, steps = len(self.examples), 2 * self.steps
         return self.sampling.participations(n, steps) == steps
 
@@ -321,14 +315,19 @@ class DrawnBatches:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     def draw(self, index: int, epoch: int | None = None) -> DrawnBatch:
-        """The `DrawnBatch` of step `index` of an epoch, by default the one that runs."""
+        """The `DrawnBatch` of step `index` of an epoch, by default the one that runs.
+
+        Raises:
+            TypeError: `sampling` is no scheme.
+        """
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"No batches can be drawn as {self.sampling!r} says.")
         epoch = self.epoch if epoch is None else epoch
-        place = (*self.position, epoch, index)
-        rows = self._rows(place, epoch, index)
+        rows = self.sampling.rows(self.draws.step(epoch, index))
         size = max(1, -(-len(rows) // self.bucket)) * self.bucket
         size //= self.devices.processes
         rows = rows[self.devices.process * size :][:size]
-        return self._batch(rows, size, self.source.key(*place))
+        return self._batch(rows, size, self.source.key(*self.position, epoch, index))
 
     def blank(self) -> DrawnBatch:
         """Padding alone, in the shapes and types of a drawn batch. Nothing is drawn or read."""
@@ -340,56 +339,6 @@ class DrawnBatches:
         mask[: len(rows)] = 1.0
         weights = None if self.weights is None else padded(self.weights, rows, size)
         return DrawnBatch(*self.examples.take(rows, size), mask, key, weights, self.draw_noise())
-
-    def _rows(self, place, epoch, index):
-        """Which examples step `index` takes, exactly as the scheme's accounting wants them drawn.
-
-        Raises:
-            TypeError: the scheme is none of those that are drawn here.
-        """
-        n, sampling, run = len(self.examples), self.sampling, self.position
-        if isinstance(sampling, FullBatch):
-            return np.arange(n)
-        if isinstance(sampling, (PoissonSampling, TruncatedPoisson, FixedSize)):
-            generator = self.source.generator(*place)
-            if isinstance(sampling, FixedSize):
-                count = sampling.batch_size
-            else:
-                # A binomial number of distinct examples is what n independent coins give.
-                count = generator.binomial(n, sampling.sampling_probability(n))
-            if isinstance(sampling, TruncatedPoisson):
-                count = min(count, sampling.physical_batch_size)
-            return np.sort(generator.choice(n, count, replace=False, shuffle=False))
-        if isinstance(sampling, CyclicPoisson):
-            groups = self._once(run, lambda generator: _assigned(generator, n, sampling.bands))
-            turn = self._step(epoch, index) % sampling.bands
-            # A coin for every example, of which those of the group count: no list of the group.
-            generator = self.source.generator(*place)
-            count = generator.binomial(n, sampling.sampling_probability(n))
-            rows = np.sort(generator.choice(n, count, replace=False, shuffle=False))
-            return rows[groups[rows] == turn]
-        if isinstance(sampling, (ShuffledEpochs, FixedEpochs)):
-            start, end = (min(n, i * sampling.batch_size) for i in (index, index + 1))
-            if isinstance(self.examples, Stream):
-                return np.arange(start, end)  # in its own order
-            where = run if isinstance(sampling, FixedEpochs) else (*run, epoch)
-            order = self._once(where, lambda generator: _shuffled(generator, n))
-            return order[start:end].astype(np.int64)
-        if isinstance(sampling, RandomAllocation):
-            steps = self._once((*run, epoch), lambda generator: _assigned(generator, n, self.steps))
-            return np.flatnonzero(steps == index)
-        raise TypeError(f"No batches can be drawn as {sampling!r} says.")
-
-    def _once(self, place, draw):
-        """What is drawn once an epoch, or a run; also where a loop prefetches from several threads.
-        With two draws an example could take part twice.
-        """
-        with self._lock:
-            if place not in self._drawn:
-                drawn = draw(self.source.generator(*place))
-                kept = dict([*self._drawn.items()][-1:])  # a loop may still ask for the last one
-                self._drawn = {**kept, place: drawn}
-            return self._drawn[place]
 
 
 class KerasBatches(DataAdapter):
@@ -411,17 +360,3 @@ class KerasBatches(DataAdapter):
 
     def on_epoch_begin(self):
         self.drawn.on_epoch_begin()
-
-
-# What a scheme keeps of every example is as small as its range allows: 10⁹ of them are 1 to 4 GB.
-
-
-def _assigned(generator, n, parts):
-    """For each of n examples one of so many parts, independently."""
-    return generator.integers(parts, size=n, dtype=np.min_scalar_type(parts - 1))
-
-
-def _shuffled(generator, n):
-    order = np.arange(n, dtype=np.min_scalar_type(max(n - 1, 0)))
-    generator.shuffle(order)
-    return order

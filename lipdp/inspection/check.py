@@ -11,7 +11,7 @@ from lipdp.bounds.projections import Projection
 from lipdp.bounds.walk import rule_of, trace
 from lipdp.report import RichText, number
 
-__all__ = ["Check", "LayerCheck", "check", "check_trainable"]
+__all__ = ["Check", "LayerCheck", "check", "check_trainable", "final_activation"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +188,17 @@ def check_trainable(network: keras.Model) -> None:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
     for problem in _imprecise(network):
         raise ValueError(problem)
+
+
+def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
+    """The layer that makes the output, also where it is the last of a model within the model, and
+    the name of its activation in small letters: its own name where it has none.
+    """
+    last = network.outputs[0]._keras_history.operation
+    if isinstance(last, keras.Model):
+        return final_activation(last)
+    name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
+    return last, name.lower()
 
 
 def _call(network):

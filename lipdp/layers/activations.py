@@ -6,6 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from accountants.validation import check_integer
 from lipdp.bounds import Call, Rule, lipschitz
 
 
@@ -34,9 +35,7 @@ class GroupSort(keras.layers.Layer):
 
     def __init__(self, n: int = 2, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if not isinstance(n, int) or n < 2:
-            raise ValueError(f"`n` must be an integer of at least 2; got {n!r}.")
-        self.n = n
+        self.n = check_integer(n, "n", least=2)
         self.supports_masking = True
 
     def build(self, input_shape):

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_integer, check_number
 from lipdp.bounds import Call, Rule
 from lipdp.bounds.projections import SpectralBall
 from lipdp.bounds.rule import matrix_norm, minimum, size
@@ -72,11 +72,8 @@ class LipschitzAttention(Projected):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        for name, value in (("num_heads", num_heads), ("key_dim", key_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
-        self.num_heads = num_heads
-        self.key_dim = key_dim
+        self.num_heads = check_integer(num_heads, "num_heads")
+        self.key_dim = check_integer(key_dim, "key_dim")
         self.temperature = check_number(temperature, "temperature")
         self.radius = check_number(radius, "radius")
         if self.radius**2 / self.temperature > _LARGEST:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_integer, check_number
 from lipdp.bounds import Call, Rule, lipschitz, norms
 from lipdp.bounds.projections import ConvBall, NormBall, SpectralBall
 from lipdp.bounds.rule import root_of_squares, vector_norm
@@ -108,7 +108,7 @@ class SandwichDense(_Block):
         **kwargs: Any,
     ) -> None:
         super().__init__(use_bias, bias_norm, kernel_initializer, **kwargs)
-        self.units = _positive(units, "units")
+        self.units = check_integer(units, "units")
         self.hidden = _optional(hidden, "hidden")
 
     def build(self, input_shape):
@@ -243,7 +243,7 @@ class ConvexPotentialConv2D(_Block):
         sizes = (kernel_size,) * 2 if isinstance(kernel_size, int) else tuple(kernel_size)
         if len(sizes) != 2:
             raise ValueError(f"`kernel_size` must be an integer or two; got {kernel_size!r}.")
-        self.kernel_size = tuple(_positive(k, "kernel_size") for k in sizes)
+        self.kernel_size = tuple(check_integer(k, "kernel_size") for k in sizes)
         self.certificate = certificate
 
     def build(self, input_shape):
@@ -336,11 +336,5 @@ def _check(fits, kernel):
         )
 
 
-def _positive(value, name):
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
-    return value
-
-
 def _optional(value, name):
-    return None if value is None else _positive(value, name)
+    return None if value is None else check_integer(value, name)

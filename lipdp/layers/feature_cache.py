@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from accountants.validation import check_integer
 from lipdp._version import __version__
 
 
@@ -58,8 +59,7 @@ def cached_features(
     """
     if not isinstance(network, keras.layers.Layer):
         raise TypeError(f"`network` must be a Keras layer or model; got {type(network).__name__}.")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be a positive integer; got {batch_size!r}.")
+    batch_size = check_integer(batch_size, "batch_size")
     x = np.asanyarray(x)
     if x.dtype.kind not in "buif":
         raise TypeError(f"`x` must hold real numbers; got dtype {x.dtype}.")

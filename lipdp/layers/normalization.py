@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_integer, check_number
 from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.rule import minimum, size
 
@@ -221,9 +221,7 @@ class FlooredNormalization(keras.layers.Layer):
         super().__init__(**kwargs)
         self.radius = check_number(radius, "radius")
         self.floor = check_number(floor, "floor")
-        if not isinstance(groups, int) or groups < 1:
-            raise ValueError(f"`groups` must be a positive integer; got {groups!r}.")
-        self.groups = groups
+        self.groups = check_integer(groups, "groups")
         self.per_position = bool(per_position)
         self.center = bool(center)
 

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from accountants.validation import check_choice, check_integer
 from lipdp.bounds import lipschitz
 from lipdp.bounds.builtin.pooling import pool_windows
 
@@ -16,10 +17,10 @@ _TINY = 1e-12
 
 def _sizes(value, rank, name):
     sizes = (value,) * rank if isinstance(value, int) else tuple(value)
-    if len(sizes) != rank or any(not isinstance(v, int) or v < 1 for v in sizes):
-        wanted = "a positive integer" if rank == 1 else f"1 or {rank} positive integers"
+    if len(sizes) != rank:
+        wanted = "an integer" if rank == 1 else f"an integer or {rank} of them"
         raise ValueError(f"`{name}` must be {wanted}; got {value!r}.")
-    return sizes
+    return tuple(check_integer(size, name) for size in sizes)
 
 
 def _norm(squares):
@@ -49,9 +50,7 @@ class _Pooling(keras.layers.Layer):
         super().__init__(**kwargs)
         self.pool_size = _sizes(pool_size, self.rank, "pool_size")
         self.strides = self.pool_size if strides is None else _sizes(strides, self.rank, "strides")
-        if padding not in ("valid", "same"):
-            raise ValueError(f"`padding` must be 'valid' or 'same'; got {padding!r}.")
-        self.padding = padding
+        self.padding = check_choice(padding, "padding", ("valid", "same"))
 
     def _window_mean(self, x):
         """Mean over each window, absent cells counted as zeros."""

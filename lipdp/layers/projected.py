@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 from lipdp.bounds.projections import NormBall, Projection
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_integer, check_number
 from lipdp.bounds import Call, Rule
 from lipdp.bounds.builtin.activations import ACTIVATIONS
 from lipdp.bounds.projections import NormBall, SpectralBall
@@ -64,9 +64,7 @@ class LipschitzRNN(Projected):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if isinstance(units, bool) or not isinstance(units, int) or units < 1:
-            raise ValueError(f"`units` must be a positive integer; got {units!r}.")
-        self.units = units
+        self.units = check_integer(units, "units")
         self.activation = keras.activations.get(activation)
         if ACTIVATIONS.get(self.activation) != (1.0, 0.0):
             known = sorted(f.__name__ for f, rule in ACTIVATIONS.items() if rule == (1.0, 0.0))

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from accountants.validation import check_choice, check_integer
 from lipdp.bounds import Call, Rule, lipschitz
 
 # Below this square of a modulus the modulus and its slope, which zero lacks, are set to zero.
@@ -84,12 +85,11 @@ class Scattering2D(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.J, self.L = _positive(J, "J"), _positive(L, "L")
-        if isinstance(max_order, bool) or max_order not in (1, 2):
+        self.J, self.L = check_integer(J, "J"), check_integer(L, "L")
+        self.max_order = check_integer(max_order, "max_order")
+        if self.max_order > 2:
             raise ValueError(f"`max_order` must be 1 or 2; got {max_order!r}.")
-        if padding not in _PADDINGS:
-            raise ValueError(f"`padding` must be 'zeros' or 'reflect'; got {padding!r}.")
-        self.max_order, self.padding = int(max_order), padding
+        self.padding = check_choice(padding, "padding", _PADDINGS)
         self.scale = None
 
     @property
@@ -224,12 +224,6 @@ class Scattering2D(keras.layers.Layer):
             "max_order": self.max_order,
             "padding": self.padding,
         }
-
-
-def _positive(value, name):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer; got {value!r}.")
-    return value
 
 
 def _margins(n, J):

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 
 
 class BoundedLoss(keras.losses.Loss):

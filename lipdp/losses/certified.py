@@ -11,7 +11,7 @@ import math
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 from lipdp.losses.base import Tempered, one_hot, squeeze_labels
 
 __all__ = ["EMMA", "GloRo"]

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 from lipdp.losses.base import Tempered, align_targets, one_hot, squeeze_labels
 
 __all__ = [

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_choice, check_number
 from lipdp.losses.base import BoundedLoss, align_targets, one_hot
 
 __all__ = ["BinaryHKR", "BinaryKR", "MulticlassHKR", "MulticlassHinge", "MulticlassKR"]
@@ -45,10 +45,8 @@ class MulticlassHinge(BoundedLoss):
         name: str = "multi_hinge",
     ) -> None:
         super().__init__(name=name, reduction=reduction)
-        if divisor not in ("classes", "others"):
-            raise ValueError(f"`divisor` must be 'classes' or 'others'; got {divisor!r}.")
         self.margin = check_number(margin, "margin", zero=True)
-        self.divisor = divisor
+        self.divisor = check_choice(divisor, "divisor", ("classes", "others"))
 
     def call(self, y_true, y_pred):
         slack = _slack(one_hot(y_true, y_pred), y_pred, self.margin)

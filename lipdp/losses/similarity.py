@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 from lipdp.losses.base import BoundedLoss, align_targets
 
 __all__ = ["CosineSimilarity"]

@@ -1,8 +1,7 @@
-"""The noise of a step: which kinds there are, and how it is shared over the weights."""
+"""The noise of a step: its kinds, and how it is shared over the weights."""
 
 from typing import Any
 
-from accountants import FixedEpochs
 from accountants.sampling import Sampling
 from lipdp.noise.allocation import ALLOCATIONS, resolve_allocation, standard_deviations
 from lipdp.noise.correlated import BandedNoise, ToeplitzNoise
@@ -42,9 +41,9 @@ def make_noise(noise: Any, sampling: Sampling) -> GaussianNoise:
             f"`noise` must be one of {', '.join(map(repr, named))}, lipdp.BandedNoise(...) or "
             f"lipdp.ToeplitzNoise(...); got {noise!r}."
         )
-    if isinstance(sampling, FixedEpochs) and not made.whole_runs:
+    if sampling.whole_run and not made.whole_runs:
         raise ValueError(
             f"{sampling!r} accounts for a whole run at once and needs noise=lipdp.ToeplitzNoise(); "
-            f"with noise={noise!r} take lipdp.ShuffledEpochs(batch_size={sampling.batch_size})."
+            f"with noise={noise!r} take lipdp.ShuffledEpochs."
         )
     return made

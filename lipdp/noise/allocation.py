@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from lipdp._validation import check_number
+from accountants.validation import check_number
 
 __all__ = ["ALLOCATIONS", "resolve_allocation", "standard_deviations"]
 

@@ -27,7 +27,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from accountants import CyclicPoisson, FixedEpochs
 from accountants.sampling import Sampling
 from lipdp.noise.gaussian import GaussianNoise
 from lipdp.noise.gaussian_rng import draw_grouped, standard_normals
@@ -39,7 +38,7 @@ _MARGIN = 1 + 1e-6
 
 
 class CorrelatedNoise(abc.ABC):
-    """What both kinds share; `BandedNoise` and `ToeplitzNoise` are values, without state."""
+    """A kind of correlated noise, as a value without state: `BandedNoise` or `ToeplitzNoise`."""
 
     @abc.abstractmethod
     def stream(self, sampling: Sampling) -> GaussianNoise:
@@ -63,6 +62,7 @@ class BandedNoise(CorrelatedNoise):
     error of the sums of all updates up to each step, `mean_error`, found numerically for the
     length of the run. Takes `bands - 1` times the memory of the weights.
 
+    >>> from accountants import CyclicPoisson
     >>> column = BandedNoise(bands=4).coefficients(CyclicPoisson(32, bands=4), 1000, steps=100)
     >>> [round(float(c), 2) for c in column[:5]], float(round(np.sum(column**2), 4))
     ([0.68, 0.48, 0.41, 0.36, 0.0], 1.0)
@@ -81,12 +81,12 @@ class BandedNoise(CorrelatedNoise):
             _check_positive("bands", self.bands)
 
     def stream(self, sampling: Sampling) -> "_Stream":
-        if not isinstance(sampling, CyclicPoisson):
+        if sampling.noise_bands is None:
             raise ValueError(
                 "BandedNoise needs lipdp.CyclicPoisson(batch_size, bands), which keeps the steps "
                 f"of one example apart; got `sampling` {sampling!r}."
             )
-        if self.bands is not None and self.bands > sampling.bands:
+        if self.bands is not None and self.bands > sampling.noise_bands:
             raise ValueError(
                 f"BandedNoise(bands={self.bands}) needs a scheme of at least as many bands; got "
                 f"`sampling` {sampling!r}."
@@ -99,9 +99,9 @@ class BandedNoise(CorrelatedNoise):
         column[: len(tail) + 1] = (1.0, *tail)
         return column[:steps] / scale
 
-    def constants(self, sampling: CyclicPoisson, steps: int) -> tuple[float, ...]:
+    def constants(self, sampling: Sampling, steps: int) -> tuple[float, ...]:
         """The norm of the column, and c₁, ..., c_{bands-1}."""
-        tail = _banded(self.bands or sampling.bands, max(steps, 1))
+        tail = _banded(self.bands or sampling.noise_bands, max(steps, 1))
         return math.sqrt(1.0 + sum(c * c for c in tail)) * _MARGIN, *tail
 
 
@@ -115,6 +115,7 @@ class ToeplitzNoise(CorrelatedNoise):
     once an epoch. Nothing is amplified, which suits large epsilons and many epochs. Takes
     `buffers` times the memory of the weights.
 
+    >>> from accountants import FixedEpochs
     >>> noise = ToeplitzNoise(buffers=2)
     >>> column = noise.coefficients(FixedEpochs(100, epochs=2), 1000, steps=20)
     >>> both = column + np.append(np.zeros(10), column[:10])  # of an example of the first step
@@ -134,7 +135,7 @@ class ToeplitzNoise(CorrelatedNoise):
         _check_positive("buffers", self.buffers)
 
     def stream(self, sampling: Sampling) -> "_Stream":
-        if not isinstance(sampling, FixedEpochs):
+        if not sampling.whole_run:
             raise ValueError(
                 "ToeplitzNoise needs lipdp.FixedEpochs(batch_size, epochs), which keeps the steps "
                 f"of one example an epoch apart; got `sampling` {sampling!r}."
@@ -146,7 +147,7 @@ class ToeplitzNoise(CorrelatedNoise):
         scales, decays = np.split(np.array(rest), 2)
         return _toeplitz_column(scales, decays, steps) / scale
 
-    def constants(self, sampling: FixedEpochs, num_examples: int) -> tuple[float, ...]:
+    def constants(self, sampling: Sampling, num_examples: int) -> tuple[float, ...]:
         """The sensitivity of the whole run, the ω_j, and the λ_j."""
         length = sampling.steps_per_epoch(num_examples)
         scales, decays = _toeplitz(self.buffers, sampling.epochs, length)
@@ -217,12 +218,12 @@ class _Stream(GaussianNoise):
         return [total + std * z for total, std, z in zip(sums, stds, noise, strict=True)]
 
     def multiplier(self, noise_multiplier: float, entries: int) -> float:
-        """Times the sensitivity of the run that is planned, for contributions of norm 1."""
+        """The noise multiplier times the planned run's sensitivity, for contributions of norm 1."""
         return noise_multiplier * self._constants[0]
 
     @abc.abstractmethod
     def _rows(self) -> int:
-        """How many copies of a weight are remembered."""
+        """The number of copies of a weight that are remembered."""
 
     @abc.abstractmethod
     def _correlated(self, fresh, memory):

@@ -168,10 +168,10 @@ class Report(RichText):
         walk, steps = network_bounds(network, clip), trace(network)
         noise, divisor = model.noise_multiplier, expected_batch_size
         if noise is not None:
-            noise = model.noise.multiplier(noise, model.entries)
-        if model.mechanism is not None:
-            noise = model.mechanism.gradient_noise_multiplier
-            divisor = divisor or model.mechanism.expected_batch_size
+            noise = model.noise.multiplier(noise, sum(math.prod(v.shape) for v in variables))
+        if model.step.constants is not None:
+            noise = model.step.constants.gradient_noise_multiplier
+            divisor = divisor or model.step.constants.expected_batch_size
         divisor = divisor or getattr(model.sampling, "batch_size", None)
         stds = [None] * len(variables)
         total = None

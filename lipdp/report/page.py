@@ -133,8 +133,9 @@ def _spent(report):
 def _what_if(report):
     """Sliders over a table of epsilons around the last run, where a batch size describes it."""
     run = report.runs[-1]
-    size = getattr(run.sampling, "batch_size", None)
-    if size is None or run.noise_multiplier == 0 or hasattr(run.sampling, "physical_batch_size"):
+    size = run.sampling.expected_batch_size(run.num_examples)
+    size = int(size) if size.is_integer() else size
+    if run.noise_multiplier == 0 or run.sampling.with_batch_size(size) is None:
         return ""
     sizes = {round(size * f) for f in (0.25, 0.5, 2.0, 4.0)} | {size}
     sizes = sorted(s for s in sizes if s >= 1 and _can_draw(run, s))
@@ -142,7 +143,7 @@ def _what_if(report):
     noises = [run.noise_multiplier * f for f in (0.5, 0.7, 1.0, 1.4, 2.0)]
     table = []
     for batch in sizes:
-        sampling = dataclasses.replace(run.sampling, batch_size=batch)
+        sampling = run.sampling.with_batch_size(batch)
         for passes in epochs:
             steps = max(1, round(passes * run.num_examples / batch))
             for noise in noises:
@@ -174,7 +175,7 @@ def _what_if(report):
 
 def _can_draw(run, size):
     try:
-        dataclasses.replace(run.sampling, batch_size=size).validate(run.num_examples)
+        run.sampling.with_batch_size(size).validate(run.num_examples)
     except ValueError:
         return False
     return True

@@ -39,7 +39,7 @@ def attained_gradients(model, x: Any, y: Any, verbose: bool = True) -> tuple[Att
     for row in range(len(source)):
         inputs, targets = source.take(np.array([row]), 1)
         sums, _ = gradient_sums(
-            model, steps.backend(), clip, inputs, targets, np.ones(1, np.float32), None
+            model.step, steps.backend(), clip, inputs, targets, np.ones(1, np.float32), None
         )
         sums = [ops.convert_to_numpy(total).astype("float64") for total in sums]
         norms.append([np.sqrt(np.sum(np.square(total))) for total in sums])

@@ -1,12 +1,27 @@
-"""Clip of the loss gradient: the rows of a (batch × outputs) array, nothing per weight."""
+"""Clip of the loss gradient: the rows of a (batch × outputs) array, nothing per weight.
+
+`clip_rows` clips; `FixedClip` and `TrackedClip` say to which norm in a step. Both know the loss'
+own bound, beyond which nothing needs to be clipped.
+"""
 
 import dataclasses
 import math
 from typing import Any
 
+import keras
 from keras import ops
 
-__all__ = ["AdaptiveClip", "clip_rows", "clamp_weights", "scale_rows"]
+from accountants.validation import check_number
+
+__all__ = [
+    "AdaptiveClip",
+    "FixedClip",
+    "TrackedClip",
+    "check_clip",
+    "clamp_weights",
+    "clip_rows",
+    "scale_rows",
+]
 
 
 def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
@@ -68,7 +83,7 @@ def scale_rows(rows: Any, weights: Any, largest: float) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveClip:
-    """Clip that follows a quantile of the norms of the loss gradients.
+    """Settings of a clip that follows a quantile of the norms of the loss gradients.
 
     Each step also releases the noisy fraction `b` of the batch's rows within the clip, on the
     same batch and jointly with the gradient, and moves `C ← C·exp(−learning_rate·(b − quantile))`
@@ -123,3 +138,78 @@ class AdaptiveClip:
             )
         # (σ⁻² − c⁻²)^(−1/2), written so that it rounds well.
         return noise_multiplier / math.sqrt(1 - (noise_multiplier / count) ** 2), count
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedClip:
+    """A clip that is the same in every step.
+
+    Args:
+        norm: largest norm of an example's loss gradient; infinite where only the loss bounds it.
+        loss_gradient_bound: of the loss.
+
+    >>> FixedClip(2.0, loss_gradient_bound=1.5).current()
+    1.5
+    """
+
+    norm: float
+    loss_gradient_bound: float
+
+    #: Whether a step counts the rows within the clip.
+    counted = False
+
+    def current(self) -> float:
+        """The norm to which rows are clipped."""
+        return min(self.norm, self.loss_gradient_bound)
+
+    def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
+        """All of the noise is the gradient's: nothing is counted."""
+        return noise_multiplier, 0.0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrackedClip:
+    """The clip of one model with an `AdaptiveClip`: its state is a Keras variable.
+
+    Args:
+        settings: the `AdaptiveClip`.
+        loss_gradient_bound: of the loss.
+        variable: the clip; the model owns it, so that checkpoints hold it.
+    """
+
+    settings: AdaptiveClip
+    loss_gradient_bound: float
+    variable: keras.Variable
+
+    counted = True
+
+    def current(self) -> Any:
+        """The norm to which rows are clipped, a scalar tensor."""
+        return ops.minimum(self.variable.value, self.loss_gradient_bound)
+
+    def update(self, fraction: Any) -> None:
+        """Moves towards the quantile, from the noisy fraction of rows within the clip."""
+        moved = self.variable * ops.exp(
+            -self.settings.learning_rate * (fraction - self.settings.quantile)
+        )
+        self.variable.assign(ops.clip(moved, 1e-12, min(self.loss_gradient_bound, 1e30)))
+
+    def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
+        """As `AdaptiveClip.split`."""
+        return self.settings.split(noise_multiplier, expected_batch_size)
+
+
+def check_clip(clip: Any) -> "float | AdaptiveClip | None":
+    """What `PrivateModel(clip=)` accepts: None, a number above 0, or an `AdaptiveClip`.
+
+    Raises:
+        TypeError, ValueError: anything else.
+    """
+    if clip is None or isinstance(clip, AdaptiveClip):
+        return clip
+    try:
+        return check_number(clip, "clip")
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"`clip` must be a number above 0 and finite, or lipdp.AdaptiveClip(...); got {clip!r}."
+        ) from None

@@ -1,6 +1,6 @@
-"""PrivateModel: `compile`, `fit`, `spent`, `report`."""
+"""PrivateModel: what Keras calls, and what its users ask."""
 
-import dataclasses
+import contextlib
 import functools
 import math
 import os
@@ -9,55 +9,46 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 import accountants
-from accountants import (
-    Budget,
-    FixedEpochs,
-    RandomAllocation,
-    ShuffledEpochs,
-    TrainingRun,
-)
+from accountants import Budget
 from accountants.sampling import Sampling
+from accountants.validation import check_integer, check_number
 from lipdp import losses
-from lipdp._validation import check_number
-from lipdp.bounds.projections import Projection
 from lipdp.data.augmentation import Augmentation
-from lipdp.data.batches import DrawnBatch, DrawnBatches, check_weights, padding_multiple
-from lipdp.data.sources import Arrays, Stream, open_source
-from lipdp.devices import SINGLE_DEVICE, broadcast_from_chief, digest, require_same_run
-from lipdp.inspection.check import check_trainable
+from lipdp.data.batches import DrawnBatch, DrawnBatches
+from lipdp.devices import SINGLE_DEVICE
+from lipdp.inspection.check import check_trainable, final_activation
 from lipdp.noise import SecureNoise, make_noise, resolve_allocation
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
 from lipdp.training.attained import attained_gradients
-from lipdp.training.clipping import AdaptiveClip
-from lipdp.training.spending import Spending, Spent
+from lipdp.training.clipping import AdaptiveClip, FixedClip, TrackedClip, check_clip
+from lipdp.training.plan import Plan, make_plan, project, step_of
+from lipdp.training.settings import changed_settings, settings_of
+from lipdp.training.spending import Spending, Spent, certificates
 
-__all__ = ["StepConstants", "PrivateModel"]
+__all__ = ["PrivateModel"]
 
-
-@dataclasses.dataclass(frozen=True)
-class StepConstants:
-    """The constants of every private step; public, and never a function of a batch.
-
-    Attributes:
-        noise_multiplier: of the joint release; what is accounted.
-        gradient_noise_multiplier, count_noise_multiplier: those of the stds of its two parts, with
-            what the noise adds for its rounding, or of what is fresh in a step of correlated
-            noise; the second is 0 without adaptive clipping.
-        expected_batch_size: the divisor of the sums.
-        noise_constants: of the noise, where it is correlated.
-    """
-
-    noise_multiplier: float
-    gradient_noise_multiplier: float
-    count_noise_multiplier: float
-    expected_batch_size: float
-    noise_constants: tuple[float, ...] = ()
+# What a subclass must leave alone: each is a part of the step, or decides what is paid for.
+_STEP_METHODS = (
+    "batches",
+    "compile",
+    "compute_loss",
+    "compute_metrics",
+    "current_clip",
+    "fit",
+    "make_train_function",
+    "non_trainable_variables",
+    "sample_weight_bound",
+    "spent",
+    "train_on_batch",
+    "train_step",
+    "trainable_variables",
+    "update_metrics",
+)
 
 
 class PrivateModel(keras.Model):
@@ -101,6 +92,7 @@ class PrivateModel(keras.Model):
         ValueError: a value out of range, or a network without bounds.
         UnknownLayerError: a layer has no bound, or cannot be private.
 
+    >>> import numpy as np
     >>> from lipdp import layers
     >>> network = keras.Sequential([
     ...     keras.Input((4,)), layers.BallProjection(1.0), layers.SpectralDense(2)])
@@ -111,6 +103,19 @@ class PrivateModel(keras.Model):
     >>> round(model.spent(delta=1e-3).epsilon, 1)
     0.4
     """
+
+    _plan = None  # of the run that is open
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in _STEP_METHODS:
+            if name in vars(cls):
+                raise TypeError(
+                    f"{cls.__name__}.{name} would replace a part of the private step, and what is "
+                    "claimed would not be what runs. Leave it out: a loss of your own goes to "
+                    "`compile(loss=...)`, a loop of your own is `for batch in model.batches(x, "
+                    "y): model.train_on_batch(batch)`."
+                )
 
     def __init__(
         self,
@@ -130,7 +135,9 @@ class PrivateModel(keras.Model):
     ) -> None:
         # Whatever the policy of the day: what it adds to the network is computed in float32.
         super().__init__(name=name, dtype="float32")
-        self.spending = Spending(budget, noise_multiplier, ledger, self._certificates)
+        self.spending = Spending(
+            budget, noise_multiplier, ledger, lambda: certificates(self.network)
+        )
         if not isinstance(sampling, Sampling):
             raise TypeError(
                 "`sampling` must say how batches are drawn, for instance "
@@ -142,8 +149,8 @@ class PrivateModel(keras.Model):
             raise ValueError(
                 f"noise='secure' cannot be repeated: leave `seed` out; got seed={seed!r}."
             )
-        self.clip, self.adaptive = _check_clip(clip)
-        if self.noise.correlated and self.adaptive is not None:
+        self.clip = check_clip(clip)
+        if self.noise.correlated and isinstance(clip, AdaptiveClip):
             raise ValueError(
                 "`clip` must be a number with correlated noise: what AdaptiveClip counts in each "
                 f"step would need noise of its own; got {clip!r}."
@@ -157,21 +164,25 @@ class PrivateModel(keras.Model):
             raise ValueError("`augmentation` is for networks with one input.")
         self.augmentation = augmentation
         if physical_batch_size is not None:
-            physical_batch_size = _check_count(physical_batch_size, "physical_batch_size")
+            physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
 
         check_trainable(network)
         resolve_allocation(allocation, network.trainable_variables)
         self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         self.network = network
-        self._source = RandomSource(seed)
-        self._fits = 0
-        self._paying = False
-        self.mechanism = None
-        self.step_halves = None
+        self.random_source = RandomSource(seed)
+        self.fits = 0  # runs that were begun
+        self.devices = SINGLE_DEVICE
         self.private_loss = None
         self.max_sample_weight = None
-        self._clip_weight = None
+        self.clip_state = None
+        self.step = None  # a PrivateStep: all that a private step reads
+        self.step_halves = None  # on JAX
+        self.settings = None  # those that `compile` saw
+        self._steps_per_call = 1
+        self._paying = False
+        self._open_batch = None
         self.built = True
 
     # --- Keras -------------------------------------------------------------------------------
@@ -182,8 +193,17 @@ class PrivateModel(keras.Model):
             inputs = inputs["inputs"]
         return self.network(inputs, training=training)
 
+    # While a run is open, the lists of variables are those that it began with: Keras pairs them by
+    # their order with the values of the step, and `trainable` may change in between.
+
+    @property
+    def trainable_variables(self):
+        return self._plan.trainable_variables if self._plan else super().trainable_variables
+
     @property
     def non_trainable_variables(self):
+        if self._plan:
+            return self._plan.non_trainable_variables
         # The memory of correlated noise is state of the step, but no weight: it is never saved.
         return [*super().non_trainable_variables, *self.noise.variables]
 
@@ -218,8 +238,10 @@ class PrivateModel(keras.Model):
         Raises:
             TypeError, ValueError: an argument is not one of these.
         """
+        if self.spending.run is not None:
+            raise RuntimeError("This model is training: end the run before compile(...).")
         loss = losses.get(loss)
-        self._check_head(loss)
+        _check_head(self.network, loss)
         if max_sample_weight is not None:
             max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
         optimizer = keras.optimizers.get(optimizer)
@@ -229,11 +251,18 @@ class PrivateModel(keras.Model):
                 "`optimizer` must not scale losses: the noise would be divided by its scale."
             )
         bound = losses.gradient_bound(loss, self.network.output_shape[1:])
-        if math.isinf(bound) and self.clip is None and self.adaptive is None:
+        if math.isinf(bound) and self.clip is None:
             name = getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__))
             raise ValueError(
                 f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
                 "`clip`, a number or lipdp.AdaptiveClip(...)."
+            )
+        optimizer.build(self.network.trainable_variables)
+        built_for = set(map(id, optimizer._trainable_variables))
+        if not built_for.issuperset(map(id, self.network.trainable_variables)):
+            raise ValueError(
+                "`optimizer` was built for other weights than those that are trained now: make a "
+                "new one."
             )
         if jit_compile == "auto":
             jit_compile = not run_eagerly and steps.backend().default_jit_compile()
@@ -243,15 +272,15 @@ class PrivateModel(keras.Model):
             metrics=metrics,
             weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
-            steps_per_execution=_check_count(steps_per_execution, "steps_per_execution"),
+            steps_per_execution=check_integer(steps_per_execution, "steps_per_execution"),
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
         self.private_loss = loss
-        self.loss_gradient_bound = bound
         self.max_sample_weight = max_sample_weight
-        self._make_clip()
-        optimizer.build(self.network.trainable_variables)
+        self.clip_state = self._clip_of(bound)
+        self.step = step_of(self)
+        self.settings = settings_of(self)
 
     def fit(
         self,
@@ -297,44 +326,42 @@ class PrivateModel(keras.Model):
             BudgetExceeded: not one step is left.
             TypeError, ValueError: data or arguments that cannot be trained on; nothing is spent.
         """
-        epochs = _check_count(epochs, "epochs")
-        initial_epoch = _check_count(initial_epoch, "initial_epoch", least=0)
+        epochs = check_integer(epochs, "epochs")
+        initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
         planned = max(0, epochs - initial_epoch)
-        batches = self._prepare(
-            x, y, steps_per_epoch, planned, sample_weight, class_weight, self.steps_per_execution
-        )
-        try:
+        _warn_of_monitors(callbacks)
+        with self._running(
+            *(x, y, planned, steps_per_epoch, sample_weight, class_weight),
+            self.steps_per_execution,
+        ) as batches:
             if validation_data is not None and self.devices.processes > 1:
                 raise ValueError(
                     "`validation_data` is for one process; with several, save the network and "
                     "evaluate it by itself."
                 )
-            asked = len(batches) * (epochs - initial_epoch)
             run = self.spending.run
             if run.limited:
                 warnings.warn(
-                    f"The budget allows {run.allowed} of the {asked} steps that were asked for; "
-                    "training will end there.",
+                    f"The budget allows {run.allowed} of the {len(batches) * planned} steps that "
+                    "were asked for; training will end there.",
                     stacklevel=2,
                 )
-            history = super().fit(
-                steps.backend().keras_batches(self, batches),
-                epochs=epochs,
-                verbose=verbose,
-                callbacks=callbacks,
-                validation_data=validation_data,
-                initial_epoch=initial_epoch,
-                validation_steps=validation_steps,
-                validation_batch_size=validation_batch_size,
-                validation_freq=validation_freq,
-                shuffle=False,
-            )
+            with steps.backend().keep_weights(self):
+                history = super().fit(
+                    steps.backend().keras_batches(self, batches),
+                    epochs=epochs,
+                    verbose=verbose,
+                    callbacks=callbacks,
+                    validation_data=validation_data,
+                    initial_epoch=initial_epoch,
+                    validation_steps=validation_steps,
+                    validation_batch_size=validation_batch_size,
+                    validation_freq=validation_freq,
+                    shuffle=False,
+                )
             if self.optimizer.use_ema:
-                self._project()  # Keras averages weights as they are before their projection
+                project(self.network)  # Keras averages weights as they are before their projection
             return history
-        finally:
-            batches.close()
-            self.spending.settle()
 
     def batches(
         self,
@@ -356,9 +383,9 @@ class PrivateModel(keras.Model):
         Raises:
             RuntimeError: a batch was left out, and the scheme counts on steps in their order.
         """
-        epochs = _check_count(epochs, "epochs")
-        drawn = self._prepare(x, y, steps_per_epoch, epochs, sample_weight, class_weight)
-        try:
+        epochs = check_integer(epochs, "epochs")
+        data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight)
+        with self._running(*data) as drawn:
             for _ in range(epochs):
                 drawn.on_epoch_begin()
                 for index in range(len(drawn)):
@@ -367,10 +394,15 @@ class PrivateModel(keras.Model):
                     self._open_batch = drawn.request(index)
                     yield self._open_batch
                     drawn.check_taken(index + 1)
-        finally:
-            self._open_batch = None
-            drawn.close()
-            self.spending.settle()
+
+    def end_run(self) -> None:
+        """Ends the run that is open, if one is: what it paid for counts as spent.
+
+        `fit`, and a loop over `batches`, end theirs themselves, also where an error or an interrupt
+        ends them. This is for a loop that was left while its generator is still kept somewhere.
+        """
+        self._open_batch = self._plan = None
+        self.spending.settle()
 
     def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
         """One private step on a batch that `batches` drew.
@@ -393,10 +425,6 @@ class PrivateModel(keras.Model):
             features, targets, sample_weight=mask, return_dict=return_dict
         )
 
-    devices = SINGLE_DEVICE
-    _open_batch = None
-    _steps_per_call = 1  # steps of one call of the train function
-
     def make_train_function(self, force=False):
         if self.train_function is not None and not force:
             return
@@ -405,9 +433,14 @@ class PrivateModel(keras.Model):
         inner = self.train_function
 
         def pay_and_step(*args):
-            args = steps.backend().prefetch(args, self._steps_per_call)
-            # Paid for before it runs; every entrance of Keras comes by here.
-            self.spending.pay(self._steps_per_call)
+            try:
+                args = steps.backend().prefetch(args, self._steps_per_call)
+                self._check_settings()
+                # Paid for before it runs; every entrance of Keras comes by here.
+                self.spending.pay(self._steps_per_call)
+            except BaseException:
+                steps.backend().give_back(self, args)
+                raise
             self._paying = True
             try:
                 result = inner(*args)
@@ -465,42 +498,9 @@ class PrivateModel(keras.Model):
         """What an example can weigh at most: the bounds start at the clip times this."""
         return 1.0 if self.max_sample_weight is None else self.max_sample_weight
 
-    @property
-    def entries(self) -> int:
-        """How many numbers the trainable weights have."""
-        return sum(math.prod(v.shape) for v in self.network.trainable_variables)
-
-    # --- the clip ----------------------------------------------------------------------------
-
-    def _make_clip(self):
-        if self.adaptive is None or self._clip_weight is not None:
-            return
-        initial = self.adaptive.initial
-        if initial is None:
-            initial = self.loss_gradient_bound if math.isfinite(self.loss_gradient_bound) else 1.0
-        self._clip_weight = self.add_weight(
-            shape=(),
-            initializer=keras.initializers.Constant(initial),
-            trainable=False,
-            name="clip",
-            aggregation="only_first_replica",
-        )
-
-    def current_clip(self):
+    def current_clip(self) -> Any:
         """The norm to which rows of the loss gradient are clipped: a float, or a scalar tensor."""
-        if self.adaptive is not None:
-            return ops.minimum(self._clip_weight.value, self.loss_gradient_bound)
-        if self.clip is None:
-            return self.loss_gradient_bound
-        return min(self.clip, self.loss_gradient_bound)
-
-    def move_clip(self, fraction):
-        """The adaptive clip's move towards its quantile, from the noisy fraction within it."""
-        moved = self._clip_weight * ops.exp(
-            -self.adaptive.learning_rate * (fraction - self.adaptive.quantile)
-        )
-        ceiling = min(self.loss_gradient_bound, 1e30)
-        self._clip_weight.assign(ops.clip(moved, 1e-12, ceiling))
+        return self.clip_state.current()
 
     # --- what is spent -----------------------------------------------------------------------
 
@@ -517,6 +517,17 @@ class PrivateModel(keras.Model):
             ValueError: no delta, and no budget to take it from.
         """
         return self.spending.spent(delta, self.sampling)
+
+    def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None) -> None:
+        """Saves the network, which is what a run is for; `ModelCheckpoint` does so, too.
+
+        The run itself is not saved: keep what was spent with `ledger=`.
+        """
+        self.network.save(filepath, overwrite=overwrite, zipped=zipped)
+
+    def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Exports the network for serving, as Keras' `export` does."""
+        return self.network.export(filepath, *args, **kwargs)
 
     def get_config(self):
         raise TypeError(
@@ -564,162 +575,94 @@ class PrivateModel(keras.Model):
         """The file that keeps what was spent."""
         return self.spending.ledger
 
-    def _certificates(self):
-        return sum(
-            v.constraint.certifications(v.shape)
-            for v in self.network.trainable_variables
-            if isinstance(v.constraint, Projection)
-        )
-
-    def _prepare(
-        self, x, y, steps_per_epoch, epochs, sample_weight=None, class_weight=None, together=1
-    ):
-        """Checks everything, calibrates, opens the run; returns the batches of an epoch."""
+    @contextlib.contextmanager
+    def _running(self, *data: Any) -> Iterator[DrawnBatches]:
+        """Plans a run, as `make_plan` does, and keeps it open while the scope lasts."""
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
-            raise RuntimeError("This model is training already; a run has one loop at a time.")
-        backend = steps.backend()
-        backend.check_precision()
-        own = backend.devices(self)
-        if own != self.devices:
-            self.devices, self.train_function = own, None
-        gather = functools.partial(backend.all_gather, self)
-        in_order = self.sampling.batch_size if isinstance(self.sampling, ShuffledEpochs) else None
-        examples = open_source(x, y, self.network, stream=in_order)
-        if isinstance(examples, Arrays):
-            losses.check_targets(self.private_loss, examples.y, self.network.output_shape[1:])
-        if isinstance(examples, Stream) and own.processes > 1:
-            raise ValueError(
-                "`x` must be arrays, or records of which any can be read, for training in several "
-                "processes: each would have to read all of a stream."
+            raise RuntimeError(
+                "This model is training already; a run has one loop at a time. If that loop was "
+                "left, call model.end_run()."
             )
-        weights = check_weights(sample_weight, class_weight, examples, self.max_sample_weight)
-        n = len(examples)
-        self.sampling.validate(n)
-        per_epoch = self.sampling.steps_per_epoch(n)
-        if steps_per_epoch is not None:
-            if isinstance(self.sampling, (RandomAllocation, ShuffledEpochs, FixedEpochs)):
-                raise ValueError(
-                    f"`steps_per_epoch` is fixed by {self.sampling!r}: {per_epoch} for {n} "
-                    "examples."
-                )
-            per_epoch = _check_count(steps_per_epoch, "steps_per_epoch")
-        check_trainable(self.network)
-        if per_epoch % together:
-            raise ValueError(
-                f"`steps_per_execution` must divide the {per_epoch} steps of an epoch, so that "
-                f"what is paid for is what runs; got {together}."
-            )
-        self._steps_per_call = together
-        if own.processes > 1:
-            told = broadcast_from_chief(gather, own, [run.to_dict() for run in self.spending.runs])
-            if not own.chief:
-                self.spending.follow([TrainingRun.from_dict(run) for run in told])
-        constants = self.noise.plan(self.sampling, n, per_epoch * epochs)
-        run = self.spending.plan(self.sampling, n, per_epoch * epochs, per_epoch, together)
+        self._check_settings()
+        plan = make_plan(self, *data)
+        try:
+            self._follow(plan)
+            self.spending.begin(plan.run)
+            self._plan = plan
+            yield plan.batches
+        finally:
+            try:
+                plan.batches.close()
+            finally:
+                if self.spending.run is plan.run:
+                    self.end_run()
 
-        divisor = self.sampling.expected_batch_size(n)
-        gradient_noise, count_noise = self.noise_multiplier, 0.0
-        if self.adaptive is not None:
-            gradient_noise, count_noise = self.adaptive.split(self.noise_multiplier, divisor)
-            count_noise = self.noise.multiplier(count_noise, 1)
-        gradient_noise = self.noise.multiplier(gradient_noise, self.entries)
-        mechanism = StepConstants(
-            self.noise_multiplier, gradient_noise, count_noise, divisor, constants
-        )
-        with backend.scope(self):
-            renewed = self.noise.begin(self.network.trainable_variables)
-        if renewed or mechanism != self.mechanism:
-            self.mechanism = mechanism
-            self.train_function = None  # its constants are compiled in
-
-        self._project()  # loaded or assigned weights need not be where the bounds hold
-        position = (sum(earlier.steps for earlier in run.earlier), self._fits)
-        self._fits += 1
-        source = self._source
-        if own.processes > 1:
-            shared = require_same_run(
-                gather, own, self._run_fingerprint(examples, weights, run, position)
+    def _check_settings(self) -> None:
+        """Refuses a step whose program has other constants than what Python says now."""
+        changed = changed_settings(self.settings, settings_of(self))
+        if changed:
+            raise RuntimeError(
+                f"Settings have changed since compile(...): {', '.join(changed)}. A step that is "
+                "compiled keeps the old ones, and its noise would not fit the new: call "
+                "compile(...) again. The step has not run."
             )
-            source = shared if source.seed is None else source
-        compiled = self.jit_compile or keras.backend.backend() == "jax"
-        bucket = padding_multiple(
-            self.sampling, divisor, self.physical_batch_size, compiled, own.replicas
-        )
-        entries = self.entries + (self.adaptive is not None)
-        drawn = DrawnBatches(
-            examples,
-            self.sampling,
-            source,
-            position,
-            per_epoch,
-            bucket,
-            weights,
-            draw_noise=functools.partial(self.noise.draw, entries),
-            steps_taken=lambda: run.paid,
-            devices=own,
-        )
-        if own.distributed:
-            with backend.scope(self):
+
+    def _follow(self, plan: Plan) -> None:
+        """Takes over what is planned; a train function that was compiled for other steps goes."""
+        if plan.step != self.step or plan.devices != self.devices or plan.new_memory:
+            self.train_function = None
+        self.step, self.devices = plan.step, plan.devices
+        self._steps_per_call = plan.steps_per_call
+        self.fits += 1
+        if plan.devices.distributed:
+            with steps.backend().scope(self):
                 # Metrics have variables, and on several devices none are made within a step.
-                self._symbolic_build(data_batch=drawn.blank().as_data())
-        self.spending.begin(run)
-        return drawn
+                self._symbolic_build(data_batch=plan.batches.blank().as_data())
 
-    def _run_fingerprint(self, examples, weights, run, position):
-        """What must be the same in each process of a run, as JSON tells it."""
-        some = np.unique(np.linspace(0, len(examples) - 1, 16).astype(int))
-        inputs, targets = examples.take(some, len(some))
-        optimizer = {k: v for k, v in self.optimizer.get_config().items() if k != "name"}
-        return {
-            "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
-            "sample weights": None if weights is None else digest(weights),
-            "steps": [run.per_epoch, self._steps_per_call, run.allowed, *position],
-            "mechanism": repr((self.sampling, self.mechanism, type(self.noise), self._source.seed)),
-            "settings": repr(
-                (self.loss_gradient_bound, self.clip, self.adaptive, self.allocation)
-                + (self.max_sample_weight, self.physical_batch_size, self.augmentation is None)
-            ),
-            "optimizer": repr((type(self.optimizer).__name__, optimizer)),
-            "weights": digest(*map(ops.convert_to_numpy, self.network.weights)),
-        }
-
-    def _project(self):
-        """Puts every weight into the set in which its bounds hold."""
-        for variable in self.network.trainable_variables:
-            if isinstance(variable.constraint, Projection):
-                variable.assign(variable.constraint(variable))
-
-    def _check_head(self, loss):
-        last = _last_layer(self.network)
-        activation = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
-        if activation.lower() in ("softmax", "sigmoid") and losses.takes_logits(loss):
-            raise ValueError(
-                f"The network ends in a {activation.lower()}, and this loss takes logits: remove "
-                f"it from layer {last.name!r}."
+    def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip:
+        """The clip's state: that of an earlier `compile` goes on."""
+        if not isinstance(self.clip, AdaptiveClip):
+            norm = math.inf if self.clip is None else self.clip
+            return FixedClip(norm, loss_gradient_bound)
+        if self.clip_state is not None:
+            variable = self.clip_state.variable
+        else:
+            initial = self.clip.initial
+            if initial is None:
+                initial = loss_gradient_bound if math.isfinite(loss_gradient_bound) else 1.0
+            variable = self.add_weight(
+                shape=(),
+                initializer=keras.initializers.Constant(initial),
+                trainable=False,
+                name="clip",
+                aggregation="only_first_replica",
             )
+        return TrackedClip(self.clip, loss_gradient_bound, variable)
 
 
-def _check_clip(clip):
-    if clip is None:
-        return None, None
-    if isinstance(clip, AdaptiveClip):
-        return None, clip
-    if isinstance(clip, bool) or not isinstance(clip, (int, float)) or not 0 < clip < math.inf:
+def _check_head(network, loss):
+    layer, activation = final_activation(network)
+    if activation in ("softmax", "sigmoid") and losses.takes_logits(loss):
         raise ValueError(
-            f"`clip` must be a positive, finite number or lipdp.AdaptiveClip(...); got {clip!r}."
+            f"The network ends in a {activation}, and this loss takes logits: remove it from "
+            f"layer {layer.name!r}."
         )
-    return float(clip), None
 
 
-def _last_layer(network):
-    """The layer that makes the output, also where it is the last of a model within the model."""
-    last = network.outputs[0]._keras_history.operation
-    return _last_layer(last) if isinstance(last, keras.Model) else last
-
-
-def _check_count(value, name, least=1):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}; got {value!r}.")
-    return int(value)
+def _warn_of_monitors(callbacks):
+    """Names the callbacks that let numbers without noise decide what is released."""
+    callbacks = getattr(callbacks, "callbacks", callbacks) or []
+    for callback in callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]:
+        monitor = getattr(callback, "monitor", None)
+        acts = getattr(callback, "save_best_only", True)  # a plain ModelCheckpoint does not
+        known = isinstance(monitor, str) and (monitor.startswith("val_") or monitor == "epsilon")
+        if isinstance(monitor, str) and acts and not known:
+            warnings.warn(
+                f"{type(callback).__name__}(monitor={monitor!r}) acts on a training metric, which "
+                "has no noise: what it decides (when to stop, which weights to keep, the learning "
+                "rate) tells of the private data, and ε does not cover it. Monitor a metric of "
+                "validation data that is not private, 'val_...', or leave the callback out.",
+                stacklevel=3,
+            )

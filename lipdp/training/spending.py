@@ -5,14 +5,16 @@ import math
 import os
 from collections.abc import Callable, Sequence
 
+import keras
 import numpy as np
 
 import accountants
 from accountants import Budget, TrainingRun
 from accountants.sampling import Sampling
 from lipdp.bounds import norms
+from lipdp.bounds.projections import Projection
 
-__all__ = ["BudgetExceeded", "Spending", "Spent"]
+__all__ = ["BudgetExceeded", "Spending", "Spent", "certificates"]
 
 # Share of delta that is set aside for randomised certificates, where there are any.
 _RESERVE = 1e-3
@@ -155,8 +157,13 @@ class Spending:
 
     def begin(self, run: "ActiveRun") -> None:
         """Opens a planned run."""
-        run.open(self.ledger)
-        self.run = run
+        self.run = run  # first: an interrupt while the ledger opens leaves something to close
+        try:
+            run.open(self.ledger)
+        except BaseException:
+            self.run = None
+            run.close()
+            raise
 
     def _allowed(self, prior, run, planned):
         """How many of the planned steps are within the budget."""
@@ -267,6 +274,15 @@ class ActiveRun:
     def close(self):
         if self._entry is not None:
             self._entry.close()
+
+
+def certificates(network: keras.Model) -> int:
+    """How many randomised certificates a step on the network takes."""
+    return sum(
+        v.constraint.certifications(v.shape)
+        for v in network.trainable_variables
+        if isinstance(v.constraint, Projection)
+    )
 
 
 def _check_noise(noise_multiplier, budget):

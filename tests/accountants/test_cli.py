@@ -183,6 +183,16 @@ def test_as_a_module_and_light():
 
 
 def test_every_scheme_has_a_flag():
-    from accountants import sampling
+    from accountants.sampling import SCHEMES
 
-    assert set(cli._SAMPLING) == set(sampling._SCHEMES)
+    values = cli._epsilon_flags()
+    assert values["sampling"].parser.enum_values == list(SCHEMES)
+    for name, kind in SCHEMES.items():
+        settings = kind.settings()
+        assert set(settings) <= set(values)
+        for flag, field in settings.items():
+            assert field.metadata["help"] == values[flag].help.split(": ", 1)[-1]
+        given = [f"--{flag}={field.metadata['example']}" for flag, field in settings.items()]
+        values = cli._epsilon_flags()
+        values(["epsilon", f"--sampling={name}", *given])
+        assert cli.sampling_of(values) == kind.example()

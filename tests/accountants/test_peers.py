@@ -1,8 +1,8 @@
 """Mistakes found in other libraries, as far as they are about accounting: one test each.
 
 Further ones are tested where they belong: relations that mean different things to different
-accountants in test_accounting.py, fixed batches in test_releases.py, noise multipliers that
-overshoot in test_calibration.py, and checks by assertions, with all that is about training, in
+accountants in test_accounting.py, fixed batches in sampling/test_fixed_size.py, noise multipliers
+that overshoot in test_calibration.py, and checks by assertions, with all that is about training, in
 tests/lipdp/test_peers.py.
 """
 

@@ -10,7 +10,6 @@ import pytest
 
 import accountants
 from experiments import scale, timing
-from lipdp.data.batches import DrawnBatches
 
 pytestmark = pytest.mark.any_backend
 
@@ -18,13 +17,13 @@ pytestmark = pytest.mark.any_backend
 def test_draws_pass_their_tests_and_biased_ones_do_not(monkeypatch):
     found = scale.draws(10**6, 500, 200, seed=0)
     assert found["p_value_sizes"] > 1e-3 and found["p_value_positions"] > 1e-3
-    rows = DrawnBatches._rows
-    monkeypatch.setattr(DrawnBatches, "_rows", lambda *a: rows(*a)[::2])
+    rows = accountants.PoissonSampling.rows
+    monkeypatch.setattr(accountants.PoissonSampling, "rows", lambda *a: rows(*a)[::2])
     assert scale.draws(10**6, 500, 200, seed=0)["p_value_sizes"] < 1e-9
-    monkeypatch.setattr(DrawnBatches, "_rows", lambda *a: np.unique(rows(*a) // 2))
+    monkeypatch.setattr(accountants.PoissonSampling, "rows", lambda *a: np.unique(rows(*a) // 2))
     assert scale.draws(10**6, 500, 200, seed=0)["p_value_positions"] < 1e-9
     for wrong in (lambda r: np.repeat(r, 2), lambda r: r[::-1], lambda r: r + 10**6):
-        monkeypatch.setattr(DrawnBatches, "_rows", lambda *a, f=wrong: f(rows(*a)))
+        monkeypatch.setattr(accountants.PoissonSampling, "rows", lambda *a, f=wrong: f(rows(*a)))
         with pytest.raises(ValueError, match="not sorted, or not in range, or repeats"):
             scale.draws(10**6, 500, 2, seed=0)
 

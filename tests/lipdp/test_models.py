@@ -94,8 +94,8 @@ def test_bounds_take_less_than_a_second(name):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: models.mlp((4,), 3, depth=0), "`depth` must be a positive integer; got 0"),
-        (lambda: models.mlp((4,), 3, width=3), "`width` must be a positive multiple of 2; got 3"),
+        (lambda: models.mlp((4,), 3, depth=0), "`depth` must be an integer of at least 1; got 0"),
+        (lambda: models.mlp((4,), 3, width=3), "`width` must be a multiple of 2; got 3"),
         (lambda: models.mlp((4,), 3, radius=-1.0), "`radius`"),
         (
             lambda: models.mlp((4,), 3, hidden_radius=0.0),
@@ -106,8 +106,11 @@ def test_bounds_take_less_than_a_second(name):
         (lambda: models.conv_net((8, 8), 3), r"\(height, width, channels\)"),
         (lambda: models.conv_net((8, 8, 1), 3, width=0), "`width`"),
         (lambda: models.cosine_net((8, 8, 1), 3), "at least 9×9 pixels"),
-        (lambda: models.cosine_net((9, 9, 1), 3, filters=49), "`filters` must be from 1 to 48"),
-        (lambda: models.cosine_net((9, 9, 1), 3, pool=0), "`pool` must be a positive integer"),
+        (lambda: models.cosine_net((9, 9, 1), 3, filters=49), "`filters` must be below 49"),
+        (
+            lambda: models.cosine_net((9, 9, 1), 3, pool=0),
+            "`pool` must be an integer of at least 1",
+        ),
         (lambda: models.resnet((8, 8, 1), 3, depth=7), "`depth` must be 6, 8 or 10; got 7"),
         (lambda: models.mixer((8, 8, 1), 3, depth=0), "`depth`"),
         (lambda: models.mixer((9, 8, 1), 3), "patch"),

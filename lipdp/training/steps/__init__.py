@@ -1,24 +1,31 @@
-"""The train step, one short file for each Keras backend: only these files import a backend."""
+"""The private step, and the backends it runs on."""
 
+import functools
 import importlib
 
 import keras
 
-_MODULES = {
-    "tensorflow": "lipdp.training.steps.tensorflow_step",
-    "jax": "lipdp.training.steps.jax_step",
+from lipdp.training.steps.backend import Backend
+
+__all__ = ["Backend", "backend"]
+
+_BACKENDS = {
+    "tensorflow": ("lipdp.training.steps.tensorflow_step", "TensorFlowBackend"),
+    "jax": ("lipdp.training.steps.jax_step", "JaxBackend"),
 }
 
 
-def backend():
-    """The module of the Keras backend in use.
+@functools.cache
+def backend() -> Backend:
+    """The Keras backend in use.
 
     Raises:
-        RuntimeError: there is none for it.
+        RuntimeError: lipdp does not train on it.
     """
     name = keras.backend.backend()
-    if name not in _MODULES:
+    if name not in _BACKENDS:
         raise RuntimeError(
-            f"lipdp trains on the Keras backends {', '.join(_MODULES)}; KERAS_BACKEND is {name!r}."
+            f"lipdp trains on the Keras backends {', '.join(_BACKENDS)}; KERAS_BACKEND is {name!r}."
         )
-    return importlib.import_module(_MODULES[name])
+    module, kind = _BACKENDS[name]
+    return getattr(importlib.import_module(module), kind)()

@@ -1,38 +1,106 @@
-"""What every backend's private step does, in the order that the privacy argument needs."""
+"""The private step of every backend, in the order that the privacy argument needs.
 
+A step is a function of the batch, of the weights, and of a `PrivateStep`: a frozen value with all
+that was decided before. Nothing else is read, so that what a compiled step does can be told, and
+compared, from outside.
+"""
+
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
+from lipdp import losses
 from lipdp.autodiff import gradient
 from lipdp.bounds import gradient_bounds, norms
 from lipdp.bounds.projections import certified_by
-from lipdp.losses import per_example
-from lipdp.noise import resolve_allocation, standard_deviations
+from lipdp.data.augmentation import Augmentation
+from lipdp.noise import GaussianNoise, standard_deviations
 from lipdp.noise.gaussian_rng import standard_normal
-from lipdp.training.clipping import clamp_weights, clip_rows, scale_rows
+from lipdp.training.clipping import FixedClip, TrackedClip, clamp_weights, clip_rows, scale_rows
+from lipdp.training.steps.backend import Backend
 
 
-def private_step(model, data, backend):
-    """One private step on one drawn batch; variables are updated in place.
+@dataclasses.dataclass(frozen=True)
+class StepConstants:
+    """The numbers of every step of a run; public, and never a function of a batch.
+
+    Attributes:
+        noise_multiplier: of the joint release; what is accounted.
+        gradient_noise_multiplier, count_noise_multiplier: those of the stds of its two parts, with
+            what the noise adds for its rounding, or of what is fresh in a step of correlated
+            noise; the second is 0 without adaptive clipping.
+        expected_batch_size: the divisor of the sums.
+        noise_constants: of the noise, where it is correlated.
+    """
+
+    noise_multiplier: float
+    gradient_noise_multiplier: float
+    count_noise_multiplier: float
+    expected_batch_size: float
+    noise_constants: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class PrivateStep:
+    """All that a private step reads beside its batch and the weights.
+
+    Attributes:
+        network: whose trainable weights are updated.
+        optimizer: sees noisy gradients only.
+        loss: of one example.
+        clip: says to which norm rows of the loss gradient are clipped.
+        noise: added to the sums.
+        allocation: how noise is shared over the weights, as `standard_deviations` takes it.
+        sample_weight_bound: most that an example can weigh; bounds start at the clip times this.
+        augmentation: makes the views of an example, or None.
+        physical_batch_size: most rows that are computed at once, or None.
+        update_metrics: of outputs, losses, mask and weights of a batch; returns the logs.
+        constants: of the run; None before one is planned.
+    """
+
+    network: keras.Model
+    optimizer: keras.optimizers.Optimizer
+    loss: losses.Loss
+    clip: FixedClip | TrackedClip
+    noise: GaussianNoise
+    allocation: str | tuple[float, ...]
+    sample_weight_bound: float
+    augmentation: Augmentation | None
+    physical_batch_size: int | None
+    update_metrics: Callable[..., dict]
+    constants: StepConstants | None = None
+
+    @property
+    def entries(self) -> int:
+        """How many numbers a release has: those of the trainable weights, and a count."""
+        sizes = (math.prod(v.shape) for v in self.network.trainable_variables)
+        return sum(sizes) + self.clip.counted
+
+
+def private_step(step: PrivateStep, data: tuple, backend: Backend) -> dict:
+    """Takes one private step on one drawn batch; variables are updated in place.
 
     Args:
-        model: the `PrivateModel`.
+        step: what was decided before.
         data: what `DrawnBatch.as_data` gives.
-        backend: the backend's module: `pull_back`, `accumulate`, `total`, `once`, `compiled`.
+        backend: the `Backend` in use.
 
     Returns:
         The metrics' results.
     """
-    sums, logs = read_batch(model, data, backend)
-    update_weights(model, data[0], sums, backend)
+    sums, logs = read_batch(step, data, backend)
+    update_weights(step, data[0], sums, backend)
     return logs
 
 
-def read_batch(model, data, backend):
-    """The half of a step that reads the batch: forward pass, loss gradient of each example, clip of
-    its rows, weights of the examples, pull-back of all rows at once; and the metrics.
+def read_batch(step: PrivateStep, data: tuple, backend: Backend) -> tuple[list, dict]:
+    """Takes the half of a step that reads the batch: forward pass, loss gradient of each example,
+    clip of its rows, weights of the examples, pull-back of all rows at once; and the metrics.
 
     Returns:
         The sums that the noise is to hide: the clipped gradients' of each weight, and of an
@@ -40,53 +108,53 @@ def read_batch(model, data, backend):
     """
     features, y, mask = data
     x, weights = features["inputs"], features.get("weights")
-    clip = model.current_clip()
+    clip = step.clip.current()
 
     def part(x, y, mask, weights=None):
-        return gradient_sums(model, backend, clip, x, y, mask, weights)
+        return gradient_sums(step, backend, clip, x, y, mask, weights)
 
     rows = [x, y, mask] if weights is None else [x, y, mask, weights]
-    if model.physical_batch_size is None:
+    if step.physical_batch_size is None:
         sums, (outputs, losses, within) = part(*rows)
     else:
-        sums, (outputs, losses, within) = backend.accumulate(part, rows, model.physical_batch_size)
-    if model.adaptive is not None:
+        sums, (outputs, losses, within) = backend.accumulate(part, rows, step.physical_batch_size)
+    if step.clip.counted:
         # One example moves the sum of centred indicators by ½.
         sums = [*sums, ops.sum(within - 0.5 * ops.cast(mask, within.dtype))]
     if weights is not None:
-        weights = clamp_weights(weights, model.sample_weight_bound)
+        weights = clamp_weights(weights, step.sample_weight_bound)
     # Over the rows of all devices: noise is added to that, once.
-    return backend.sum_over_replicas(sums), model.update_metrics(y, outputs, losses, mask, weights)
+    return backend.sum_over_replicas(sums), step.update_metrics(y, outputs, losses, mask, weights)
 
 
-def update_weights(model, features, sums, backend):
-    """The half of a step whose shapes no batch changes: sum over the expected batch size plus
+def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backend) -> None:
+    """Takes the half of a step whose shapes no batch changes: sum over the expected batch size plus
     noise, optimizer, projection.
 
     Args:
-        model, backend: as for `private_step`.
+        step, backend: as for `private_step`.
         features: the batch's key, and its noise where the host draws it.
         sums: what `read_batch` gave.
     """
-    network, mechanism, key = model.network, model.mechanism, features["key"]
-    divisor = mechanism.expected_batch_size
+    network, constants, key = step.network, step.constants, features["key"]
+    divisor = constants.expected_batch_size
     variables = network.trainable_variables
 
     # Read from the weights that the forward pass used, before they change.
     bounds = gradient_bounds(
-        network, model.current_clip() * model.sample_weight_bound, as_tensors=True
+        network, step.clip.current() * step.sample_weight_bound, as_tensors=True
     )
     stds = standard_deviations(
         [bounds[v.path] for v in variables],
         [math.prod(v.shape) for v in variables],
-        mechanism.gradient_noise_multiplier,
-        resolve_allocation(model.allocation, variables),
+        constants.gradient_noise_multiplier,
+        step.allocation,
     )
-    if model.adaptive is not None:
-        stds = [*stds, 0.5 * mechanism.count_noise_multiplier]
+    if step.clip.counted:
+        stds = [*stds, 0.5 * constants.count_noise_multiplier]
     if any(ops.is_tensor(std) for std in stds):
-        stds = synchronise(stds)
-    noisy = model.noise.add(backend, features, sums, stds)
+        stds = _synchronise(stds)
+    noisy = step.noise.add(backend, features, sums, stds)
     updates = []
     for variable, total in zip(variables, noisy[: len(variables)], strict=True):
         update = total * (1.0 / divisor)
@@ -104,36 +172,40 @@ def update_weights(model, features, sums, backend):
         return backend.compiled(norms.probable_norm_bound)(matrix, probe, expected)
 
     with certified_by(certificate, backend.compiled):
-        model.optimizer.apply(backend.on_first_replica(updates), variables)
+        step.optimizer.apply(backend.on_first_replica(updates), variables)
 
-    if model.adaptive is not None:
-        model.move_clip(noisy[-1] / divisor + 0.5)
+    if step.clip.counted:
+        step.clip.update(noisy[-1] / divisor + 0.5)
 
 
-def gradient_sums(model, backend, clip, x, y, mask, weights):
-    """Sum of the clipped examples' gradients, one tensor a weight; and outputs, losses and
-    indicators of rows within the clip, one row an example.
+def gradient_sums(
+    step: PrivateStep, backend: Backend, clip: Any, x: Any, y: Any, mask: Any, weights: Any
+) -> tuple[list, tuple]:
+    """Sums the clipped examples' gradients, one tensor a weight.
+
+    Returns:
+        The sums; and outputs, losses and indicators of rows within the clip, one row an example.
     """
-    views = model.augmentation
+    views = step.augmentation
     targets = y
     if views is not None:
         x, targets, mask = views(x), views.repeated(y), views.repeated(mask)
-    outputs, pull_back = backend.pull_back(model.network, x)
-    losses, gradients = gradient(lambda z: per_example(model.private_loss, targets, z), outputs)
+    outputs, pull_back = backend.pull_back(step.network, x)
+    values, gradients = gradient(lambda z: losses.per_example(step.loss, targets, z), outputs)
     rows, within = clip_rows(gradients, clip, mask)
     if weights is not None:
         # Behind the clip, which would undo them, and up to the maximum that the bounds start at.
         weights = weights if views is None else views.repeated(weights)
-        rows = scale_rows(rows, weights, model.sample_weight_bound)
+        rows = scale_rows(rows, weights, step.sample_weight_bound)
     if views is not None:
         # The mean of an example's views is within the bound, as each of them is.
         rows = rows * (1.0 / views.views)
         outputs = outputs[:: views.views]
-        losses, within = views.averaged(losses), views.averaged(within)
-    return pull_back(rows), (outputs, losses, within)
+        values, within = views.averaged(values), views.averaged(within)
+    return pull_back(rows), (outputs, values, within)
 
 
-def synchronise(stds):
+def _synchronise(stds):
     """The same numbers, each of which depends on all: no weight changes before every bound that
     was measured on weights is there. TensorFlow's graph optimisers were seen to lose the order
     between the read of a weight and its update, and a bound came out of weights that were

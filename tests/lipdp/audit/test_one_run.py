@@ -187,7 +187,7 @@ def test_the_curve_of_a_claim():
     "counts", [(10, 11, 3), (10, 5, 6), (10, 0, 0), (10, 5, -1)], ids=str
 )  # fmt: skip
 def test_impossible_counts(counts):
-    with pytest.raises(ValueError, match="correct <= guesses <= canaries"):
+    with pytest.raises(ValueError, match="`correct`|`guesses`"):
         audit.p_value(*counts, 1.0, 0.0)
     with pytest.raises(TypeError, match="`guesses`"):
         audit.epsilon_lower_bound(10, 2.5, 1, 0.0)

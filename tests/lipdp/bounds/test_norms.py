@@ -160,7 +160,7 @@ def test_probable_norm_bound(kind, shape, rng):
     base /= exact(base)
 
     bound = compiled(norms.probable_norm_bound)
-    for scale in (1.0, 0.05, 30.0, 1e15, 1e-15):
+    for scale in (1.0, 0.95, 1.05, 1.2, 0.05, 30.0, 1e15, 1e-15):
         matrix = (scale * base).astype("float32")
         true = exact(matrix)
         for _ in range(3):
@@ -181,14 +181,14 @@ def test_probable_norm_bound_of_what_is_not_finite():
 def test_probable_norm_bound_survives_a_probe_almost_orthogonal_to_the_top(rng):
     """The failure event is a probe without a component along the top; small ones must hold."""
     side = 30
-    matrix = np.diag(np.r_[1.0, np.full(side - 1, 0.2)]).astype("float32")
-    for size in (0.16, 0.3, 1.0):  # ‖Xv‖; the threshold is 0.154
-        probe = rng.standard_normal(norms.probe_shape(matrix.shape)).astype("float32")
-        probe[:, 0] *= size / np.linalg.norm(probe[:, 0])
-        found = norms.probable_norm_bound(
-            ops.convert_to_tensor(matrix), ops.convert_to_tensor(probe)
-        )
-        assert float(found) >= 1.0
+    bound = compiled(norms.probable_norm_bound)
+    for scale in (0.5, *np.linspace(0.85, 1.3, 10), 2.0, 5.0):  # about the radius, 1
+        matrix = scale * np.diag(np.r_[1.0, np.full(side - 1, 0.2)]).astype("float32")
+        for size in (0.16, 0.3, 1.0):  # ‖Xv‖; the threshold is 0.154
+            probe = rng.standard_normal(norms.probe_shape(matrix.shape)).astype("float32")
+            probe[:, 0] *= size / np.linalg.norm(probe[:, 0])
+            found = bound(ops.convert_to_tensor(matrix, "float32"), ops.convert_to_tensor(probe))
+            assert float(found) >= scale
 
 
 # --- convolutions -----------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def test_almost_orthogonal_scales_refuse():
     [
         (dict(input_shape=(5,)), "`input_shape` must be 2 known spatial sizes"),
         (dict(input_shape=(5, None)), "`input_shape` must be 2 known spatial sizes"),
-        (dict(input_shape=(5, 5), strides=0), "`strides` must be 2 positive integers"),
+        (dict(input_shape=(5, 5), strides=0), "`strides` must be an integer of at least 1; got 0"),
         (dict(input_shape=(5, 5), padding="full"), "`padding` must be"),
         (dict(input_shape=(2, 5)), "spans 3 cells of an axis of 2"),
         (dict(input_shape=(5, 5), certificate="guess"), "`certificate` must be"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from lipdp.autodiff import compiled
 from lipdp.bounds import norms, projections
 from lipdp.bounds.projections import (
     AlmostOrthogonal,
@@ -14,7 +15,9 @@ from lipdp.bounds.projections import (
     EntryBall,
     NormBall,
     ResidualConvBall,
+    RowBall,
     SpectralBall,
+    identity_kernel,
 )
 
 
@@ -172,6 +175,123 @@ def test_almost_orthogonal(shape, radius, rng):
     assert (apply(projection, np.zeros(shape)) == 0).all()
 
 
+def size_by_certificate(projection, w):
+    options = {**projection.geometry, "certificate": projection.certificate}
+    return np.max(ops.convert_to_numpy(projection.bound(w, **options)))
+
+
+def size_of_residual(projection, w):
+    return size_by_certificate(projection, w - ops.convert_to_numpy(identity_kernel(w.shape)))
+
+
+def size_by_channel(projection, w):
+    return 1 / np.min(ops.convert_to_numpy(norms.almost_orthogonal_scales(w)[0]))
+
+
+# (projection, shape of the weight, its size, gap up to which a weight near the radius may shrink)
+SIZES = {
+    "norm": (NormBall(0.7), (4, 3), lambda _, w: np.linalg.norm(w), 3e-5),
+    "row": (RowBall(0.7), (4, 3), lambda _, w: np.linalg.norm(w, axis=1).max(), 3e-5),
+    "entry": (EntryBall(0.7), (4, 3), lambda _, w: np.abs(w).max(), 1e-7),
+    "spectral": (SpectralBall(0.7), (40, 30), lambda _, w: exact(w), 0.05),
+    "spectral large": (SpectralBall(0.7), (260, 270), lambda _, w: exact(w), 0.05),
+    "channels of a matrix": (AlmostOrthogonal(0.7), (8, 5), size_by_channel, 3e-5),
+    "channels of a kernel": (AlmostOrthogonal(0.7), (3, 2, 2, 5), size_by_channel, 3e-5),
+    **{
+        f"{name}, {certificate}": (ball, shape, size_by_certificate, 3e-5)
+        for certificate in ("fft", "reshaped")
+        for name, ball, shape in [
+            (
+                "conv",
+                ConvBall(0.7, (6, 6), padding="same", certificate=certificate),
+                (3, 3, 2, 3),
+            ),
+            (
+                "strided conv",
+                ConvBall(0.7, (6,), 2, groups=2, certificate=certificate),
+                (3, 2, 4),
+            ),
+            (
+                "depthwise conv",
+                DepthwiseConvBall(0.7, (6, 6), certificate=certificate),
+                (3, 3, 2, 2),
+            ),
+            (
+                "transposed conv",
+                ConvTransposeBall(0.7, (4, 4), 2, certificate=certificate),
+                (3, 3, 2, 3),
+            ),
+        ]
+    },
+    "residual conv": (
+        ResidualConvBall(0.7, (4, 5), certificate="fft"),
+        (3, 3, 2, 2),
+        size_of_residual,
+        3e-5,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_what_is_inside_stays_as_it_is_over_a_hundred_steps(name, rng):
+    projection, shape, size, gap = SIZES[name]
+    residual = isinstance(projection, ResidualConvBall)
+    identity = ops.convert_to_numpy(identity_kernel(shape)) if residual else 0.0
+    direction = rng.standard_normal(shape).astype("float32")
+    direction *= 0.7 / size(projection, direction)
+    project = compiled(projection)
+    for r in (0.0, 0.3, 0.9, 0.99, 1.0):
+        start = (r * direction - identity).astype("float32")
+        w = ops.convert_to_tensor(start)
+        for _ in range(100):
+            w = project(w)
+        w = ops.convert_to_numpy(w)
+        if r * (1 + gap) <= 1:
+            np.testing.assert_array_equal(w, start)
+        elif residual:  # the identity that is added rounds too
+            np.testing.assert_allclose(w, start, rtol=gap, atol=gap)
+        else:
+            assert r / (1 + gap) <= size(projection, w) / 0.7 * r <= 1 + 1e-6
+            factor = np.vdot(w, start) / np.vdot(start, start)
+            assert 1 / (1 + gap) <= factor <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(257, 257), (300, 520), (520, 300)], ids=str)
+@pytest.mark.parametrize("kind", ["gaussian", "orthogonal", "spike", "steps"])
+def test_random_certificates_leave_what_is_inside_as_it_is(kind, shape, rng):
+    u, values, v = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    ranks = np.arange(len(values))
+    spectrum = {
+        "gaussian": values / values[0],
+        "orthogonal": np.ones(len(values)),
+        "spike": np.where(ranks == 0, 1.0, 0.6),
+        "steps": np.where(ranks < len(values) // 2, 1.0, 0.2),
+    }[kind]
+    direction = (u * spectrum) @ v
+    projection = SpectralBall(0.7)
+
+    @compiled
+    def project(w, probe):
+        with projections.certified_by(
+            lambda matrix, radius: norms.probable_norm_bound(matrix, probe, radius), compiled
+        ):
+            return projection(w)
+
+    for r in (0.0, 0.3, 0.9, 0.99, 1.0, 4.0):
+        start = (0.7 * r * direction).astype("float32")
+        w = ops.convert_to_tensor(start)
+        for step in range(100):
+            probe = rng.standard_normal(norms.probe_shape(shape)).astype("float32")
+            w = project(w, ops.convert_to_tensor(probe))
+            if step == 0:
+                assert exact(ops.convert_to_numpy(w)) <= 0.7
+        w = ops.convert_to_numpy(w)
+        if r <= 0.9:
+            np.testing.assert_array_equal(w, start)
+        else:  # the gap aimed at and what its steps take, once
+            assert exact(w) >= 0.7 / (1.13 if r <= 1 else 1.4)
+
+
 PROJECTIONS = [
     NormBall(0.5),
     EntryBall(0.3),
@@ -209,11 +329,11 @@ def test_optimizers_apply_them(optimizer, rng):
 def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
     asked = []
 
-    def bound(matrix, expected):
-        asked.append((tuple(matrix.shape), expected))
+    def bound(matrix, radius):
+        asked.append((tuple(matrix.shape), radius))
         return norms.euclidean_norm(matrix)
 
-    def compiled(function):
+    def counting(function):
         def counted(w, **options):
             asked.append((function, tuple(w.shape)))
             return function(w, **options)
@@ -223,7 +343,7 @@ def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
     large, small = (np.eye(n, dtype="float32") for n in (300, 4))
     many, few = (np.ones((1, 1, n, 40), "float32") for n in (40, 4))
     projection, ball = SpectralBall(2.0), ConvBall(1.0, input_shape=(2, 2))
-    with projections.certified_by(bound, compiled):
+    with projections.certified_by(bound, counting):
         inside = apply(projection, large)
         apply(projection, small)
         apply(NormBall(), large)
@@ -233,7 +353,7 @@ def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
     apply(projection, large)
     assert asked == [((300, 300), 2.0), (ConvBall.bound, (1, 1, 40, 40))]
     assert inside[0, 0] == pytest.approx(2.0 / 300**0.5, rel=1e-4)
-    with pytest.raises(RuntimeError), projections.certified_by(bound, compiled):
+    with pytest.raises(RuntimeError), projections.certified_by(bound, counting):
         raise RuntimeError
     apply(projection, large)
     assert len(asked) == 2
@@ -241,7 +361,8 @@ def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("inf"), float("nan"), "1", None])
 def test_radius_is_refused(radius):
-    with pytest.raises(ValueError, match="`radius` must be a number above 0 and finite"):
+    kind = ValueError if isinstance(radius, float) else TypeError
+    with pytest.raises(kind, match="`radius` must be a number above 0 and finite"):
         NormBall(radius)
 
 

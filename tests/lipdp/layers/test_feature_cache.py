@@ -137,8 +137,8 @@ def test_integers_and_models_of_integers(tmp_path, rng):
         ({"x": np.array(["a"])}, TypeError, "`x` must hold real numbers"),
         ({"x": np.zeros((0, 6, 6, 1))}, ValueError, "at least one example"),
         ({"x": np.float32(1)}, ValueError, "at least one example"),
-        ({"batch_size": 0}, ValueError, "`batch_size` must be a positive integer; got 0"),
-        ({"batch_size": 2.0}, ValueError, "`batch_size` must be a positive integer; got 2.0"),
+        ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1; got 0"),
+        ({"batch_size": 2.0}, TypeError, "`batch_size` must be an integer of at least 1; got 2.0"),
         ({"path": "/nowhere/at/all/x.npy"}, FileNotFoundError, "which is no directory"),
     ],
 )

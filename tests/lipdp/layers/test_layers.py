@@ -638,7 +638,11 @@ def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
         (lambda: layers.Householder(), (2, 3), "even number of channels"),
         (lambda: layers.FlooredNormalization(-1.0), (3,), "`radius` must be a number"),
         (lambda: layers.FlooredNormalization(floor=0.0), (3,), "`floor` must be a number"),
-        (lambda: layers.FlooredNormalization(groups=0), (3,), "`groups` must be a positive"),
+        (
+            lambda: layers.FlooredNormalization(groups=0),
+            (3,),
+            "`groups` must be an integer of at least 1",
+        ),
         (lambda: layers.FlooredNormalization(groups=2), (3,), "that 2 divides"),
         (lambda: layers.FlooredNormalization(), (), "channels that 1 divides"),
         (lambda: layers.Gate(), (3,), "two inputs of one shape"),
@@ -649,7 +653,7 @@ def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
         (lambda: layers.InvertibleUpSampling2D(2), (None, 4, 4), "known sizes"),
         (lambda: layers.InvertibleDownSampling2D(2), (4, None, 4), "known sizes"),
         (lambda: layers.FlooredNormalization(), (None, 4), "known sizes"),
-        (lambda: layers.L2NormPooling1D((2, 2)), (4, 1), "`pool_size` must be a positive"),
+        (lambda: layers.L2NormPooling1D((2, 2)), (4, 1), "`pool_size` must be an integer; got"),
         (lambda: layers.GlobalL2NormPooling2D(), (4, 1), "input of rank 4"),
         (
             lambda: layers.SpectralDense(3, bias_norm=0.0),
@@ -664,17 +668,17 @@ def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
         (lambda: layers.SpectralDepthwiseConv2D(3), (None, 4, 1), "known spatial sizes"),
         (lambda: layers.ResidualConv2D(3, 3), (4, 4, 2), "as many filters as input channels"),
         (lambda: layers.ResidualConv2D(2, 2), (4, 4, 2), "needs odd kernel sizes"),
-        (lambda: layers.SandwichDense(0), (4,), "`units` must be a positive integer"),
-        (lambda: layers.SandwichDense(3, 1.5), (4,), "`hidden` must be a positive integer"),
+        (lambda: layers.SandwichDense(0), (4,), "`units` must be an integer of at least 1"),
+        (lambda: layers.SandwichDense(3, 1.5), (4,), "`hidden` must be an integer of at least 1"),
         (
             lambda: layers.SandwichDense(3, bias_norm=-1.0),
             (4,),
             "`bias_norm` must be a number",
         ),
-        (lambda: layers.ConvexPotential(-1), (4,), "`hidden` must be a positive integer"),
+        (lambda: layers.ConvexPotential(-1), (4,), "`hidden` must be an integer of at least 1"),
         (lambda: layers.ConvexPotentialConv2D((3, 3, 3)), (4, 4, 2), "`kernel_size` must be"),
         (lambda: layers.ConvexPotentialConv2D(3), (None, 4, 2), "known spatial sizes"),
-        (lambda: layers.BlockReflector(0), (4,), "`rank` must be a positive integer"),
+        (lambda: layers.BlockReflector(0), (4,), "`rank` must be an integer of at least 1"),
         (
             lambda: layers.CayleyDense(3, bias_norm=0.0),
             (4,),
@@ -687,5 +691,5 @@ def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
     ],
 )
 def test_wrong_use_is_refused(make, shape, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         keras.Sequential([keras.Input(shape), make()])

@@ -513,7 +513,7 @@ def test_losses_survive_a_round_trip(loss):
 )
 @pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), "warm", True, None])
 def test_numbers_that_must_be_positive(make, message, value):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError if type(value) in (int, float) else TypeError, match=message):
         make(value)
 
 
@@ -533,7 +533,7 @@ def test_numbers_that_must_be_positive(make, message, value):
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan"), "warm", None])
 def test_numbers_that_may_be_zero(make, message, value):
     make(0)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError if type(value) in (int, float) else TypeError, match=message):
         make(value)
 
 

@@ -207,7 +207,7 @@ def noise_of(model, epochs):
     moves = moves[:, np.abs(moves).max(axis=0) > 0]
     bound = lipdp.gradient_bounds(model.network, 1.0)
     (std,) = [bound[v.path] for v in model.network.trainable_variables]
-    mechanism = model.mechanism
+    mechanism = model.step.constants
     return moves * mechanism.expected_batch_size / (std * mechanism.noise_multiplier)
 
 

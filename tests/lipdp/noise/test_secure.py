@@ -453,13 +453,13 @@ def test_the_count_of_an_adaptive_clip_has_discrete_noise_too():
         batch.mask = np.zeros(BATCH, "float32")
         assert batch.noise.shape == (4 * 3 + 3 + 1,)
         model.train_on_batch(batch)
-        after = float(model._clip_weight.numpy())
+        after = float(model.clip_state.variable.numpy())
         units = -math.log(after / before) / 0.5 * BATCH / (0.5 * batch.noise[-1] / SCALE)
-        found.append(units / model.mechanism.count_noise_multiplier)
+        found.append(units / model.step.constants.count_noise_multiplier)
         before = after
     # Each is the very noise of the batch, times the std of the count.
     np.testing.assert_allclose(found, 1.0, rtol=2e-3)
-    mechanism = model.mechanism
+    mechanism = model.step.constants
     joint = mechanism.gradient_noise_multiplier**-2 + mechanism.count_noise_multiplier**-2
     assert joint**-0.5 == pytest.approx(1.0, rel=1e-4)
     split = zip(clip.split(1.0, BATCH), (4 * 3 + 3, 1), strict=True)

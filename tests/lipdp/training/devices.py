@@ -104,15 +104,14 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=(), checkpo
             **options,
         )
         if noisy:
+            for variable in model.network.trainable_variables:
+                variable.constraint = None
             optimizer = keras.optimizers.SGD(1.0)
         elif loop:
             optimizer = keras.optimizers.Adam(0.05)
         else:  # by which a sum that is added up too often shows, as by Adam it does not
             optimizer = keras.optimizers.SGD(0.5, momentum=0.5, **optimizer)
         model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], **compile)
-    if noisy:
-        for variable in model.network.trainable_variables:
-            variable.constraint = None
     if checkpoint is not None and checkpoint.exists():
         with np.load(checkpoint) as arrays:
             model.network.set_weights([arrays[key] for key in arrays])

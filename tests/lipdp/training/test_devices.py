@@ -23,6 +23,7 @@ from lipdp.data.sources import Arrays
 from lipdp.devices import SINGLE_DEVICE, Devices, broadcast_from_chief, digest, require_same_run
 from lipdp.randomness import RandomSource, SharedSource
 from lipdp.training import steps
+from lipdp.training.plan import run_fingerprint
 from tests.lipdp.helpers import Rounded, data, dense_network, private, weights
 from tests.lipdp.training.devices import train
 
@@ -334,7 +335,8 @@ def facts(order=1, weigh=False, rate=0.5, seed=3, network=None, steps=4, **kwarg
     model = private(network, seed=seed, optimizer=keras.optimizers.SGD(rate), **kwargs)
     x, y = (array[::order] for array in data())
     run = model.spending.plan(model.sampling, len(y), steps, steps)
-    return model._run_fingerprint(Arrays(x, y), np.ones(64) if weigh else None, run, (0, 0))
+    weights = np.ones(64) if weigh else None
+    return run_fingerprint(model, model.step, Arrays(x, y), weights, run, (0, 0))
 
 
 @pytest.mark.any_backend

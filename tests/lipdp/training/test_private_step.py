@@ -315,9 +315,10 @@ def test_weights_multiply_the_clipped_rows_and_no_more(clip):
     without, _ = moves(np.where(chosen, 0.0, 0.5))
     masked, _ = moves(np.where(chosen, 3.0, 0.5), mask=~chosen)
     network.set_weights(start)
-    bounds = lipdp.gradient_bounds(network, min(model.clip or 0.1, 1.5) * 3.0)
+    norm = model.clip if isinstance(model.clip, float) else 0.1
+    bounds = lipdp.gradient_bounds(network, min(norm, 1.5) * 3.0)
     if clip is None:
-        bounds = lipdp.gradient_bounds(network, model.loss_gradient_bound * 3.0)
+        bounds = lipdp.gradient_bounds(network, model.clip_state.loss_gradient_bound * 3.0)
     for path, a, b, c in zip(bounds, with_it, without, masked, strict=True):
         np.testing.assert_allclose(b, c, atol=1e-6)
         assert 0 < np.linalg.norm(a - b) <= bounds[path] / BATCH * (1 + 1e-5)

@@ -1,0 +1,243 @@
+"""What is decided once, before the first step of a run: checks, data, noise, who takes part.
+
+`make_plan` establishes it phase by phase and returns it as a value. Nothing is spent meanwhile, so
+whatever cannot be trained on fails here. The steps only read.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from accountants import TrainingRun
+from accountants.validation import check_integer
+from lipdp import losses
+from lipdp.bounds.projections import Projection
+from lipdp.data.batches import DrawnBatches, check_weights, padding_multiple
+from lipdp.data.sources import Arrays, Stream, open_source
+from lipdp.devices import Devices, broadcast_from_chief, digest, require_same_run
+from lipdp.inspection.check import check_trainable
+from lipdp.noise import resolve_allocation
+from lipdp.training import steps
+from lipdp.training.spending import ActiveRun
+from lipdp.training.steps.private_step import PrivateStep, StepConstants
+
+__all__ = ["Plan", "make_plan", "project", "run_fingerprint", "step_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One run, ready to begin.
+
+    Attributes:
+        step: all that its steps read.
+        run: how many steps may be paid for.
+        batches: draws them.
+        devices: that share out the rows of a batch.
+        steps_per_call: how many steps one call of Keras' train function takes.
+        new_memory: whether the noise has other variables now than those of the last plan.
+        trainable_variables, non_trainable_variables: of the model, in the order that its steps
+            count on.
+    """
+
+    step: PrivateStep
+    run: ActiveRun
+    batches: DrawnBatches
+    devices: Devices
+    steps_per_call: int
+    new_memory: bool
+    trainable_variables: list
+    non_trainable_variables: list
+
+
+def make_plan(
+    model: Any,
+    x: Any,
+    y: Any,
+    epochs: int,
+    steps_per_epoch: int | None = None,
+    sample_weight: Any = None,
+    class_weight: dict[int, float] | None = None,
+    steps_per_call: int = 1,
+) -> Plan:
+    """The plan of a run of a compiled `PrivateModel`; calibrates the noise of its first one.
+
+    Args:
+        model: the model.
+        x, y, epochs, steps_per_epoch, sample_weight, class_weight: as for `fit`.
+        steps_per_call: how many steps run, and are paid for, together.
+
+    Raises:
+        BudgetExceeded: not one step is left.
+        TypeError, ValueError: data or arguments that cannot be trained on.
+    """
+    backend = steps.backend()
+    backend.check_precision()
+    devices = backend.devices(model)
+    all_gather = functools.partial(backend.all_gather, model)
+
+    examples, weights = _open_data(model, x, y, sample_weight, class_weight, devices)
+    per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
+    check_trainable(model.network)
+    if devices.processes > 1:
+        _follow_chief(model.spending, all_gather, devices)
+
+    planned = per_epoch * epochs
+    noise_constants = model.noise.plan(model.sampling, len(examples), planned)
+    run = model.spending.plan(model.sampling, len(examples), planned, per_epoch, steps_per_call)
+    step = step_of(model, _constants(model, len(examples), noise_constants))
+    with backend.scope(model):
+        new_memory = model.noise.begin(model.network.trainable_variables)
+    project(model.network)  # loaded or assigned weights need not be where the bounds hold
+
+    position = (sum(earlier.steps for earlier in run.earlier), model.fits)
+    source = model.random_source
+    if devices.processes > 1:
+        facts = run_fingerprint(model, step, examples, weights, run, position)
+        shared = require_same_run(all_gather, devices, facts)
+        source = shared if source.seed is None else source
+    batches = DrawnBatches(
+        examples,
+        model.sampling,
+        source,
+        position,
+        per_epoch,
+        padding_multiple(
+            model.sampling,
+            step.constants.expected_batch_size,
+            model.physical_batch_size,
+            model.jit_compile or keras.backend.backend() == "jax",
+            devices.replicas,
+        ),
+        weights,
+        draw_noise=functools.partial(model.noise.draw, step.entries),
+        steps_taken=lambda: run.paid,
+        devices=devices,
+    )
+    return Plan(
+        step,
+        run,
+        batches,
+        devices,
+        steps_per_call,
+        new_memory,
+        model.trainable_variables,
+        model.non_trainable_variables,
+    )
+
+
+def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
+    """What the steps of a compiled model read, as it is configured now."""
+    allocation = resolve_allocation(model.allocation, model.network.trainable_variables)
+    return PrivateStep(
+        network=model.network,
+        optimizer=model.optimizer,
+        loss=model.private_loss,
+        clip=model.clip_state,
+        noise=model.noise,
+        allocation=allocation if isinstance(allocation, str) else tuple(allocation),
+        sample_weight_bound=model.sample_weight_bound,
+        augmentation=model.augmentation,
+        physical_batch_size=model.physical_batch_size,
+        update_metrics=model.update_metrics,
+        constants=constants,
+    )
+
+
+def project(network: keras.Model) -> None:
+    """Puts every trainable weight into the set in which its bounds hold."""
+    for variable in network.trainable_variables:
+        if isinstance(variable.constraint, Projection):
+            variable.assign(variable.constraint(variable))
+
+
+def run_fingerprint(
+    model: Any,
+    step: PrivateStep,
+    examples: Any,
+    weights: np.ndarray | None,
+    run: ActiveRun,
+    position: tuple[int, ...],
+) -> dict[str, Any]:
+    """What must be the same in each process of a run, as JSON tells it."""
+    some = np.unique(np.linspace(0, len(examples) - 1, 16).astype(int))
+    inputs, targets = examples.take(some, len(some))
+    optimizer = {k: v for k, v in step.optimizer.get_config().items() if k != "name"}
+    settings = (
+        step.clip.loss_gradient_bound,
+        model.clip,
+        model.allocation,
+        step.sample_weight_bound,
+        step.physical_batch_size,
+        step.augmentation is None,
+    )
+    mechanism = (model.sampling, step.constants, type(step.noise), model.random_source.seed)
+    return {
+        "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
+        "sample weights": None if weights is None else digest(weights),
+        "steps": [run.per_epoch, model.steps_per_execution, run.allowed, *position],
+        "mechanism": repr(mechanism),
+        "settings": repr(settings),
+        "optimizer": repr((type(step.optimizer).__name__, optimizer)),
+        "weights": digest(*map(ops.convert_to_numpy, step.network.weights)),
+    }
+
+
+# --- phases ---------------------------------------------------------------------------------------
+
+
+def _open_data(model, x, y, sample_weight, class_weight, devices):
+    """The source of the examples, and the weight of each."""
+    in_order = model.sampling.batch_size if model.sampling.streamable else None
+    examples = open_source(x, y, model.network, stream=in_order)
+    if isinstance(examples, Arrays):
+        losses.check_targets(model.private_loss, examples.y, model.network.output_shape[1:])
+    if isinstance(examples, Stream) and devices.processes > 1:
+        raise ValueError(
+            "`x` must be arrays, or records of which any can be read, for training in several "
+            "processes: each would have to read all of a stream."
+        )
+    model.sampling.validate(len(examples))
+    return examples, check_weights(sample_weight, class_weight, examples, model.max_sample_weight)
+
+
+def _steps_per_epoch(sampling, examples, asked, steps_per_call):
+    per_epoch = sampling.steps_per_epoch(examples)
+    if asked is not None:
+        if sampling.fixed_epoch:
+            raise ValueError(
+                f"`steps_per_epoch` is fixed by {sampling!r}: {per_epoch} for {examples} examples."
+            )
+        per_epoch = check_integer(asked, "steps_per_epoch")
+    if per_epoch % steps_per_call:
+        raise ValueError(
+            f"`steps_per_execution` must divide the {per_epoch} steps of an epoch, so that "
+            f"what is paid for is what runs; got {steps_per_call}."
+        )
+    return per_epoch
+
+
+def _follow_chief(spending, all_gather, devices):
+    """Has every process count what the chief has spent, which keeps the ledger."""
+    runs = broadcast_from_chief(all_gather, devices, [run.to_dict() for run in spending.runs])
+    if not devices.chief:
+        spending.follow([TrainingRun.from_dict(run) for run in runs])
+
+
+def _constants(model, examples, noise_constants):
+    """The numbers of every step, once the noise multiplier is known."""
+    clip, noise = model.clip_state, model.noise
+    divisor = model.sampling.expected_batch_size(examples)
+    gradient, count = clip.split(model.noise_multiplier, divisor)
+    weights = sum(math.prod(v.shape) for v in model.network.trainable_variables)
+    return StepConstants(
+        noise_multiplier=model.noise_multiplier,
+        gradient_noise_multiplier=noise.multiplier(gradient, weights),
+        count_noise_multiplier=noise.multiplier(count, 1) if clip.counted else 0.0,
+        expected_batch_size=divisor,
+        noise_constants=noise_constants,
+    )

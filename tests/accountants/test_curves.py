@@ -1,0 +1,25 @@
+import math
+
+import pytest
+
+from accountants import RandomAllocation, TrainingRun, curves, epsilon
+
+
+def test_the_general_reduction_for_groups():
+    # For a Gaussian the truth is known: k examples shift k times as far.
+    single, truth = curves.GaussianCurve(0.4), curves.GaussianCurve(1.2)
+    reduced = curves.GroupCurve(single, 3)
+    for target in (0.5, 2.0, 5.0):
+        assert truth.delta(target) <= reduced.delta(target)
+        level = reduced.delta(target)
+        if level < 1.0:
+            assert reduced.epsilon(level) == pytest.approx(target, rel=1e-4)
+            assert reduced.delta(reduced.epsilon(level)) <= level
+    assert reduced.epsilon(1e-5) >= truth.epsilon(1e-5)
+    assert curves.GroupCurve(curves.GaussianCurve(0.0), 3).epsilon(1e-5) == 0.0
+    assert curves.GroupCurve(curves.GaussianCurve(math.inf), 3).epsilon(1e-5) == math.inf
+    run = TrainingRun(2.0, RandomAllocation(10), 100, 20)
+    one = epsilon(runs=[run], delta=1e-5)
+    assert one * 2 < epsilon(runs=[run], delta=1e-5, group_size=2)
+    with pytest.raises(ValueError, match="group_size"):
+        epsilon(runs=[run], delta=1e-5, group_size=0)
