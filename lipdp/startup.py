@@ -6,6 +6,7 @@ command they hide what matters. Set TF_CPP_MIN_LOG_LEVEL=0 to see all of them.
 """
 
 import contextlib
+import glob
 import os
 import re
 import sys
@@ -23,10 +24,16 @@ _LOG_LINE = re.compile(
     rb"|To enable the following instructions: .* rebuild TensorFlow"
     rb"|.*failed call to cuInit"
 )
+# Where there is an NVIDIA device, whoever expects it to be used needs to see what prevents that.
+_OF_DEVICES = re.compile(rb"cuda|cuInit|cuDNN|GPU", re.IGNORECASE)
 
 
-def is_usual_log_line(line: bytes) -> bool:
-    """Whether a line of stderr is one that TensorFlow logs at any start."""
+def is_usual_log_line(line: bytes, nvidia: bool = False) -> bool:
+    """Whether TensorFlow logs a line of stderr at any start, on a machine with or without NVIDIA
+    devices.
+    """
+    if nvidia and _OF_DEVICES.search(line):
+        return False
     return _LOG_LINE.match(line) is not None
 
 
@@ -69,4 +76,5 @@ def _without_log_lines() -> Iterator[None]:
                 sys.stderr.flush()
             os.dup2(stderr, 2)
             kept.seek(0)
-            stream.writelines(line for line in kept if not is_usual_log_line(line))
+            nvidia = bool(glob.glob("/dev/nvidia*"))
+            stream.writelines(line for line in kept if not is_usual_log_line(line, nvidia))

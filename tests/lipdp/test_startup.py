@@ -104,6 +104,11 @@ def test_usual_log_lines(line, dropped):
     assert startup.is_usual_log_line(line) is dropped
 
 
+def test_a_device_that_is_not_used_is_worth_a_line():
+    line = b"I0000 00:00:1796091386.531515    7466 cudart_stub.cc:31] Could not find cuda drivers"
+    assert startup.is_usual_log_line(line) and not startup.is_usual_log_line(line, nvidia=True)
+
+
 def test_every_module_that_registers_classes_is_known():
     for module in pkgutil.walk_packages(lipdp.__path__, "lipdp."):
         path = ROOT.joinpath(*module.name.split(".")).with_suffix(".py")
