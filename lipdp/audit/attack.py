@@ -290,7 +290,7 @@ class _Search:
             unbounded = [n for n, b in zip(self.names, self.bounds, strict=True) if b == math.inf]
             raise ValueError(
                 f"There is nothing to attack, since {unbounded} have no finite bound. Give "
-                "`input_bound`, or put lipdp.layers.BallProjection behind the input."
+                "`input_bound`, or put lipdp.layers.BallProjection after the input."
             )
         self.here = {}
 

@@ -51,6 +51,11 @@ class Call:
         return size(self.output_shape[:-1])
 
 
+def as_float(scalar: Scalar) -> float:
+    """A float of a float or a scalar tensor."""
+    return float(ops.convert_to_numpy(scalar)) if ops.is_tensor(scalar) else float(scalar)
+
+
 def size(shape: Sequence[int | None]) -> int:
     """Number of entries of a shape.
 

@@ -443,7 +443,7 @@ def test_add_loss_is_refused():
 
 
 def test_nothing_bounds_the_input():
-    with pytest.raises(ValueError, match=r"unbounded.*BallProjection\(radius\) behind the input"):
+    with pytest.raises(ValueError, match=r"unbounded.*BallProjection\(radius\) after the input"):
         gradient_bounds(keras.Sequential([keras.Input((3,)), K.Dense(2)]))
 
 
