@@ -22,7 +22,7 @@ from accountants.validation import check_integer, check_number, check_probabilit
 from lipdp.audit.claims import Claim
 from lipdp.data.sources import as_array, open_source
 from lipdp.inspection.check import final_activation
-from lipdp.report import RichText
+from lipdp.rich_text import RichText
 
 __all__ = ["Membership", "MembershipRow", "Signals", "infer_membership", "lira"]
 

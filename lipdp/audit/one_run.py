@@ -22,7 +22,7 @@ from lipdp import losses
 from lipdp.audit.claims import Claim
 from lipdp.autodiff import gradient
 from lipdp.data.sources import as_array
-from lipdp.report import RichText
+from lipdp.rich_text import RichText
 from lipdp.training.clipping import clip_rows
 
 __all__ = [
