@@ -212,7 +212,7 @@ def _certify(network, input_bound):
 
 
 def _projection(traced):
-    """Where in the calls the first projection stands, if layers in a chain lead there."""
+    """Place of the first projection among the calls, if a chain of layers leads there."""
     (current,) = traced.inputs
     for place, call in enumerate(traced.calls):
         readers = sum(other.inputs.count(current) for other in traced.calls)
@@ -248,7 +248,7 @@ def _check_data(network, x, y):
     if "float" not in str(network.inputs[0].dtype):
         raise ValueError(
             f"`network` must read floating-point numbers; {network.name!r} reads "
-            f"{network.inputs[0].dtype}, for which there are no small distances."
+            f"{network.inputs[0].dtype}."
         )
     if len(shapes[1]) != 2 or shapes[1][1] < 2:
         raise ValueError(

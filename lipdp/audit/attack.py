@@ -25,7 +25,7 @@ _STEPS = (math.inf, 0.5, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class AttackResult:
-    """What a search attained.
+    """The largest norms that a search attained.
 
     Attributes:
         ratio: the largest (norm attained) / (norm claimed); above 1 the bound is broken.

@@ -29,7 +29,7 @@ UNIT = 2.0**-30
 
 @dataclasses.dataclass
 class LayerBound:
-    """What the walk found at one call of one layer."""
+    """Bounds at one call of one layer."""
 
     name: str
     kind: str
@@ -128,8 +128,8 @@ def _graph(network):
         return network
     raise TypeError(
         "`network` must be a keras.Sequential or functional keras.Model, whose graph can be "
-        f"walked; got {type(network).__name__}. A subclassed model computes what its `call` says: "
-        "rebuild it with the functional API."
+        f"walked; got {type(network).__name__}. A subclassed model has no graph: rebuild it "
+        "with the functional API."
     )
 
 
@@ -242,15 +242,15 @@ def _data_of(node, slots):
     masks = [m for m in tree.flatten(node.arguments.kwargs.get("mask")) if m is not None]
     if any(id(m) not in attached for m in masks):
         raise UnknownLayerError(
-            f"Layer {operation.name!r} is called with a `mask` of your own, which might mix the "
-            "examples. Only masks that layers attach are known: those of "
+            f"Layer {operation.name!r} is called with a `mask` argument, which might mix the "
+            "examples. Only masks that layers attach are supported: those of "
             "Embedding(mask_zero=True) and keras.layers.Masking."
         )
     known = {id(m) for m in masks}
     tensors = [t for t in node.input_tensors if id(t) not in known]
     if any(id(t) not in slots for t in tensors):
         raise UnknownLayerError(
-            f"Layer {operation.name!r} reads a boolean tensor, for which there is no rule."
+            f"Layer {operation.name!r} reads a boolean tensor, which has no rule."
         )
     return tensors
 
@@ -258,14 +258,14 @@ def _data_of(node, slots):
 def _check_layer(layer):
     if getattr(layer, "activity_regularizer", None) is not None:
         raise UnknownLayerError(
-            f"Layer {layer.name!r} has an activity regulariser: its gradient passes by the clip "
-            "of the loss gradient, so no bound covers it. Remove `activity_regularizer`."
+            f"Layer {layer.name!r} has an activity regulariser: its gradient bypasses the clip "
+            "of the loss gradient, so it has no bound. Remove `activity_regularizer`."
         )
     # Keras keeps the first; of a call that leaves no trace, the second.
     if getattr(layer, "_losses", None) or getattr(layer, "_loss_ids", None):
         raise UnknownLayerError(
-            f"Layer {layer.name!r} called `add_loss`: that gradient passes by the clip of the loss "
-            "gradient, so no bound covers it. Put the term into the compiled loss."
+            f"Layer {layer.name!r} called `add_loss`: its gradient bypasses the clip of the loss "
+            "gradient, so it has no bound. Put the term into the compiled loss."
         )
     dtype = getattr(layer, "compute_dtype", None)
     if dtype is not None and dtype not in ("float32", "float64"):

@@ -1,4 +1,4 @@
-"""Can this network be trained privately, what does each layer cost, and what to do about it."""
+"""Checks whether a network can be trained privately, and what to change if not."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ class LayerCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Check(RichText):
-    """What `check` found.
+    """The result of `check`.
 
     Attributes:
         network: its name.
@@ -52,7 +52,7 @@ class Check(RichText):
 
     @property
     def private(self) -> bool:
-        """Whether `PrivateModel` can train it."""
+        """True if `PrivateModel` can train it."""
         return not self.problems and not any(layer.problem for layer in self.layers)
 
     def to_dict(self) -> dict:
@@ -214,7 +214,7 @@ def _call(network):
 
 
 def _imprecise(network):
-    """What in it is not computed in float32."""
+    """Problems: layers and weights that are not in float32."""
     problems = [
         "Private training computes in float32: what rounding may add to a gradient is within the "
         f"bounds' allowance there, and nowhere else. Layer {layer.name!r} computes in "
@@ -232,7 +232,7 @@ def _imprecise(network):
 
 
 def _measured(gradients):
-    """What to know of weights that no projection holds."""
+    """A note on weights that no projection holds."""
     names = [
         v.name for v, _ in gradients if not isinstance(getattr(v, "constraint", None), Projection)
     ]

@@ -20,7 +20,7 @@ Initializer = str | keras.initializers.Initializer
 
 
 class _Convolution(WithBias):
-    """What the convolutions share: which certificate they want."""
+    """Mixin of the convolutions: the certificate that they want."""
 
     def __init__(self, *args: Any, certificate: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -198,7 +198,7 @@ class PatchEmbedding(_Convolution, keras.layers.Conv2D):
         sizes = zip(input_shape[1:-1], self.kernel_size, strict=True)
         if any(n is None or n % k for n, k in sizes):
             raise ValueError(
-                f"PatchEmbedding wants an image of whole patches of {self.kernel_size}; got the "
+                f"PatchEmbedding needs an image that patches of {self.kernel_size} tile; got the "
                 f"input shape {tuple(input_shape)}."
             )
         self.kernel_constraint = self._ball(ConvBall, input_shape)

@@ -1,4 +1,4 @@
-"""What layers with projected weights share."""
+"""Base classes of layers with projected weights."""
 
 from typing import Any
 

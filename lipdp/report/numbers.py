@@ -68,7 +68,7 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Attained:
-    """How large gradients really are. From private examples, and **not** private.
+    """Norms of real gradients. From private examples, and **not** private.
 
     Attributes:
         weight: its path.
