@@ -89,7 +89,9 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     import lipdp
+    from lipdp import startup
 
+    startup.import_keras()
     train_data, test_data = load()
     sampling = lipdp.PoissonSampling(FLAGS.batch_size)
     steps = FLAGS.epochs * sampling.steps_per_epoch(len(train_data[0]))

@@ -1,5 +1,8 @@
 """lipdp: differentially private training for Keras, without per-example clipping."""
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 from accountants import (
     Budget,
     CyclicPoisson,
@@ -11,16 +14,19 @@ from accountants import (
     ShuffledEpochs,
     TruncatedPoisson,
 )
-from lipdp import bounds, layers, losses, metrics, models, robustness
+from lipdp import _loading
 from lipdp._version import __version__
-from lipdp.bounds import UnknownLayerError, gradient_bounds
-from lipdp.data.augmentation import Augmentation
-from lipdp.inspection.check import check
-from lipdp.inspection.repair import repair
-from lipdp.noise import BandedNoise, ToeplitzNoise
-from lipdp.training.clipping import AdaptiveClip
-from lipdp.training.model import PrivateModel
-from lipdp.training.spending import BudgetExceeded, Spent
+
+if TYPE_CHECKING:  # at run time these are imported when they are first used
+    from lipdp import bounds, layers, losses, metrics, models, robustness
+    from lipdp.bounds import UnknownLayerError, gradient_bounds
+    from lipdp.data.augmentation import Augmentation
+    from lipdp.inspection.check import check
+    from lipdp.inspection.repair import repair
+    from lipdp.noise import BandedNoise, ToeplitzNoise
+    from lipdp.training.clipping import AdaptiveClip
+    from lipdp.training.model import PrivateModel
+    from lipdp.training.spending import BudgetExceeded, Spent
 
 __all__ = [
     "AdaptiveClip",
@@ -51,3 +57,29 @@ __all__ = [
     "repair",
     "robustness",
 ]
+
+# Where the names are that the block above imports, other than modules; a test compares them.
+_HOMES = {
+    "AdaptiveClip": "lipdp.training.clipping",
+    "Augmentation": "lipdp.data.augmentation",
+    "BandedNoise": "lipdp.noise",
+    "BudgetExceeded": "lipdp.training.spending",
+    "PrivateModel": "lipdp.training.model",
+    "Spent": "lipdp.training.spending",
+    "ToeplitzNoise": "lipdp.noise",
+    "UnknownLayerError": "lipdp.bounds",
+    "check": "lipdp.inspection.check",
+    "gradient_bounds": "lipdp.bounds",
+    "repair": "lipdp.inspection.repair",
+}
+
+
+def __getattr__(name: str) -> Any:
+    return _loading.get_attribute(sys.modules[__name__], name, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_loading.register_with_keras()
