@@ -1,4 +1,4 @@
-"""What every backend spells in its own way: vector-Jacobian products, and compilation."""
+"""Functions that each backend spells in its own way: vector-Jacobian products, and compilation."""
 
 import functools
 from collections.abc import Callable, Sequence

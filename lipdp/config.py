@@ -56,7 +56,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold the sections {', '.join(_SECTIONS)}.")
     if unknown := set(config) - set(_SECTIONS):
@@ -65,7 +65,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{', '.join(_SECTIONS)}."
         )
     if missing := [s for s in _SECTIONS if s not in config and s not in _OPTIONAL]:
-        raise ValueError(f"{path} lacks the section {', '.join(missing)}.")
+        raise ValueError(f"{path} has no section {', '.join(missing)}.")
     for section, known in _SECTIONS.items():
         values = config.setdefault(section, {})
         if section == "network" and isinstance(values, str):
@@ -171,7 +171,7 @@ def _needed(values, name, section):
 def _load(path, *keys):
     with np.load(path) as data:
         if missing := [key for key in keys if key not in data]:
-            raise ValueError(f"{path} lacks {', '.join(missing)}; it has {', '.join(data)}.")
+            raise ValueError(f"{path} has no {', '.join(missing)}; it has {', '.join(data)}.")
         return tuple(data[key] for key in keys)
 
 

@@ -18,7 +18,7 @@ from keras import ops
 
 from accountants.validation import check_number
 from lipdp.autodiff import compiled, gradient
-from lipdp.bounds.rule import measuring
+from lipdp.bounds.rule import as_float, measuring
 from lipdp.bounds.walk import UNIT, network_bounds, trace
 from lipdp.layers import BallProjection, FrobeniusDense, SpectralDense
 
@@ -165,8 +165,9 @@ class _Certificate:
 
 def _certify(network, input_bound):
     """The certificate, for inputs of that norm at most."""
+    traced = trace(network)
     with measuring():
-        found = network_bounds(network, UNIT, input_bound)
+        found = network_bounds(traced, UNIT, input_bound)
     for layer in found.layers:
         blind = any(isinstance(g, (int, float)) and g == 0 for g in layer.input_cotangents)
         if blind and not (isinstance(layer.cotangent, (int, float)) and layer.cotangent == 0):
@@ -174,31 +175,30 @@ def _certify(network, input_bound):
                 f"Layer {layer.name!r} ({layer.kind}) hands no cotangent back, which does not tell "
                 "how its output moves with its input: no radius can be certified through it."
             )
-    traced = trace(network)
-    if any(step.call.masked for step in traced.calls):
+    if any(call.signature.masked for call in traced.calls):
         raise ValueError(
             f"Network {network.name!r} works with masks, which jump where an input moves: no "
             "radius can be certified through them."
         )
     place = _projection(traced)
     layers = found.layers
-    errors = [_ROUNDING * _number(layer.output * layer.cotangent) / UNIT for layer in layers]
+    errors = [_ROUNDING * as_float(layer.output * layer.cotangent) / UNIT for layer in layers]
     if place is None:
         front, ball, slope, before = [], None, 1.0, 0.0
-        behind = _number(sum(found.input_cotangents)) / UNIT
+        behind = as_float(sum(found.input_cotangents)) / UNIT
         error = sum(errors)
     else:
-        front = [step.operation for step in traced.calls[:place]]
+        front = [call.operation for call in traced.calls[:place]]
         ball = traced.calls[place].operation.radius
-        behind = _number(layers[place].cotangent) / UNIT
-        slope = _number(sum(found.input_cotangents)) / UNIT / behind if behind > 0 else 0.0
+        behind = as_float(layers[place].cotangent) / UNIT
+        slope = as_float(sum(found.input_cotangents)) / UNIT / behind if behind > 0 else 0.0
         before = sum(errors[:place]) / behind if behind > 0 else 0.0
         error = sum(errors[place:])
     classes = network.output_shape[-1]
     constants = np.full((classes, classes), math.sqrt(2.0) * behind)
     rows = _last_rows(traced)
-    if rows is not None and _number(layers[-1].input_cotangents[0]) > 0:
-        norm = _number(layers[-1].input_cotangents[0]) / UNIT
+    if rows is not None and as_float(layers[-1].input_cotangents[0]) > 0:
+        norm = as_float(layers[-1].input_cotangents[0]) / UNIT
         between = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
         constants = np.minimum(constants, between * (behind / norm))
     return _Certificate(
@@ -212,37 +212,33 @@ def _certify(network, input_bound):
 
 
 def _projection(traced):
-    """Where in the calls the first projection stands, if layers in a chain lead there."""
+    """Place of the first projection among the calls, if a chain of layers leads there."""
     (current,) = traced.inputs
-    for place, step in enumerate(traced.calls):
+    for place, call in enumerate(traced.calls):
         readers = sum(other.inputs.count(current) for other in traced.calls)
-        layer = step.operation
-        if step.inputs != [current] or readers != 1 or not isinstance(layer, keras.layers.Layer):
+        layer = call.operation
+        if call.inputs != [current] or readers != 1 or not isinstance(layer, keras.layers.Layer):
             return None
         if type(layer) is BallProjection and not layer.per_position:
             return place
-        if len(step.call.args) > 1 or step.call.kwargs:
+        if len(call.signature.args) > 1 or call.signature.kwargs:
             return None
-        (current,) = step.outputs
+        (current,) = call.outputs
     return None
 
 
 def _last_rows(traced):
     """The columns `(classes, features)` of the dense layer that makes the logits, or None."""
-    step = traced.calls[-1]
-    layer = step.operation
+    call = traced.calls[-1]
+    layer = call.operation
     if (
         type(layer) not in _DENSE
-        or step.outputs != traced.outputs
+        or call.outputs != traced.outputs
         or layer.activation is not keras.activations.linear
-        or len(step.call.input_shape) != 1
+        or len(call.signature.input_shape) != 1
     ):
         return None
     return ops.convert_to_numpy(layer.kernel).astype("float64").T
-
-
-def _number(scalar):
-    return float(ops.convert_to_numpy(scalar)) if ops.is_tensor(scalar) else float(scalar)
 
 
 def _check_data(network, x, y):
@@ -252,7 +248,7 @@ def _check_data(network, x, y):
     if "float" not in str(network.inputs[0].dtype):
         raise ValueError(
             f"`network` must read floating-point numbers; {network.name!r} reads "
-            f"{network.inputs[0].dtype}, for which there are no small distances."
+            f"{network.inputs[0].dtype}."
         )
     if len(shapes[1]) != 2 or shapes[1][1] < 2:
         raise ValueError(

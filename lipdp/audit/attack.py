@@ -25,7 +25,7 @@ _STEPS = (math.inf, 0.5, 0.1)
 
 @dataclasses.dataclass(frozen=True)
 class AttackResult:
-    """What a search attained.
+    """The largest norms that a search attained.
 
     Attributes:
         ratio: the largest (norm attained) / (norm claimed); above 1 the bound is broken.
@@ -290,7 +290,7 @@ class _Search:
             unbounded = [n for n, b in zip(self.names, self.bounds, strict=True) if b == math.inf]
             raise ValueError(
                 f"There is nothing to attack, since {unbounded} have no finite bound. Give "
-                "`input_bound`, or put lipdp.layers.BallProjection behind the input."
+                "`input_bound`, or put lipdp.layers.BallProjection after the input."
             )
         self.here = {}
 

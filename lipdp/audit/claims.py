@@ -1,4 +1,4 @@
-"""What a run claims: the most that any attack on it may achieve."""
+"""Claim of a run: the most that any attack on it may achieve."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ class Claim:
 
     @classmethod
     def of(cls, model, delta: float | None = None) -> "Claim":
-        """What a trained `PrivateModel` claims; `delta` is by default its budget's."""
+        """The claim of a trained `PrivateModel`; `delta` is by default its budget's."""
         spent = model.spent(delta)
         runs = model.spending.runs
         curve = accountants.tradeoff(runs=runs, relation=spent.relation) if runs else None

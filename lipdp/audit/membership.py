@@ -22,7 +22,7 @@ from accountants.validation import check_integer, check_number, check_probabilit
 from lipdp.audit.claims import Claim
 from lipdp.data.sources import as_array, open_source
 from lipdp.inspection.check import final_activation
-from lipdp.report import RichText
+from lipdp.rich_text import RichText
 
 __all__ = ["Membership", "MembershipRow", "Signals", "infer_membership", "lira"]
 
@@ -37,7 +37,7 @@ _OWN_VARIANCE = 32
 
 @dataclasses.dataclass(frozen=True)
 class Signals:
-    """What a classifier shows of examples whose labels are known.
+    """Outputs of a classifier for examples whose labels are known.
 
     Attributes:
         logits: `(examples, classes)`; logarithms of the probabilities, where a network gives those.
@@ -91,7 +91,7 @@ class Signals:
             from_logits = not _gives_probabilities(network, outputs)
         if not from_logits and (outputs.min() < 0 or outputs.max() > 1 + 1e-3):
             raise ValueError(
-                "the outputs are no probabilities: they range from "
+                "the outputs are not probabilities: they range from "
                 f"{outputs.min():.3g} to {outputs.max():.3g}."
             )
         single = outputs.shape[1] == 1
@@ -325,7 +325,7 @@ class MembershipRow:
 
 @dataclasses.dataclass(frozen=True)
 class Membership(RichText):
-    """What `infer_membership` found.
+    """The result of `infer_membership`.
 
     Attributes:
         rows: a `MembershipRow` for each attack and group.
@@ -342,7 +342,7 @@ class Membership(RichText):
 
     @property
     def violated(self) -> bool:
-        """Whether some figure exceeds its ceiling, its interval widened for their number."""
+        """True if some figure exceeds its ceiling, its interval widened for their number."""
         return any(row.beyond for row in self.rows)
 
     def to_dict(self) -> dict:

@@ -22,7 +22,7 @@ from lipdp import losses
 from lipdp.audit.claims import Claim
 from lipdp.autodiff import gradient
 from lipdp.data.sources import as_array
-from lipdp.report import RichText
+from lipdp.rich_text import RichText
 from lipdp.training.clipping import clip_rows
 
 __all__ = [
@@ -46,7 +46,7 @@ _MOST = 100.0
 
 
 def p_value(canaries: int, guesses: int, correct: int, epsilon: float, delta: float) -> float:
-    """How probable so many correct guesses are, at most, if training is (ε, δ)-private.
+    """Bound of the probability of so many correct guesses if training is (ε, δ)-private.
 
     Of `m` coins, `r` are guessed and `v` of the guesses are right. With `W` binomial of `r` trials
     of probability `q = e^ε/(1 + e^ε)`,
@@ -104,7 +104,7 @@ def p_value_of_curve(
     correct: int,
     true_positive_rate: Callable[[float], float],
 ) -> float:
-    """How probable so many correct guesses are, at most, if no attack exceeds a trade-off curve.
+    """Bound of the probability of so many correct guesses if no attack exceeds a trade-off curve.
 
     `g = true_positive_rate` bounds the true positives of any test of one coin by its false
     positives, for guesses of either kind. Let `c` be the number of right guesses among `r` of `m`
@@ -145,7 +145,7 @@ def p_value_of_curve(
 
 
 def _refuted(m, r, v, true_positive_rate, beta):
-    """Whether `P(c ≥ v) = beta` is impossible under the curve."""
+    """True if `P(c ≥ v) = beta` is impossible under the curve."""
     right, wrong = v * beta / m, (r - v) * beta / m
     for i in range(v - 1, -1, -1):
         # g⁻¹(y) = f(1 − y), as f is its own inverse.
@@ -186,7 +186,7 @@ def _gaussian(mu, rate):
 
 
 def _boundary(holds, highest):
-    """Where something that holds for small values ceases to: one value below, one above."""
+    """Two close values; what holds for small ones holds at the first, not at the second."""
     if not holds(0.0):
         return 0.0, 0.0
     low, high = 0.0, min(1.0, highest)
@@ -341,7 +341,7 @@ class OneRun:
         confidence: float = 0.95,
         guesses: Sequence[int] | None = None,
     ) -> "OneRunResult":
-        """What the scores prove.
+        """The result that the scores prove.
 
         Args:
             scores: `(canaries,)`, higher for those that look included. Any function of what the
@@ -412,7 +412,7 @@ def _gaussian_epsilon(mu, delta):
 
 @dataclasses.dataclass(frozen=True)
 class OneRunResult(RichText):
-    """What a one-run audit proves, all of it at once with `confidence`.
+    """The result of a one-run audit, all of it at once with `confidence`.
 
     Attributes:
         canaries: m.
@@ -443,7 +443,7 @@ class OneRunResult(RichText):
 
     @property
     def violated(self) -> bool:
-        """Whether the claim is refuted. An honest run is, with probability `1 − confidence`."""
+        """True if the claim is refuted. An honest run is, with probability `1 − confidence`."""
         return self.p_value is not None and self.p_value < 1 - self.confidence
 
     def to_dict(self) -> dict:

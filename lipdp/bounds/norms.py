@@ -336,7 +336,7 @@ def conv_multiplicity(
     padding: str = "valid",
     dilation_rate: int | Sequence[int] = 1,
 ) -> int:
-    """How many output positions one input entry can reach, at most.
+    """Largest number of output positions that one input entry can reach.
 
     On an axis with `k` taps, stride `s` and dilation `d` the taps that meet a given input cell
     are `s/gcd(s, d)` apart, so `⌈k/(s/gcd(s, d))⌉` outputs read it, and never more than there
@@ -452,7 +452,7 @@ def conv_transpose_multiplicity(
     strides: int | Sequence[int] = 1,
     dilation_rate: int | Sequence[int] = 1,
 ) -> int:
-    """How many input positions one output entry of a transposed convolution can read, at most.
+    """Largest number of input positions that one output entry of a transposed convolution reads.
 
     As `conv_multiplicity` with inputs and outputs exchanged; the norm of the kernel's gradient
     is at most the square root of this number times `X·G`.
@@ -515,7 +515,7 @@ def conv_transpose_norm_bound(
 
 
 def _conv_norm_bounds(split, input_shape, strides, padding, dilation_rate, certificate):
-    """Of the convolution with each of the stacked kernels."""
+    """Norm bounds of the convolutions with each of the stacked kernels."""
     shape = tuple(split.shape)[1:]
     geometry = _geometry(shape, input_shape, strides, padding, dilation_rate)
     multiplicity = conv_multiplicity(shape, input_shape, strides, padding, dilation_rate)
@@ -528,7 +528,7 @@ def _conv_norm_bounds(split, input_shape, strides, padding, dilation_rate, certi
 
 
 def _kernel_norm_bounds(split, multiplicity, grid, dilations, certificate):
-    """Of each kernel of a stack `(kernels, taps..., a, b)`; see `conv_norm_bound`."""
+    """Norm bounds of each kernel of a stack `(kernels, taps..., a, b)`; see `conv_norm_bound`."""
     check_choice(certificate, "certificate", ("auto", "fft", "reshaped"))
     kernels, *sizes, rows, columns = split.shape
     taps = math.prod(sizes)

@@ -91,7 +91,7 @@ class Projection(keras.constraints.Constraint):
         self.radius = check_number(radius, "radius")
 
     def certifications(self, shape: Sequence[int]) -> int:
-        """How many randomised certificates a weight of this shape may take; each has its price."""
+        """Number of randomised certificates that a weight of this shape takes; each costs δ."""
         return 0
 
     def get_config(self) -> dict:

@@ -1,4 +1,4 @@
-"""What a layer tells about norms, and where rules are registered.
+"""Rules: how a layer changes norms. They are registered here.
 
 Norms are Euclidean over all axes but the first. For one call of a layer, `X` bounds the norm
 of each input for one example and `G` the norm of the loss gradient with respect to the output
@@ -49,6 +49,11 @@ class Call:
     def positions(self) -> int:
         """`T`: positions of the output that share a weight acting on the last axis."""
         return size(self.output_shape[:-1])
+
+
+def as_float(scalar: Scalar) -> float:
+    """A float of a float or a scalar tensor."""
+    return float(ops.convert_to_numpy(scalar)) if ops.is_tensor(scalar) else float(scalar)
 
 
 def size(shape: Sequence[int | None]) -> int:
@@ -135,7 +140,7 @@ def register(*classes: type) -> Callable[[Callable], Callable]:
 
 
 def has_rule(layer: Any) -> bool:
-    """Whether `find_rule` knows the layer's class."""
+    """True if `find_rule` knows the layer's class."""
     return type(layer) in _RULES or "bound" in vars(type(layer))
 
 

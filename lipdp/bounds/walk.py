@@ -9,7 +9,15 @@ from keras import ops, tree
 from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 
-from lipdp.bounds.rule import Call, Rule, Scalar, UnknownLayerError, find_rule, has_rule
+from lipdp.bounds.rule import (
+    Call,
+    Rule,
+    Scalar,
+    UnknownLayerError,
+    as_float,
+    find_rule,
+    has_rule,
+)
 
 #: Every sensitivity is multiplied by it: room for the float32 rounding of forward and backward
 #: passes, which the rules, being about exact arithmetic, do not know.
@@ -21,7 +29,7 @@ UNIT = 2.0**-30
 
 @dataclasses.dataclass
 class LayerBound:
-    """What the walk found at one call of one layer."""
+    """Bounds at one call of one layer."""
 
     name: str
     kind: str
@@ -33,11 +41,32 @@ class LayerBound:
     note: str
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One call of one layer in a traced network, between numbered tensors."""
+
+    operation: object
+    signature: Call
+    inputs: list[int]
+    outputs: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """All calls of a network, nested ones included, in the order of computation."""
+
+    network: keras.Model
+    calls: list[LayerCall]
+    inputs: list[int]
+    outputs: list[int]
+
+
 @dataclasses.dataclass
 class NetworkBounds:
     """Bounds of a whole network.
 
     Attributes:
+        trace: the calls that were walked.
         gradients: `{variable.path: Δ}`, the largest norm of one example's gradient.
         layers: one `LayerBound` for each call, in the order of computation.
         output: bound of the output's norm.
@@ -45,32 +74,41 @@ class NetworkBounds:
         lipschitz: bound of the network's Lipschitz constant.
     """
 
+    trace: Trace
     gradients: dict[str, Scalar]
     layers: list[LayerBound]
     output: Scalar
     input_cotangents: list[Scalar]
     lipschitz: Scalar
 
-
-@dataclasses.dataclass
-class LayerCall:
-    """One call of one layer in a traced network, between numbered tensors."""
-
-    operation: object
-    call: Call
-    inputs: list[int]
-    outputs: list[int]
-    rule: Rule | None = None
-    xs: list = dataclasses.field(default_factory=list)
-
-
-@dataclasses.dataclass
-class Trace:
-    """All calls of a network, nested ones included, in the order of computation."""
-
-    calls: list[LayerCall]
-    inputs: list[int]
-    outputs: list[int]
+    def sensitivities(self, as_tensors: bool = False) -> dict[str, Scalar]:
+        """The largest norm of one example's gradient for each trainable weight, with room for
+        rounding; see `gradient_bounds`.
+        """
+        variables = self.trace.network.trainable_variables
+        paths = [v.path for v in variables]
+        if len(set(paths)) < len(paths):
+            double = sorted({p for p in paths if paths.count(p) > 1})
+            raise ValueError(
+                f"Several weights share the path {double}; give the layers other names."
+            )
+        bounds = {}
+        for path in paths:
+            if path not in self.gradients:
+                raise UnknownLayerError(
+                    f"Trainable weight {path!r} has no gradient bound. Freeze its layer, or name "
+                    "the weight in the rule's `gradients`."
+                )
+            bound = self.gradients[path] * ROUNDING
+            if not (as_tensors and ops.is_tensor(bound)):
+                bound = as_float(bound)
+                if not math.isfinite(bound):
+                    raise ValueError(
+                        f"The gradient of {path!r} is unbounded: nothing bounds the norm of what "
+                        "its layer reads. Put lipdp.layers.BallProjection(radius) after the input."
+                    )
+            bounds[path] = bound
+        return bounds
 
 
 def _graph(network):
@@ -90,13 +128,13 @@ def _graph(network):
         return network
     raise TypeError(
         "`network` must be a keras.Sequential or functional keras.Model, whose graph can be "
-        f"walked; got {type(network).__name__}. A subclassed model computes what its `call` says: "
-        "rebuild it with the functional API."
+        f"walked; got {type(network).__name__}. A subclassed model has no graph: rebuild it "
+        "with the functional API."
     )
 
 
 def trace(network: keras.Model) -> Trace:
-    """The calls of a network, without their rules.
+    """The calls of a network. Whatever walks a network takes a trace as well.
 
     Raises:
         TypeError, ValueError: as `network_bounds`.
@@ -129,46 +167,46 @@ def trace(network: keras.Model) -> Trace:
                     outputs = follow(_graph(operation), sources)
                 else:
                     outputs = [next(numbers) for _ in node.outputs]
-                    call = Call(
+                    signature = Call(
                         input_shapes=tuple(tuple(t.shape[1:]) for t in tensors),
                         output_shape=tuple(node.outputs[0].shape[1:]),
                         args=node.arguments.args,
                         kwargs=node.arguments.kwargs,
                         masked=any(s in masked for s in sources),
                     )
-                    if call.masked or any(get_keras_mask(t) is not None for t in node.outputs):
+                    if signature.masked or any(get_keras_mask(t) is not None for t in node.outputs):
                         masked.update(outputs)
-                    calls.append(LayerCall(operation, call, sources, outputs))
+                    calls.append(LayerCall(operation, signature, sources, outputs))
                 slots.update({id(t): s for t, s in zip(node.outputs, outputs, strict=True)})
         return [slots[id(t)] for t in graph._outputs]
 
     _check_layer(network)
     outputs = follow(graph, inputs)
-    return Trace(calls, inputs, outputs)
+    return Trace(network, calls, inputs, outputs)
 
 
-def rule_of(step: LayerCall) -> Rule:
+def rule_of(call: LayerCall) -> Rule:
     """The rule of one call.
 
     Raises:
         UnknownLayerError: there is none, or none for this call.
     """
-    operation = step.operation
+    operation = call.operation
     _check_layer(operation)
-    if len(step.outputs) != 1:
+    if len(call.outputs) != 1:
         raise UnknownLayerError(
-            f"Layer {operation.name!r} has {len(step.outputs)} outputs; rules are for layers "
+            f"Layer {operation.name!r} has {len(call.outputs)} outputs; rules are for layers "
             "with one."
         )
     try:
-        rule = find_rule(operation)(step.call)
+        rule = find_rule(operation)(call.signature)
     except UnknownLayerError:
         raise
     except ValueError as error:
         raise UnknownLayerError(
             f"Layer {operation.name!r} ({type(operation).__name__}): {error}"
         ) from error
-    if step.call.masked and _takes_masks(operation) and not rule.masks:
+    if call.signature.masked and _takes_masks(operation) and not rule.masks:
         raise UnknownLayerError(
             f"Layer {operation.name!r} ({type(operation).__name__}) may be called with a mask, for "
             "which its bounds do not hold. Use a layer of lipdp.layers that knows masks, such as "
@@ -204,15 +242,15 @@ def _data_of(node, slots):
     masks = [m for m in tree.flatten(node.arguments.kwargs.get("mask")) if m is not None]
     if any(id(m) not in attached for m in masks):
         raise UnknownLayerError(
-            f"Layer {operation.name!r} is called with a `mask` of your own, which might mix the "
-            "examples. Only masks that layers attach are known: those of "
+            f"Layer {operation.name!r} is called with a `mask` argument, which might mix the "
+            "examples. Only masks that layers attach are supported: those of "
             "Embedding(mask_zero=True) and keras.layers.Masking."
         )
     known = {id(m) for m in masks}
     tensors = [t for t in node.input_tensors if id(t) not in known]
     if any(id(t) not in slots for t in tensors):
         raise UnknownLayerError(
-            f"Layer {operation.name!r} reads a boolean tensor, for which there is no rule."
+            f"Layer {operation.name!r} reads a boolean tensor, which has no rule."
         )
     return tensors
 
@@ -220,14 +258,14 @@ def _data_of(node, slots):
 def _check_layer(layer):
     if getattr(layer, "activity_regularizer", None) is not None:
         raise UnknownLayerError(
-            f"Layer {layer.name!r} has an activity regulariser: its gradient passes by the clip "
-            "of the loss gradient, so no bound covers it. Remove `activity_regularizer`."
+            f"Layer {layer.name!r} has an activity regulariser: its gradient bypasses the clip "
+            "of the loss gradient, so it has no bound. Remove `activity_regularizer`."
         )
     # Keras keeps the first; of a call that leaves no trace, the second.
     if getattr(layer, "_losses", None) or getattr(layer, "_loss_ids", None):
         raise UnknownLayerError(
-            f"Layer {layer.name!r} called `add_loss`: that gradient passes by the clip of the loss "
-            "gradient, so no bound covers it. Put the term into the compiled loss."
+            f"Layer {layer.name!r} called `add_loss`: its gradient bypasses the clip of the loss "
+            "gradient, so it has no bound. Put the term into the compiled loss."
         )
     dtype = getattr(layer, "compute_dtype", None)
     if dtype is not None and dtype not in ("float32", "float64"):
@@ -238,7 +276,7 @@ def _check_layer(layer):
 
 
 def network_bounds(
-    network: keras.Model,
+    network: keras.Model | Trace,
     loss_gradient_bound: Scalar = 1.0,
     input_bound: float = math.inf,
 ) -> NetworkBounds:
@@ -249,8 +287,8 @@ def network_bounds(
     bounds (triangle inequality).
 
     Args:
-        network: a built Sequential or functional model with one output; nested models, branches
-            and shared layers are welcome.
+        network: a built Sequential or functional model with one output, or its trace; nested
+            models, branches and shared layers are welcome.
         loss_gradient_bound: bound of the norm of the loss gradient with respect to the output,
             for each example.
         input_bound: bound of the norm of each input. Infinite unless something else than the
@@ -264,53 +302,55 @@ def network_bounds(
         TypeError: the network is not a Sequential or functional model.
         ValueError: it has several outputs or is not built.
     """
-    traced = trace(network)
+    traced = network if isinstance(network, Trace) else trace(network)
     if len(traced.outputs) != 1:
         raise ValueError(
-            f"`network` must have one output; {network.name!r} has {len(traced.outputs)}."
+            f"`network` must have one output; {traced.network.name!r} has {len(traced.outputs)}."
         )
     calls, (output,) = traced.calls, traced.outputs
     forward = dict.fromkeys(traced.inputs, input_bound)
-    for step in calls:
-        step.rule = rule_of(step)
-        step.xs = [forward[s] for s in step.inputs]
-        forward[step.outputs[0]] = step.rule.forward(step.xs)
+    rules = []
+    for call in calls:
+        rules.append(rule_of(call))
+        forward[call.outputs[0]] = rules[-1].forward([forward[s] for s in call.inputs])
 
     def backwards(start):
         cotangents = {output: start}
         found = []
-        for step in reversed(calls):
-            g = cotangents.get(step.outputs[0])
+        for call, rule in zip(reversed(calls), reversed(rules), strict=True):
+            xs = [forward[s] for s in call.inputs]
+            g = cotangents.get(call.outputs[0])
             if g is None:  # nothing of the loss comes through here
-                found.append((step, 0.0, [0.0] * len(step.inputs)))
+                found.append((call, rule, xs, 0.0, [0.0] * len(xs)))
                 continue
-            back = list(step.rule.backward(step.xs, g))
-            for source, cotangent in zip(step.inputs, back, strict=True):
+            back = list(rule.backward(xs, g))
+            for source, cotangent in zip(call.inputs, back, strict=True):
                 cotangents[source] = cotangents.get(source, 0.0) + cotangent
-            found.append((step, g, back))
+            found.append((call, rule, xs, g, back))
         return cotangents, found[::-1]
 
     cotangents, found = backwards(loss_gradient_bound)
     gradients: dict[str, Scalar] = {}
     layers = []
-    for step, g, back in found:
-        pairs = [(v.path, b) for v, b in step.rule.gradients(step.xs, g)]
+    for call, rule, xs, g, back in found:
+        pairs = [(v.path, b) for v, b in rule.gradients(xs, g)]
         for path, bound in pairs:
             gradients[path] = gradients.get(path, 0.0) + bound
         layers.append(
             LayerBound(
-                name=step.operation.name,
-                kind=type(step.operation).__name__,
-                inputs=step.xs,
-                output=forward[step.outputs[0]],
+                name=call.operation.name,
+                kind=type(call.operation).__name__,
+                inputs=xs,
+                output=forward[call.outputs[0]],
                 cotangent=g,
                 input_cotangents=back,
                 gradients=pairs,
-                note=step.rule.note,
+                note=rule.note,
             )
         )
     unit, _ = backwards(UNIT)
     return NetworkBounds(
+        trace=traced,
         gradients=gradients,
         layers=layers,
         output=forward[output],
@@ -320,12 +360,12 @@ def network_bounds(
 
 
 def gradient_bounds(
-    network: keras.Model, loss_gradient_bound: Scalar = 1.0, *, as_tensors: bool = False
+    network: keras.Model | Trace, loss_gradient_bound: Scalar = 1.0, *, as_tensors: bool = False
 ) -> dict[str, Scalar]:
     """Sensitivity of each trainable weight: the largest norm of one example's gradient.
 
     Args:
-        network: a built Sequential or functional model.
+        network: a built Sequential or functional model, or its trace.
         loss_gradient_bound: bound of the norm of the loss gradient with respect to the
             network's output, for each example (the loss constant, or the clip).
         as_tensors: leave bounds that depend on measured weights as tensors (for compiled steps).
@@ -344,28 +384,4 @@ def gradient_bounds(
     >>> [round(b, 3) for b in gradient_bounds(network, 1.0).values()]
     [2.0]
     """
-    found = network_bounds(network, loss_gradient_bound).gradients
-    paths = [v.path for v in network.trainable_variables]
-    if len(set(paths)) < len(paths):
-        double = sorted({p for p in paths if paths.count(p) > 1})
-        raise ValueError(f"Several weights share the path {double}; give the layers other names.")
-    bounds = {}
-    for variable in network.trainable_variables:
-        if variable.path not in found:
-            raise UnknownLayerError(
-                f"Trainable weight {variable.path!r} has no gradient bound. Freeze its layer, or "
-                "name the weight in the rule's `gradients`."
-            )
-        bound = found[variable.path] * ROUNDING
-        measured = ops.is_tensor(bound)
-        if measured and not as_tensors:
-            bound = float(ops.convert_to_numpy(bound))
-        if not (measured and as_tensors):
-            if not math.isfinite(bound):
-                raise ValueError(
-                    f"The gradient of {variable.path!r} is unbounded: nothing bounds the norm of "
-                    "what its layer reads. Put lipdp.layers.BallProjection(radius) behind the "
-                    "input."
-                )
-        bounds[variable.path] = bound
-    return bounds
+    return network_bounds(network, loss_gradient_bound).sensitivities(as_tensors)

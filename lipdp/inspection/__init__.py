@@ -1,1 +1,1 @@
-"""What can be told of a network before it is trained, and mended."""
+"""Checks of a network before it is trained, and repairs."""

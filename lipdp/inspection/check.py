@@ -1,4 +1,4 @@
-"""Can this network be trained privately, what does each layer cost, and what to do about it."""
+"""Checks whether a network can be trained privately, and what to change if not."""
 
 import dataclasses
 import math
@@ -8,8 +8,9 @@ from keras import ops
 
 from lipdp.bounds import UnknownLayerError, gradient_bounds
 from lipdp.bounds.projections import Projection
+from lipdp.bounds.rule import as_float
 from lipdp.bounds.walk import rule_of, trace
-from lipdp.report import RichText, number
+from lipdp.rich_text import RichText
 
 __all__ = ["Check", "LayerCheck", "check", "check_trainable", "final_activation"]
 
@@ -37,7 +38,7 @@ class LayerCheck:
 
 @dataclasses.dataclass(frozen=True)
 class Check(RichText):
-    """What `check` found.
+    """The result of `check`.
 
     Attributes:
         network: its name.
@@ -51,7 +52,7 @@ class Check(RichText):
 
     @property
     def private(self) -> bool:
-        """Whether `PrivateModel` can train it."""
+        """True if `PrivateModel` can train it."""
         return not self.problems and not any(layer.problem for layer in self.layers)
 
     def to_dict(self) -> dict:
@@ -126,36 +127,36 @@ def check(network: keras.Model) -> Check:
 
     bounds = dict.fromkeys(traced.inputs, math.inf)
     covered, unbounded = set(), []
-    for step in traced.calls:
-        xs = [bounds[s] for s in step.inputs]
+    for call in traced.calls:
+        xs = [bounds[s] for s in call.inputs]
         constant, output, note, problem = None, math.inf, "", ""
         try:
-            rule = rule_of(step)
+            rule = rule_of(call)
         except UnknownLayerError as error:
             problem = str(error)
             # One problem is told once: what its weights lack is no further one.
-            covered.update(v.path for v in getattr(step.operation, "trainable_variables", []))
+            covered.update(v.path for v in getattr(call.operation, "trainable_variables", []))
         else:
-            output = number(rule.forward(xs))
+            output = as_float(rule.forward(xs))
             # The constant at an input of norm one, where the input's norm enters.
-            ones = [x if number(x) < math.inf else 1.0 for x in xs]
-            constant = max(number(b) for b in rule.backward(ones, 1.0))
+            ones = [x if as_float(x) < math.inf else 1.0 for x in xs]
+            constant = max(as_float(b) for b in rule.backward(ones, 1.0))
             gradients = rule.gradients(xs, 1.0)
             covered.update(v.path for v, _ in gradients)
-            if any(not math.isfinite(number(b)) for v, b in gradients if v.trainable):
-                unbounded.append(step.operation.name)
+            if any(not math.isfinite(as_float(b)) for v, b in gradients if v.trainable):
+                unbounded.append(call.operation.name)
             note = "; ".join(filter(None, [rule.note, _measured(gradients)]))
-        bounds.update(dict.fromkeys(step.outputs, output))
+        bounds.update(dict.fromkeys(call.outputs, output))
         layers.append(
             LayerCheck(
-                step.operation.name, type(step.operation).__name__, constant, output, note, problem
+                call.operation.name, type(call.operation).__name__, constant, output, note, problem
             )
         )
 
     if unbounded and not any(layer.problem for layer in layers):
         problems.append(
             f"Nothing bounds the norm of what {', '.join(map(repr, unbounded))} read: put "
-            "lipdp.layers.BallProjection(radius) behind the input."
+            "lipdp.layers.BallProjection(radius) after the input."
         )
     if not network.trainable_variables:
         problems.append("The network has no trainable weights.")
@@ -181,9 +182,9 @@ def check_trainable(network: keras.Model) -> None:
         ...
     ValueError: `network` ... has no trainable weights.
     """
-    trace(network)  # refuses what is no network before it is called
+    traced = trace(network)  # refuses what is no network before it is called
     _call(network)
-    gradient_bounds(network, 1.0)
+    gradient_bounds(traced, 1.0)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
     for problem in _imprecise(network):
@@ -213,7 +214,7 @@ def _call(network):
 
 
 def _imprecise(network):
-    """What in it is not computed in float32."""
+    """Problems: layers and weights that are not in float32."""
     problems = [
         "Private training computes in float32: what rounding may add to a gradient is within the "
         f"bounds' allowance there, and nowhere else. Layer {layer.name!r} computes in "
@@ -231,7 +232,7 @@ def _imprecise(network):
 
 
 def _measured(gradients):
-    """What to know of weights that no projection holds."""
+    """A note on weights that no projection holds."""
     names = [
         v.name for v, _ in gradients if not isinstance(getattr(v, "constraint", None), Projection)
     ]

@@ -36,7 +36,7 @@ from lipdp.layers.pooling import (
     ScaledAveragePooling2D,
 )
 from lipdp.layers.recurrent import LipschitzRNN
-from lipdp.layers.sampling import InvertibleDownSampling2D, InvertibleUpSampling2D
+from lipdp.layers.resampling import InvertibleDownSampling2D, InvertibleUpSampling2D
 from lipdp.layers.scaling import ChannelGain
 from lipdp.layers.scattering import Scattering2D
 from lipdp.layers.sequences import (

@@ -103,7 +103,7 @@ class FullSort(keras.layers.Layer):
     def build(self, input_shape):
         if len(input_shape) < 2:
             raise ValueError(
-                "FullSort needs an axis besides the batch, whose examples it would mix; got an "
+                "FullSort needs an axis in addition to the batch axis; got an "
                 f"input of shape {tuple(input_shape)}."
             )
 

@@ -1,6 +1,6 @@
 """Layers kept 1-Lipschitz by scaling their channels, without a norm to compute."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -41,20 +41,11 @@ class AlmostOrthogonalDense(_AlmostOrthogonal, keras.layers.Dense):
     def __init__(
         self,
         units: int,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        activation: str | Callable | None = None,
+        *,
         kernel_initializer: str | keras.initializers.Initializer = "orthogonal",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            units,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            activation=activation,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
-        )
+        super().__init__(units, kernel_initializer=kernel_initializer, **kwargs)
 
     def bound(self, call: Call) -> Rule:
         return linear.dense(self, call)
@@ -85,28 +76,12 @@ class AlmostOrthogonalConv2D(_AlmostOrthogonal, keras.layers.Conv2D):
         self,
         filters: int,
         kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        padding: str = "valid",
-        dilation_rate: int | Sequence[int] = 1,
-        groups: int = 1,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        activation: str | Callable | None = None,
+        *args: Any,
         kernel_initializer: str | keras.initializers.Initializer = "orthogonal",
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            filters,
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            dilation_rate=dilation_rate,
-            groups=groups,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            activation=activation,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
+            filters, kernel_size, *args, kernel_initializer=kernel_initializer, **kwargs
         )
 
     def bound(self, call: Call) -> Rule:

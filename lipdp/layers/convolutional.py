@@ -1,6 +1,6 @@
 """Convolutions whose operator norm is certified."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -20,9 +20,9 @@ Initializer = str | keras.initializers.Initializer
 
 
 class _Convolution(WithBias):
-    """What the convolutions share: which certificate they want."""
+    """Mixin of the convolutions: the certificate that they want."""
 
-    def __init__(self, *args: Any, certificate: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, certificate: str = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.certificate = certificate
 
@@ -52,30 +52,12 @@ class _SpectralConv(_Convolution):
         self,
         filters: int,
         kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        padding: str = "valid",
-        dilation_rate: int | Sequence[int] = 1,
-        groups: int = 1,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        certificate: str = "auto",
-        activation: str | Callable | None = None,
+        *args: Any,
         kernel_initializer: Initializer = "orthogonal",
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            filters,
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            dilation_rate=dilation_rate,
-            groups=groups,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            certificate=certificate,
-            activation=activation,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
+            filters, kernel_size, *args, kernel_initializer=kernel_initializer, **kwargs
         )
 
     def build(self, input_shape):
@@ -124,7 +106,7 @@ class SpectralConv2D(_SpectralConv, keras.layers.Conv2D):
 
     Args:
         filters: output channels.
-        kernel_size, strides, padding, dilation_rate, groups: as in `keras.layers.Conv2D`.
+        kernel_size, *args: as in `keras.layers.Conv2D`: strides, padding and so on.
         use_bias: whether a bias is added. On a map its bound grows with the root of the number
             of positions, so it costs much noise.
         bias_norm: radius of the ball of the bias.
@@ -175,9 +157,7 @@ class PatchEmbedding(_Convolution, keras.layers.Conv2D):
         units: int,
         patch_size: int | Sequence[int],
         sequence: bool = True,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        activation: str | Callable | None = None,
+        *,
         kernel_initializer: Initializer = "orthogonal",
         **kwargs: Any,
     ) -> None:
@@ -185,10 +165,7 @@ class PatchEmbedding(_Convolution, keras.layers.Conv2D):
             units,
             patch_size,
             strides=patch_size,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
             certificate="reshaped",
-            activation=activation,
             kernel_initializer=kernel_initializer,
             **kwargs,
         )
@@ -198,7 +175,7 @@ class PatchEmbedding(_Convolution, keras.layers.Conv2D):
         sizes = zip(input_shape[1:-1], self.kernel_size, strict=True)
         if any(n is None or n % k for n, k in sizes):
             raise ValueError(
-                f"PatchEmbedding wants an image of whole patches of {self.kernel_size}; got the "
+                f"PatchEmbedding needs an image that patches of {self.kernel_size} tile; got the "
                 f"input shape {tuple(input_shape)}."
             )
         self.kernel_constraint = self._ball(ConvBall, input_shape)
@@ -252,10 +229,8 @@ class ResidualConv2D(_Convolution, keras.layers.Conv2D):
         self,
         filters: int,
         kernel_size: int | Sequence[int],
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
+        *,
         certificate: str = "fft",
-        activation: str | Callable | None = None,
         kernel_initializer: Initializer = "zeros",
         **kwargs: Any,
     ) -> None:
@@ -263,10 +238,7 @@ class ResidualConv2D(_Convolution, keras.layers.Conv2D):
             filters,
             kernel_size,
             padding="same",
-            use_bias=use_bias,
-            bias_norm=bias_norm,
             certificate=certificate,
-            activation=activation,
             kernel_initializer=kernel_initializer,
             **kwargs,
         )
@@ -316,29 +288,12 @@ class SpectralDepthwiseConv2D(_Convolution, keras.layers.DepthwiseConv2D):
     def __init__(
         self,
         kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        padding: str = "valid",
-        depth_multiplier: int = 1,
-        dilation_rate: int | Sequence[int] = 1,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        certificate: str = "auto",
-        activation: str | Callable | None = None,
+        *args: Any,
         depthwise_initializer: Initializer | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            depth_multiplier=depth_multiplier,
-            dilation_rate=dilation_rate,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            certificate=certificate,
-            activation=activation,
-            depthwise_initializer=_normal(depthwise_initializer),
-            **kwargs,
+            kernel_size, *args, depthwise_initializer=_normal(depthwise_initializer), **kwargs
         )
 
     def build(self, input_shape):
@@ -382,14 +337,7 @@ class SpectralSeparableConv2D(_Convolution, keras.layers.SeparableConv2D):
         self,
         filters: int,
         kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        padding: str = "valid",
-        dilation_rate: int | Sequence[int] = 1,
-        depth_multiplier: int = 1,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        certificate: str = "auto",
-        activation: str | Callable | None = None,
+        *args: Any,
         depthwise_initializer: Initializer | None = None,
         pointwise_initializer: Initializer = "orthogonal",
         **kwargs: Any,
@@ -397,14 +345,7 @@ class SpectralSeparableConv2D(_Convolution, keras.layers.SeparableConv2D):
         super().__init__(
             filters,
             kernel_size,
-            strides=strides,
-            padding=padding,
-            dilation_rate=dilation_rate,
-            depth_multiplier=depth_multiplier,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            certificate=certificate,
-            activation=activation,
+            *args,
             depthwise_initializer=_normal(depthwise_initializer),
             pointwise_initializer=pointwise_initializer,
             **kwargs,
@@ -447,30 +388,12 @@ class SpectralConv2DTranspose(_Convolution, keras.layers.Conv2DTranspose):
         self,
         filters: int,
         kernel_size: int | Sequence[int],
-        strides: int | Sequence[int] = 1,
-        padding: str = "valid",
-        output_padding: int | Sequence[int] | None = None,
-        dilation_rate: int | Sequence[int] = 1,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        certificate: str = "auto",
-        activation: str | Callable | None = None,
+        *args: Any,
         kernel_initializer: Initializer = "orthogonal",
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            filters,
-            kernel_size,
-            strides=strides,
-            padding=padding,
-            output_padding=output_padding,
-            dilation_rate=dilation_rate,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            certificate=certificate,
-            activation=activation,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
+            filters, kernel_size, *args, kernel_initializer=kernel_initializer, **kwargs
         )
 
     def build(self, input_shape):

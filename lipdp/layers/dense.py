@@ -1,6 +1,5 @@
 """Dense layers whose kernel stays in a ball."""
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -37,21 +36,12 @@ class SpectralDense(WithBias, keras.layers.Dense):
     def __init__(
         self,
         units: int,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
+        *,
         orthogonal: bool = False,
-        activation: str | Callable | None = None,
         kernel_initializer: str | keras.initializers.Initializer = "orthogonal",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            units,
-            activation=activation,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
-        )
+        super().__init__(units, kernel_initializer=kernel_initializer, **kwargs)
         self.orthogonal = bool(orthogonal)
         self.kernel_constraint = SpectralBall(1.0, orthogonal=self.orthogonal)
 
@@ -85,24 +75,8 @@ class FrobeniusDense(WithBias, keras.layers.Dense):
     True
     """
 
-    def __init__(
-        self,
-        units: int,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        radius: float = 1.0,
-        activation: str | Callable | None = None,
-        kernel_initializer: str | keras.initializers.Initializer = "glorot_uniform",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            units,
-            activation=activation,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
-        )
+    def __init__(self, units: int, *, radius: float = 1.0, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
         self.radius = radius
         self.kernel_constraint = NormBall(radius)
 

@@ -67,7 +67,7 @@ def cached_features(
         raise ValueError(f"`x` must hold at least one example; got shape {x.shape}.")
     path = pathlib.Path(path)
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"`path` is in {path.parent}, which is no directory.")
+        raise FileNotFoundError(f"The folder of `path` does not exist: {path.parent}")
 
     dtype = network.inputs[0].dtype if getattr(network, "inputs", None) else keras.config.floatx()
     model = keras.Sequential([keras.Input(x.shape[1:], dtype=dtype), network])

@@ -49,7 +49,9 @@ class Gate(keras.layers.Layer):
         if not several or len(input_shape) != 2 or tuple(input_shape[0]) != tuple(input_shape[1]):
             raise ValueError(f"Gate needs two inputs of one shape; got {input_shape}.")
         if len(input_shape[0]) < 2:
-            raise ValueError(f"Gate needs an axis besides the batch; got {input_shape}.")
+            raise ValueError(
+                f"Gate needs an axis in addition to the batch axis; got {input_shape}."
+            )
         self.gate = self.add_weight(
             shape=input_shape[0][-1:] if self.per_channel else (1,),
             initializer=self.gate_initializer,

@@ -56,7 +56,7 @@ class BallProjection(keras.layers.Layer):
     def build(self, input_shape):
         if self.per_position and len(input_shape) < 2:
             raise ValueError(
-                "per_position=True needs an axis besides the batch, whose examples it would mix; "
+                "per_position=True needs an axis in addition to the batch axis; "
                 f"got an input of shape {tuple(input_shape)}."
             )
 

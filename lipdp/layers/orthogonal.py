@@ -7,7 +7,6 @@ slopes, to a relative error of 1e-4 at most.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -43,23 +42,8 @@ class _OrthogonalDense(WithBias, keras.layers.Dense):
     _RADIUS: float
     _SLOPE: float
 
-    def __init__(
-        self,
-        units: int,
-        use_bias: bool = True,
-        bias_norm: float = 1.0,
-        activation: str | Callable | None = None,
-        kernel_initializer: str | keras.initializers.Initializer = "glorot_uniform",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(
-            units,
-            activation=activation,
-            use_bias=use_bias,
-            bias_norm=bias_norm,
-            kernel_initializer=kernel_initializer,
-            **kwargs,
-        )
+    def __init__(self, units: int, **kwargs: Any) -> None:
+        super().__init__(units, **kwargs)
         self.kernel_constraint = SpectralBall(self._RADIUS)
 
     def call(self, x, training=None):

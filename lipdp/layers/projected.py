@@ -1,4 +1,4 @@
-"""What layers with projected weights share."""
+"""Base classes of layers with projected weights."""
 
 from typing import Any
 
@@ -35,9 +35,11 @@ class Projected(keras.layers.Layer):
 
 
 class WithBias(Projected):
-    """The same with a bias in a ball."""
+    """The same with a bias in a ball, whose radius is `bias_norm`."""
 
-    def __init__(self, *args: Any, use_bias: bool, bias_norm: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, use_bias: bool = True, bias_norm: float = 1.0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, use_bias=use_bias, **kwargs)
         self.bias_norm = check_number(bias_norm, "bias_norm")
         self.bias_constraint = NormBall(bias_norm) if use_bias else None

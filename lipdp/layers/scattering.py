@@ -378,7 +378,7 @@ def _certificate(sizes, J, L, max_order):
     filters = _Filters(sizes, J, L)
 
     def squared(resolution, orders, first):
-        """Of all that is made of a map, with wavelets of scale `first` and above."""
+        """Squared norm of all that is made of a map, with wavelets of scale `first` and above."""
         stage = [(np.multiply.outer(*filters.lows[resolution])[None], 2 ** (J - resolution), 1.0)]
         for j in range(first, J) if orders else ():
             behind = squared(j, orders - 1, j + 1)

@@ -45,17 +45,9 @@ class Embedding(Projected, keras.layers.Embedding):
         input_dim: int,
         output_dim: int,
         radius: float = 1.0,
-        embeddings_initializer: str | keras.initializers.Initializer = "uniform",
-        mask_zero: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            input_dim,
-            output_dim,
-            embeddings_initializer=embeddings_initializer,
-            mask_zero=mask_zero,
-            **kwargs,
-        )
+        super().__init__(input_dim, output_dim, **kwargs)
         self.radius = radius
         self.embeddings_constraint = RowBall(radius)
 

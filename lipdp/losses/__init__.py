@@ -5,7 +5,6 @@ an example has several positions its loss is their mean.
 """
 
 from lipdp.losses.base import BoundedLoss
-from lipdp.losses.bounds import Loss, check_targets, get, gradient_bound, per_example, takes_logits
 from lipdp.losses.certified import EMMA, GloRo
 from lipdp.losses.entropies import (
     BinaryCrossentropy,
@@ -15,6 +14,14 @@ from lipdp.losses.entropies import (
     SparseCategoricalCrossentropy,
 )
 from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
+from lipdp.losses.properties import (
+    Loss,
+    check_targets,
+    get,
+    gradient_bound,
+    per_example,
+    takes_logits,
+)
 from lipdp.losses.similarity import CosineSimilarity
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What the losses of this package share."""
+"""Base classes of the losses."""
 
 import keras
 from keras import ops

@@ -1,12 +1,6 @@
 """The sensitivity report: numbers, text, and a page to read and print."""
 
-from lipdp.report.numbers import Attained, LayerRow, Report, RichText, WeightRow, number
+from lipdp.report.numbers import Attained, Figures, LayerRow, WeightRow
+from lipdp.report.report import Report
 
-__all__ = [
-    "Attained",
-    "LayerRow",
-    "RichText",
-    "Report",
-    "WeightRow",
-    "number",
-]
+__all__ = ["Attained", "Figures", "LayerRow", "Report", "WeightRow"]

@@ -1,21 +1,22 @@
 """A network as a drawing: each call a box, X and G on the edges."""
 
+from collections.abc import Sequence
 from html import escape
 
-from lipdp.report.numbers import Report, short
+from lipdp.report.numbers import LayerRow, short
 
 _WIDTH, _HEIGHT, _GAP, _BESIDE = 230, 46, 58, 90
 
 
-def drawing(report: Report) -> str:
+def drawing(layers: Sequence[LayerRow]) -> str:
     """SVG of the network, top to bottom; colours are the page's.
 
     A row holds the calls that are as far from an input as each other; edges that pass by a row
     swing out to its left.
     """
-    inputs = max((-1 - s for row in report.layers for s in row.sources if s < 0), default=0) + 1
+    inputs = max((-1 - s for row in layers for s in row.sources if s < 0), default=0) + 1
     level = {-1 - i: 0 for i in range(inputs)}
-    for index, row in enumerate(report.layers):
+    for index, row in enumerate(layers):
         level[index] = 1 + max((level[s] for s in row.sources), default=0)
     rows: dict[int, list[int]] = {}
     for node, height in level.items():
@@ -31,14 +32,14 @@ def drawing(report: Report) -> str:
     total = 10 + end * (_HEIGHT + _GAP) + 24
 
     edges, boxes = [], []
-    for index, row in enumerate(report.layers):
+    for index, row in enumerate(layers):
         pairs = zip(row.sources, row.input_bounds, row.input_cotangents, strict=True)
         for source, x, g in pairs:
             edges.append(_edge(place[source], place[index], level[index] - level[source], x, g))
     for node, (x, y) in place.items():
-        boxes.append(_box(report, node, x, y))
-    read = {s for row in report.layers for s in row.sources}
-    for index, row in enumerate(report.layers):
+        boxes.append(_box(layers, node, x, y))
+    read = {s for row in layers for s in row.sources}
+    for index, row in enumerate(layers):
         if index not in read:
             x, y = place[index]
             edges.append(
@@ -71,15 +72,15 @@ def _edge(start, end, levels, x_bound, g_bound):
     )
 
 
-def _box(report, node, x, y):
+def _box(layers, node, x, y):
     if node < 0:
         kind, name, kinds = "input", "", "box"
     else:
-        row = report.layers[node]
+        row = layers[node]
         kind, name = row.kind, row.layer
         kinds = "box weighted" if row.weights else "box"
     left = x - _WIDTH / 2
-    note = "" if node < 0 else f"<title>{escape(report.layers[node].note or kind)}</title>"
+    note = "" if node < 0 else f"<title>{escape(layers[node].note or kind)}</title>"
     return (
         f'<g class="{kinds}">{note}<rect x="{left:.0f}" y="{y}" width="{_WIDTH}" '
         f'height="{_HEIGHT}" rx="8"/>'

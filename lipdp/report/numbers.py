@@ -1,36 +1,14 @@
-"""The sensitivity report: the bound of each weight, where it comes from, and its noise."""
+"""The figures of a sensitivity report, and their text."""
 
 import dataclasses
 import math
-import os
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from keras import ops
 
 from accountants import TrainingRun
-from lipdp.bounds import gradient_bounds
-from lipdp.bounds.walk import network_bounds, trace
-from lipdp.noise import resolve_allocation, standard_deviations
+from lipdp.rich_text import RichText
 
-__all__ = ["Attained", "LayerRow", "RichText", "Report", "WeightRow", "number"]
-
-
-class RichText:
-    """Mixin: what rich shows, as text."""
-
-    def to_text(self, width: int = 110) -> str:
-        """The same as text, without colours."""
-        from rich.console import Console
-
-        console = Console(width=width, no_color=True, force_terminal=False, legacy_windows=False)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
-
-    def __str__(self) -> str:
-        return self.to_text()
+__all__ = ["Attained", "Figures", "LayerRow", "WeightRow", "short"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +68,7 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class Attained:
-    """How large gradients really are. From private examples, and **not** private.
+    """Norms of real gradients. From private examples, and **not** private.
 
     Attributes:
         weight: its path.
@@ -104,8 +82,8 @@ class Attained:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report(RichText):
-    """Sensitivities of a network and the noise they call for.
+class Figures(RichText):
+    """Sensitivities of a network and the noise they call for, as plain values.
 
     Attributes:
         network: its name.
@@ -144,108 +122,11 @@ class Report(RichText):
     planned: bool
     attained: tuple[Attained, ...] | None = None
 
-    @classmethod
-    def of(
-        cls,
-        model,
-        expected_batch_size: float | None = None,
-        runs: Sequence[TrainingRun] | None = None,
-        delta: float | None = None,
-        attained: tuple[Attained, ...] | None = None,
-    ) -> "Report":
-        """The report of a compiled `PrivateModel`.
-
-        Args:
-            model: the model.
-            expected_batch_size: for a scheme whose batch is the data set, before `fit`.
-            runs, delta: planned ones, in place of what the model has spent.
-            attained: of a sample.
-        """
-        clip = number(model.current_clip()) * model.sample_weight_bound
-        network = model.network
-        variables = network.trainable_variables
-        bounds = gradient_bounds(network, clip)
-        walk, steps = network_bounds(network, clip), trace(network)
-        noise, divisor = model.noise_multiplier, expected_batch_size
-        if noise is not None:
-            noise = model.noise.multiplier(noise, sum(math.prod(v.shape) for v in variables))
-        if model.step.constants is not None:
-            noise = model.step.constants.gradient_noise_multiplier
-            divisor = divisor or model.step.constants.expected_batch_size
-        divisor = divisor or getattr(model.sampling, "batch_size", None)
-        stds = [None] * len(variables)
-        total = None
-        if noise is not None and divisor is not None:
-            sums = standard_deviations(
-                [bounds[v.path] for v in variables],
-                [math.prod(v.shape) for v in variables],
-                noise,
-                resolve_allocation(model.allocation, variables),
-            )
-            stds = [s / divisor for s in sums]
-            total = math.sqrt(
-                sum(s * s * math.prod(v.shape) for s, v in zip(stds, variables, strict=True))
-            )
-        rows = []
-        for variable, std in zip(variables, stds, strict=True):
-            size = math.prod(variable.shape)
-            calls = [c for c in walk.layers if variable.path in dict(c.gradients)]
-            rows.append(
-                WeightRow(
-                    weight=variable.path,
-                    layer=calls[0].kind,
-                    shape=tuple(variable.shape),
-                    input_bound=max(number(x) for c in calls for x in c.inputs),
-                    cotangent_bound=max(number(c.cotangent) for c in calls),
-                    sensitivity=bounds[variable.path],
-                    noise_std=std,
-                    noise_share=std**2 * size / total**2 if total else None,
-                    signal_to_noise=bounds[variable.path] / (std * size**0.5) if std else None,
-                )
-            )
-        planned = runs is not None
-        runs = tuple(runs if planned else model.spending.runs)
-        if delta is None and model.budget is not None:
-            delta = model.budget.delta
-        epsilon = None if delta is None else model.spending.epsilon(runs, delta)
-        return cls(
-            network=network.name,
-            weights=tuple(rows),
-            layers=tuple(_layer_rows(steps, walk, {v.path for v in variables})),
-            loss_gradient_bound=clip,
-            lipschitz=number(walk.lipschitz),
-            output_bound=number(walk.output),
-            sensitivity=math.sqrt(sum(b * b for b in bounds.values())),
-            noise_multiplier=model.noise_multiplier,
-            expected_batch_size=divisor,
-            total_noise=total,
-            allocation=model.allocation,
-            epsilon=None if epsilon is None else float(epsilon),
-            delta=delta,
-            relation=getattr(epsilon, "relation", None) if runs else None,
-            runs=runs,
-            planned=planned,
-            attained=attained,
-        )
-
     def to_dict(self) -> dict:
         """The report as plain lists, numbers and strings, ready for JSON: None for infinities."""
         values = dataclasses.asdict(dataclasses.replace(self, runs=()))
         values["runs"] = [run.to_dict() for run in self.runs]
         return _plain(values)
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Writes one page that needs nothing else: drawings, plots, what-if sliders.
-
-        Raises:
-            ImportError: matplotlib is missing.
-            OSError: the file cannot be written.
-        """
-        from lipdp.report.page import page
-
-        text = page(self)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text)
 
     def __rich__(self):
         from rich.console import Group
@@ -308,29 +189,6 @@ class Report(RichText):
                 "–" if noise is None else short(found.mean_norm / noise),
             )
         return table
-
-
-def _layer_rows(traced, walk, trainable):
-    """Rows of the calls; the sources by the numbers of the tensors that they make and read."""
-    made = {tensor: -1 - i for i, tensor in enumerate(traced.inputs)}
-    for index, (step, layer) in enumerate(zip(traced.calls, walk.layers, strict=True)):
-        yield LayerRow(
-            layer=layer.name,
-            kind=layer.kind,
-            sources=tuple(made[s] for s in step.inputs),
-            input_bounds=tuple(number(x) for x in layer.inputs),
-            output_bound=number(layer.output),
-            cotangent_bound=number(layer.cotangent),
-            input_cotangents=tuple(number(g) for g in layer.input_cotangents),
-            weights=tuple(path for path, _ in layer.gradients if path in trainable),
-            note=layer.note,
-        )
-        made.update(dict.fromkeys(step.outputs, index))
-
-
-def number(value: Any) -> float:
-    """A float of a float or a scalar tensor."""
-    return float(ops.convert_to_numpy(value)) if ops.is_tensor(value) else float(value)
 
 
 def short(value: float | None) -> str:

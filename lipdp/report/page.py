@@ -8,10 +8,10 @@ from html import escape
 import accountants
 from lipdp.report import plots
 from lipdp.report.drawing import drawing
-from lipdp.report.numbers import Report, short
+from lipdp.report.numbers import Figures, short
 
 
-def page(report: Report) -> str:
+def page(report: Figures) -> str:
     """The page's text.
 
     Raises:
@@ -23,7 +23,7 @@ def page(report: Report) -> str:
             "Where each sensitivity comes from",
             "<p>X bounds what a layer reads, G the loss gradient that comes back to it; boxes in "
             "colour have weights. An example's gradient of a weight is at most a known multiple of "
-            "X·G.</p>" + f'<div class="scroll">{drawing(report)}</div>',
+            "X·G.</p>" + f'<div class="scroll">{drawing(report.layers)}</div>',
         ),
         _section("Weights", _weights(report)),
     ]

@@ -89,9 +89,9 @@ def test_the_settings_arrive(folder):
         ("name: sgd", "name: sdg", "sdg"),
         ("decay: cosine", "decay: sine", "'sine'"),
         ("delta: 1e-5, ", "", "`delta` is missing"),
-        ("train: data.npz", "train: data.npz, x: z", "lacks z"),
+        ("train: data.npz", "train: data.npz, x: z", "has no z"),
         ("temperature: 2", "temprature: 2", "temprature"),
-        ("network: {", "network: [", "no YAML"),
+        ("network: {", "network: [", "not a YAML"),
         ("privacy: {epsilon: 3", "privacy: {epsilon: -3", "epsilon"),
     ],
 )

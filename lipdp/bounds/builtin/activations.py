@@ -100,7 +100,7 @@ def prelu(layer, call):
 
 
 def _rows(call, axis):
-    """How many rows a map along `axis` has, and how long each is."""
+    """Number of rows of a map along `axis`, and the length of each."""
     rank = len(call.input_shape) + 1
     axes = {a % rank for a in (axis if isinstance(axis, (list, tuple)) else [axis])}
     if 0 in axes:

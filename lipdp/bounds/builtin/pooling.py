@@ -101,7 +101,7 @@ def adaptive_average_pooling(layer, call):
 
 @register(layers.AdaptiveMaxPooling1D, layers.AdaptiveMaxPooling2D, layers.AdaptiveMaxPooling3D)
 def adaptive_max_pooling(layer, call):
-    """As for max pooling, with the most windows that hold a cell."""
+    """The rule of max pooling, with the most windows that hold a cell."""
     windows, ties = 1, 1
     for n, starts, ends in _adaptive_windows(layer, call):
         cells = np.arange(n)[:, None]
@@ -131,7 +131,7 @@ def _adaptive_windows(layer, call):
 
 
 def _reduced(operation, call):
-    """How many entries make one."""
+    """Number of entries that make one."""
     axes = operation.axis
     rank = len(call.input_shape) + 1
     axes = range(rank) if axes is None else [axes] if isinstance(axes, int) else axes
@@ -155,7 +155,7 @@ def extremum(operation, call):
     """Ties share the cotangent on both backends."""
     _reduced(operation, call)
     if getattr(operation, "initial", None) is not None:
-        raise ValueError("`initial` has no rule; use keras.ops.maximum behind it")
+        raise ValueError("`initial` has no rule; apply keras.ops.maximum afterwards")
     return lipschitz()
 
 

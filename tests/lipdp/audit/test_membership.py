@@ -150,7 +150,7 @@ def test_labels_that_are_none(y, message):
 
 def test_models_and_outputs_that_are_no_classifiers():
     x, y = examples(10)
-    with pytest.raises(ValueError, match="no probabilities"):
+    with pytest.raises(ValueError, match="not probabilities"):
         audit.Signals.of(classifier(), 100 * x, y, from_logits=False)
     with pytest.raises(ValueError, match="output row"):
         shape = keras.Sequential([keras.Input((5,)), K.Reshape((5, 1)), K.Dense(2)])

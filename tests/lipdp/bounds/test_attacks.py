@@ -91,7 +91,7 @@ def test_attack_refuses():
     network = keras.Sequential([keras.Input((4,)), K.Dense(2)])
     with pytest.raises(ValueError, match="is for layers"):
         attack_bounds(network, (4,))
-    with pytest.raises(ValueError, match="BallProjection behind the input"):
+    with pytest.raises(ValueError, match="BallProjection after the input"):
         attack_bounds(network)
     assert attack_bounds(network, input_bound=2.0).ratio <= ROUNDING
 

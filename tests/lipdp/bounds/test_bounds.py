@@ -286,7 +286,7 @@ REFUSED = {
     ),
     "layer norm without epsilon": (lambda: K.LayerNormalization(epsilon=0.0), (3,), "positive one"),
     "alpha dropout": (lambda: K.AlphaDropout(1.0), (3,), "rate below 1"),
-    "activity": (lambda: K.ActivityRegularization(0.1), (3,), "activity|passes by the clip"),
+    "activity": (lambda: K.ActivityRegularization(0.1), (3,), "activity|bypasses the clip"),
     "aspect ratio": (lambda: K.Resizing(2, 2, pad_to_aspect_ratio=True), (4, 3, 1), "aspect"),
     "scale that widens": (lambda: K.Rescaling([1.0, 2.0]), (3, 1), "changes the shape"),
     "lstm": (lambda: K.LSTM(3), (4, 3), r"recurrent weights.*Use lipdp\.layers\.LipschitzRNN"),
@@ -415,7 +415,7 @@ def test_masks_that_reach_an_average_are_refused():
     mask = ops.any(ops.not_equal(x, 0.0), axis=-1)
     for y in (average()(masked), inner(masked), average()(x, mask=mask)):
         with pytest.raises(
-            UnknownLayerError, match="positions that a mask leaves|`mask` of your own"
+            UnknownLayerError, match="positions that a mask leaves|with a `mask` argument"
         ):
             network_bounds(keras.Model(x, y), 1.0, 1.0)
     y = layers.GlobalScaledAveragePooling1D()(masked)
@@ -443,7 +443,7 @@ def test_add_loss_is_refused():
 
 
 def test_nothing_bounds_the_input():
-    with pytest.raises(ValueError, match=r"unbounded.*BallProjection\(radius\) behind the input"):
+    with pytest.raises(ValueError, match=r"unbounded.*BallProjection\(radius\) after the input"):
         gradient_bounds(keras.Sequential([keras.Input((3,)), K.Dense(2)]))
 
 

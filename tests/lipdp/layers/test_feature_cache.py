@@ -139,7 +139,7 @@ def test_integers_and_models_of_integers(tmp_path, rng):
         ({"x": np.float32(1)}, ValueError, "at least one example"),
         ({"batch_size": 0}, ValueError, "`batch_size` must be an integer of at least 1; got 0"),
         ({"batch_size": 2.0}, TypeError, "`batch_size` must be an integer of at least 1; got 2.0"),
-        ({"path": "/nowhere/at/all/x.npy"}, FileNotFoundError, "which is no directory"),
+        ({"path": "/nowhere/at/all/x.npy"}, FileNotFoundError, "does not exist"),
     ],
 )
 def test_refused(arguments, error, message, tmp_path, rng):

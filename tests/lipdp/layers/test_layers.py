@@ -627,7 +627,11 @@ def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
     [
         (lambda: layers.BallProjection(0.0), (3,), "`radius` must be a number"),
         (lambda: layers.BallProjection(float("nan")), (3,), "`radius` must be a number"),
-        (lambda: layers.BallProjection(1.0, per_position=True), (), "axis besides the batch"),
+        (
+            lambda: layers.BallProjection(1.0, per_position=True),
+            (),
+            "in addition to the batch axis",
+        ),
         (lambda: layers.ClipGradient(-1.0), (3,), "`clip_norm` must be a number"),
         (lambda: layers.Centering(0), (3,), "would mix examples"),
         (lambda: layers.Centering(-2), (3,), "would mix examples"),
@@ -684,8 +688,8 @@ def test_each_channel_of_a_depthwise_kernel_starts_at_its_norm():
             (4,),
             "`bias_norm` must be a number",
         ),
-        (lambda: layers.PatchEmbedding(2, 3), (6, 4, 1), r"whole patches of \(3, 3\)"),
-        (lambda: layers.PatchEmbedding(2, 2), (None, 4, 1), "whole patches"),
+        (lambda: layers.PatchEmbedding(2, 3), (6, 4, 1), r"patches of \(3, 3\) tile"),
+        (lambda: layers.PatchEmbedding(2, 2), (None, 4, 1), "patches of"),
         (lambda: layers.ChannelGain(float("nan")), (4,), "`gain` must be a number"),
         (lambda: layers.ChannelGain(-1.0), (4,), "`gain` must be a number"),
     ],

@@ -285,7 +285,7 @@ def test_masks_of_several_inputs_are_refused():
 
 
 def test_masks_that_might_mix_examples_are_refused():
-    with pytest.raises(UnknownLayerError, match="`mask` of your own"):
+    with pytest.raises(UnknownLayerError, match="with a `mask` argument"):
         gradient_bounds(own_mask(layers.MaskedAveragePooling1D()))
     x = tokens()
     y = layers.Embedding(TOKENS, 4)(x)

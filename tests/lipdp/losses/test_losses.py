@@ -157,7 +157,7 @@ def attack(function, kind, shape, scale=1.0, steps=16):
 
 
 def kind_of(loss):
-    return losses.bounds._targets(loss)
+    return losses.properties._targets(loss)
 
 
 def attacked(loss, shape):
@@ -583,7 +583,7 @@ def test_targets_that_would_be_broadcast_over_examples(loss):
 
 
 def test_names():
-    for name in losses.bounds._BY_NAME:
+    for name in losses.properties._BY_NAME:
         loss = losses.get(name)
         bounded = math.isfinite(losses.gradient_bound(loss, (4,)))
         assert bounded != (name in ("mse", "mean_squared_error")), name

@@ -1,4 +1,4 @@
-"""What the private step asks of a loss: its gradient bound, its values one by one, its targets."""
+"""Properties of a loss that a step needs: its gradient bound, values one by one, and targets."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -115,7 +115,7 @@ def _keras_bound(loss, classes):
 
 
 def takes_logits(loss: Loss) -> bool:
-    """Whether the loss has a softmax or sigmoid of its own, or wants outputs without bounds.
+    """True if the loss has a softmax or sigmoid of its own, or wants outputs without bounds.
 
     >>> takes_logits(keras.losses.BinaryCrossentropy(from_logits=True)), takes_logits(BinaryKR())
     (True, False)
