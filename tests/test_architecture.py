@@ -16,8 +16,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("accountants", "lipdp", "experiments")
 # What fills the names of `import lipdp`, when they are first used.
 FACE = {"lipdp", "lipdp._loading"}
-# To go when a report no longer imports the page that is made from it.
-KNOWN_CIRCLES = [{"lipdp.report.drawing", "lipdp.report.numbers", "lipdp.report.page"}]
 
 
 def files():
@@ -96,7 +94,7 @@ def table():
 
 def test_no_circle_of_imports():
     edges = {name: found for name, found in all_imports().items() if name not in FACE}
-    assert [circle for circle in circles(edges) if circle not in KNOWN_CIRCLES] == []
+    assert circles(edges) == []
 
 
 def test_the_table_allows_only_what_is_below():
