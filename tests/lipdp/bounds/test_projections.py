@@ -185,6 +185,7 @@ PROJECTIONS = [
 ]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: type(p).__name__)
 def test_config_round_trip(projection, rng):
     data = keras.saving.serialize_keras_object(projection)
@@ -239,12 +240,14 @@ def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
     assert len(asked) == 2
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("inf"), float("nan"), "1", None])
 def test_radius_is_refused(radius):
     with pytest.raises(ValueError, match="`radius` must be a number above 0 and finite"):
         NormBall(radius)
 
 
+@pytest.mark.any_backend
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="SpectralBall projects matrices"):
         SpectralBall()(ops.ones((3,)))
