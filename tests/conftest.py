@@ -1,6 +1,5 @@
 """Fixtures of all tests. The backend of a run is chosen by KERAS_BACKEND."""
 
-import collections
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -13,6 +12,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".pytest_cache/jax")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# What LLVM saves at run time it costs many times over in compiling such programs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis  # noqa: E402
 import keras  # noqa: E402
@@ -31,6 +32,43 @@ def _seeded():
     keras.utils.set_random_seed(0)
 
 
+if keras.backend.backend() == "jax":
+    import jax
+
+    from lipdp.bounds import projections
+
+    def _compiled(right):
+        """A projection as one program, in place of the dozens that JAX compiles of it op by op: it
+        is called by every layer that is built.
+        """
+
+        def call(self, w):
+            w = keras.ops.convert_to_tensor(w)
+            if isinstance(w, jax.core.Tracer):
+                return right(self, w)
+            programs = vars(self).setdefault("_programs", {})
+            certificates = projections._certificates.get()
+            if certificates not in programs:
+                programs[certificates] = jax.jit(lambda w: right(self, w))
+            return programs[certificates](w)
+
+        return call
+
+    for _kind in vars(projections).values():
+        if isinstance(_kind, type) and "__call__" in vars(_kind):
+            _kind.__call__ = _compiled(_kind.__call__)
+
+    @pytest.fixture(autouse=True)
+    def _optimizations(request):
+        """XLA's, where a test asks for the rounding that users get."""
+        wanted = request.node.get_closest_marker("optimized") is not None
+        if wanted:
+            jax.config.update("jax_disable_most_optimizations", False)
+        yield
+        if wanted:
+            jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
@@ -42,7 +80,14 @@ def pytest_addoption(parser):
         type=int,
         default=1,
         metavar="N",
-        help="run one slow test in N of each file, the same ones each time (default: all)",
+        help="run one slow test in N (default: all)",
+    )
+    parser.addoption(
+        "--slow-offset",
+        type=int,
+        default=0,
+        metavar="K",
+        help="which of the N parts; K and K + N are the same (default: the first)",
     )
 
 
@@ -54,12 +99,9 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("any_backend"):
                 item.add_marker(pytest.mark.slow)
-    part, met, left_out = config.getoption("--slow-part"), collections.Counter(), []
-    for item in items:
-        if part > 1 and item.get_closest_marker("slow"):
-            if met[item.path] % part:
-                left_out.append(item)
-            met[item.path] += 1
+    part, offset = config.getoption("--slow-part"), config.getoption("--slow-offset")
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    left_out = [item for i, item in enumerate(slow) if (i - offset) % part]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         gone = set(left_out)

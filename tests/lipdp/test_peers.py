@@ -23,7 +23,7 @@ from lipdp import layers, randomness
 from lipdp.autodiff import compiled
 from lipdp.noise.gaussian_rng import standard_normal
 from lipdp.training.spending import Spending
-from tests.lipdp.helpers import data, dense_network, private, weights
+from tests.lipdp.helpers import data, dense_network, one_in, private, weights
 
 K = keras.layers
 TESTS = pathlib.Path(__file__).parent
@@ -356,7 +356,7 @@ def test_an_activation_of_a_layer_is_in_its_bound():
     assert bound("silu") == pytest.approx(1.0998 * bound(None), rel=1e-3)
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", one_in(2, [True, False]))
 def test_what_is_frozen_stays_and_gets_no_noise(nested):
     network = dense_network()
     frozen = network.layers[1]

@@ -305,6 +305,7 @@ PROJECTIONS = [
 ]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("projection", PROJECTIONS, ids=lambda p: type(p).__name__)
 def test_config_round_trip(projection, rng):
     data = keras.saving.serialize_keras_object(projection)
@@ -359,6 +360,7 @@ def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
     assert len(asked) == 2
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("inf"), float("nan"), "1", None])
 def test_radius_is_refused(radius):
     kind = ValueError if isinstance(radius, float) else TypeError
@@ -366,6 +368,7 @@ def test_radius_is_refused(radius):
         NormBall(radius)
 
 
+@pytest.mark.any_backend
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="SpectralBall projects matrices"):
         SpectralBall()(ops.ones((3,)))

@@ -48,6 +48,7 @@ def test_a_view_depends_on_its_own_example_only(cls, rng):
     assert np.abs(first[2:] - second[2:]).max() > 0.01
 
 
+@pytest.mark.any_backend
 def test_what_may_mix_examples_is_refused():
     for layer in (K.BatchNormalization(), K.MixUp(), K.CutMix(), K.Lambda(lambda x: x)):
         with pytest.raises(TypeError, match=f"{type(layer).__name__}, which may mix"):

@@ -10,7 +10,7 @@ from lipdp.audit import attack_bounds
 from lipdp.autodiff import compiled, vjp
 from lipdp.layers import scattering
 from lipdp.layers.scattering import Scattering2D
-from tests.lipdp.helpers import one_in
+from tests.lipdp.helpers import EAGERLY, one_in
 
 ROUNDING = 1 + 1e-5
 
@@ -104,7 +104,8 @@ def test_equals_a_direct_computation(shape_and_arguments, rng):
     shape, arguments = shape_and_arguments
     layer = Scattering2D(**arguments)
     x = rng.standard_normal((2, *shape))
-    found = coefficients(layer, x.astype("float32"))
+    run = layer if EAGERLY else compiled(layer)  # op by op, JAX compiles dozens of programs
+    found = ops.convert_to_numpy(run(x.astype("float32"))) / layer.scale
     full = {"J": 2, "L": 8, "max_order": 2, "padding": "zeros"} | arguments
     expected = [
         np.concatenate([direct_scattering(image[..., c], **full) for c in range(shape[-1])], -1)
@@ -193,7 +194,7 @@ def test_paths():
     assert layer.paths[max(first, key=lambda k: energy[k])] == ((1, 1),)
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "float64", "int32"])
+@pytest.mark.parametrize("dtype", one_in(3, ["uint8", "float64", "int32"]))
 def test_images_of_other_types(dtype, rng):
     x = rng.integers(0, 255, (2, 8, 8, 1))
     layer = Scattering2D(J=1, L=2)
@@ -251,6 +252,7 @@ def test_refused_images(shape, arguments, message):
         Scattering2D(**arguments).build((None, *shape))
 
 
+@pytest.mark.any_backend
 def test_refuses_images_of_another_size():
     layer = Scattering2D(J=1, L=2)
     layer(np.ones((1, 8, 8, 1), "float32"))
@@ -410,12 +412,14 @@ MUTANTS = {
 }
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_caught(name):
     layer, shape = MUTANTS[name]
     assert attack_bounds(layer, shape, steps=15).ratio > 1.001
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("root", [plain_root, steep_root])
 def test_mutant_of_the_modulus_is_caught(root, monkeypatch):
     monkeypatch.setattr(scattering, "_modulus", root)

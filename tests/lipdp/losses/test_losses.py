@@ -317,6 +317,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("mutant", MUTANTS, ids=named)
 def test_the_attack_catches_mutants(mutant):
     # Called as they are, in one batch: `per_example` would pull mixed examples apart.

@@ -17,7 +17,7 @@ from lipdp import noise as noises
 from lipdp.noise import discrete, secure
 from lipdp.noise.discrete import discrete_gaussian
 from lipdp.training import steps
-from tests.lipdp.helpers import data, dense_network, private, weights
+from tests.lipdp.helpers import data, dense_network, one_in, private, weights
 
 SCALE = noises.SecureNoise.scale
 PRECISE = Context(60)
@@ -266,6 +266,7 @@ def near_boundaries(generator, grid, count, largest):
     return below, np.nextafter(below, np.float32(math.inf)), np.nextafter(below, -below)
 
 
+@pytest.mark.optimized
 def test_sums_are_rounded_as_rational_numbers_would_be():
     generator = np.random.default_rng(0)
     for std in stds(generator):
@@ -303,6 +304,7 @@ def pairs(generator, std, grid, largest=29):
     return [(above, below), (above, middle), (middle, below), (above, far), (below, far)]
 
 
+@pytest.mark.optimized
 def test_no_pair_of_sums_moves_further_than_the_sensitivity_allows():
     generator = np.random.default_rng(1)
     c = 1 + 2**-12
@@ -375,7 +377,7 @@ def moves(model, x, y, steps_of_it=1, rows=None):
         yield [b - a for a, b in zip(start, weights(model), strict=True)]
 
 
-@pytest.mark.parametrize("allocation", noises.ALLOCATIONS)
+@pytest.mark.parametrize("allocation", one_in(3, noises.ALLOCATIONS))
 def test_updates_lie_on_the_grid_and_noise_has_the_std_of_the_report(allocation):
     model = private(
         linear(),
@@ -482,15 +484,18 @@ def test_every_batch_carries_noise_of_its_own():
 
 @pytest.mark.parametrize(
     "extra",
-    [
-        dict(
-            physical_batch_size=8,
-            augmentation=lipdp.Augmentation([keras.layers.GaussianNoise(0.1)], views=2),
-            clip=lipdp.AdaptiveClip(),
-            budget=lipdp.Budget(3.0, 1e-4),
-        ),
-        dict(run_eagerly=False, compile=dict(steps_per_execution=2)),
-    ],
+    one_in(
+        2,
+        [
+            dict(
+                physical_batch_size=8,
+                augmentation=lipdp.Augmentation([keras.layers.GaussianNoise(0.1)], views=2),
+                clip=lipdp.AdaptiveClip(),
+                budget=lipdp.Budget(3.0, 1e-4),
+            ),
+            dict(run_eagerly=False, compile=dict(steps_per_execution=2)),
+        ],
+    ),
 )
 def test_it_trains_with_everything_else(extra):
     model = private(noise="secure", **extra)

@@ -11,7 +11,7 @@ import lipdp
 from lipdp import layers, noise
 from lipdp.autodiff import gradient
 from lipdp.training import steps
-from tests.lipdp.helpers import conv_network, data, dense_network, one_in, private, weights
+from tests.lipdp.helpers import EAGERLY, conv_network, data, dense_network, one_in, private, weights
 
 BATCH = 16
 
@@ -61,7 +61,7 @@ def test_gradient_of_each_example_stays_within_its_bound(make, shape):
     x[1] = 1e6 * np.sign(x[1])
     x[2] = 1.0
     backend = steps.backend()
-    for i in range(len(x)):
+    for i in range(len(x) if EAGERLY else 8):  # traced anew each time on JAX
         outputs, pull = backend.pull_back(network, ops.convert_to_tensor(x[i : i + 1]))
         target = ops.convert_to_tensor(y[i : i + 1])
         _, g = gradient(
@@ -72,7 +72,13 @@ def test_gradient_of_each_example_stays_within_its_bound(make, shape):
 
 
 @pytest.mark.parametrize("clip", one_in(2, [0.1, None]))
-@pytest.mark.parametrize("make,shape", [(dense_network, (6,)), (conv_network, (8, 8, 1))])
+@pytest.mark.parametrize(
+    "make,shape",
+    [
+        (dense_network, (6,)),
+        pytest.param(conv_network, (8, 8, 1), marks=pytest.mark.any_backend),
+    ],
+)
 def test_removing_an_example_moves_the_sum_by_at_most_its_bound(make, shape, clip):
     x, y = data(BATCH, shape)
     network = unconstrained(make())
@@ -107,7 +113,7 @@ def test_the_sum_is_divided_by_the_expected_batch_size():
         np.testing.assert_allclose(a, b + c, atol=1e-6)
 
 
-@pytest.mark.parametrize("allocation", one_in(3, [*noise.ALLOCATIONS, "shares"]))
+@pytest.mark.parametrize("allocation", one_in(4, [*noise.ALLOCATIONS, "shares"]))
 def test_noise_of_the_weights_has_the_std_of_the_report(allocation):
     # No example in the batch: what moves the weights is noise alone. Without projections each
     # bound is measured on the other weights, which must not have moved yet.
@@ -208,12 +214,15 @@ def test_an_empty_draw_is_a_step_of_noise():
 
 @pytest.mark.parametrize(
     "loss",
-    [
-        keras.losses.MeanSquaredError(),
-        keras.losses.Huber(delta=100.0),
-        keras.losses.MeanSquaredError(reduction="sum"),
-        lambda y, z: 1e4 * ops.sum(ops.square(z - y)),
-    ],
+    one_in(
+        3,
+        [
+            keras.losses.MeanSquaredError(),
+            keras.losses.Huber(delta=100.0),
+            keras.losses.MeanSquaredError(reduction="sum"),
+            lambda y, z: 1e4 * ops.sum(ops.square(z - y)),
+        ],
+    ),
 )
 def test_no_loss_breaks_the_clip(loss):
     network = unconstrained(dense_network(classes=2))
