@@ -11,20 +11,20 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags
 
-FLAGS = flags.FLAGS
+from experiments import digits, frame
+
 FRAME = 8  # pixels on each side of a digit
 
 
-def audited(epsilon, train_data, test_data):
+def audited(values, epsilon, train_data, test_data):
     """Trains with canaries; returns what the run claims and what the audit proves."""
     import keras
 
     import lipdp
     from lipdp import audit, layers
 
-    keras.utils.set_random_seed(FLAGS.seed)
+    keras.utils.set_random_seed(values.seed)
     side = train_data[0].shape[1]
     network = keras.Sequential(
         [
@@ -36,24 +36,24 @@ def audited(epsilon, train_data, test_data):
     )
     model = lipdp.PrivateModel(
         network,
-        budget=lipdp.Budget(epsilon, FLAGS.delta),
+        budget=lipdp.Budget(epsilon, values.delta),
         sampling=lipdp.FullBatch(),
         clip=0.2,
-        seed=FLAGS.seed,
+        seed=values.seed,
     )
     model.compile(
-        keras.optimizers.SGD(FLAGS.learning_rate),
+        keras.optimizers.SGD(values.learning_rate),
         loss=lipdp.losses.SparseCategoricalCrossentropy(temperature=20.0),
         metrics=["accuracy"],
         max_sample_weight=1.0,
     )
     x, y = audit.orthogonal_canaries((side, side), classes=10)
     inside = x[:, FRAME:-FRAME, FRAME:-FRAME].any(axis=(1, 2))
-    one = audit.OneRun(x[~inside], y[~inside], seed=FLAGS.seed)
+    one = audit.OneRun(x[~inside], y[~inside], seed=values.seed)
     x, y, weights = one.blank(*train_data)
     watch = one.watch()
     start = time.perf_counter()
-    model.fit(x, y, sample_weight=weights, epochs=FLAGS.epochs, callbacks=[watch], verbose=0)
+    model.fit(x, y, sample_weight=weights, epochs=values.epochs, callbacks=[watch], verbose=0)
     seconds = time.perf_counter() - start
     _, accuracy = model.evaluate(*test_data, verbose=0)
     found = {"white_box": watch.scores, "black_box": watch.loss_scores}
@@ -63,7 +63,7 @@ def audited(epsilon, train_data, test_data):
         print(result)
     return {
         "claimed_epsilon": round(model.spent().epsilon, 6),
-        "delta": FLAGS.delta,
+        "delta": values.delta,
         "steps": model.spent().steps,
         "noise_multiplier": round(model.noise_multiplier, 6),
         "test_accuracy": round(float(accuracy), 4),
@@ -73,25 +73,24 @@ def audited(epsilon, train_data, test_data):
     }
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    from experiments import digits
-
-    frame = ((0, 0), (FRAME, FRAME), (FRAME, FRAME))
-    train_data, test_data = ((np.pad(x, frame), y) for x, y in digits.load())
-    results = [audited(float(e), train_data, test_data) for e in FLAGS.epsilons]
-    line = json.dumps({"dataset": "digits", "seed": FLAGS.seed, "runs": results})
-    if FLAGS.out:
-        pathlib.Path(FLAGS.out).write_text(line + "\n")
+def main(values):
+    margins = ((0, 0), (FRAME, FRAME), (FRAME, FRAME))
+    train_data, test_data = ((np.pad(x, margins), y) for x, y in digits.load())
+    results = [audited(values, float(e), train_data, test_data) for e in values.epsilons]
+    line = json.dumps({"dataset": "digits", "seed": values.seed, "runs": results})
+    if values.out:
+        pathlib.Path(values.out).write_text(line + "\n")
     print(line)
 
 
+def define_flags(define):
+    define.numbers("epsilons", ["1", "3"], "Budgets, one run each.")
+    define.number("delta", 1e-5, "Delta of the budgets.", least=0.0, most=1.0)
+    define.integer("epochs", 20, "Steps, each on the whole data set.", least=1)
+    define.number("learning_rate", 5.0, "Of SGD.", least=0.0)
+    define.integer("seed", 0, "Of coins, batches and noise.", least=0)
+    define.text("out", None, "File to which the results are written as well.")
+
+
 if __name__ == "__main__":
-    flags.DEFINE_list("epsilons", ["1", "3"], "Budgets, one run each.")
-    flags.DEFINE_float("delta", 1e-5, "Delta of the budgets.", 0.0, 1.0)
-    flags.DEFINE_integer("epochs", 20, "Steps, each on the whole data set.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 5.0, "Of SGD.", lower_bound=0.0)
-    flags.DEFINE_integer("seed", 0, "Of coins, batches and noise.", lower_bound=0)
-    flags.DEFINE_string("out", None, "File to which the results are written as well.")
-    app.run(main)
+    frame.start(main, define_flags)

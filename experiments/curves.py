@@ -1,50 +1,43 @@
 """Tables and plots of the comparisons: `python -m experiments.curves [folder]`.
 
-In the folder, by default `docs`: `clipping.md` and `clipping.svg` from `clipping/*.json` (made by
-`experiments.dpsgd`) beside the private runs of the same networks and data in `results/*.json`
-(made by `experiments.images`) and `robustness/*.json` (made by `experiments.robustness`);
-`robustness.md` and `robustness.svg` from the latter.
+In the folder, by default `docs`: `clipping.md` and `clipping.svg` from `results/clipping.jsonl`
+(made by `experiments.dpsgd`) beside the private runs of the same networks and data in
+`results/images.jsonl` (made by `experiments.images`) and `results/robustness.jsonl` (made by
+`experiments.robustness`); `robustness.md` and `robustness.svg` from the latter.
 """
 
-import json
 import math
 import pathlib
 import statistics
 
-from absl import app
+from experiments import frame, pages, record
 
 __all__ = ["clipping", "robustness"]
-
-_NAMES = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST", "cifar10": "CIFAR-10"}
 
 #: Certified accuracy on CIFAR-10 at ε = 8 in per cent, Béthune et al., ICLR 2024, by radius in
 #: 255ths.
 PUBLISHED = {1: 35.2, 2: 32.1, 4: 28.0, 8: 24.0, 16: 18.1}
 
 
-def read(folder: pathlib.Path) -> list[dict]:
-    """The results of a folder's files on test sets.
+def read(path: pathlib.Path) -> list[dict]:
+    """The results of a file on test sets; none where there is no such file.
 
     Raises:
-        ValueError: a file is no JSON, or was not evaluated on a test set.
+        ValueError: a line is no result, or was not evaluated on a test set.
     """
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            found.append(json.loads(path.read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path.name} is no JSON: {error}.") from error
-        if found[-1]["evaluated_on"] != "test set":
-            raise ValueError(f"{path.name} was evaluated on {found[-1]['evaluated_on']}.")
+    found = record.read(path) if path.exists() else []
+    for number, result in enumerate(found, 1):
+        if result["evaluated_on"] != "test set":
+            raise ValueError(
+                f"Line {number} of {path.name} was evaluated on {result['evaluated_on']}."
+            )
     return found
 
 
-def _spread(values, digits=2):
-    values = sorted(100 * v for v in values)
-    middle = statistics.median(values)
-    if len(values) == 1:
-        return f"{middle:.{digits}f}"
-    return f"{middle:.{digits}f} ({values[0]:.{digits}f} to {values[-1]:.{digits}f})"
+def _spread(shares):
+    if len(shares) == 1:
+        return f"{100 * shares[0]:.2f}"
+    return pages.spread(shares, 2, between=" to ")
 
 
 # --- with and without clipping --------------------------------------------------------------------
@@ -53,9 +46,9 @@ def _spread(values, digits=2):
 def clipping(folder: pathlib.Path) -> None:
     """Accuracy over ε of DP-SGD and of this library on the same network and data."""
     groups = {}
-    for part in ("clipping", "robustness", "results"):
+    for part in ("clipping", "robustness", "images"):
         method = "clipping" if part == "clipping" else "lipdp"
-        for result in read(folder / part):
+        for result in read(folder / "results" / f"{part}.jsonl"):
             if result["epsilon"] is None:
                 continue
             key = (result["data"]["name"], result["network"])
@@ -70,45 +63,41 @@ def clipping(folder: pathlib.Path) -> None:
         for key, of in groups.items()
     }
     groups = {key: of for key, of in sorted(groups.items()) if "clipping" in of}
-    lines = [
-        "| data | network | ε | DP-SGD, clipping | lipdp | seeds | DP-SGD's command |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    head = ["data", "network", "ε", "DP-SGD, clipping", "lipdp", "seeds", "DP-SGD's command"]
+    rows = []
     for (name, network), of in groups.items():
         for epsilon, runs in sorted(of["clipping"].items()):
             ours = of.get("lipdp", {}).get(epsilon, [])
-            lines.append(
-                f"| {_NAMES.get(name, name)} | {network} | {epsilon:g} "
-                f"| {_spread([r['accuracy'] for r in runs])} "
-                f"| {_spread([r['accuracy'] for r in ours]) if ours else '–'} "
-                f"| {len(runs)} / {len(ours)} | `{runs[0]['command']}` |"
+            rows.append(
+                [
+                    pages.NAMES.get(name, name),
+                    network,
+                    f"{epsilon:g}",
+                    _spread([r["accuracy"] for r in runs]),
+                    _spread([r["accuracy"] for r in ours]) if ours else "–",
+                    f"{len(runs)} / {len(ours)}",
+                    f"`{runs[0]['command']}`",
+                ]
             )
-    _page(folder / "clipping.md", _CLIPPING, lines)
+    _page(folder / "clipping.md", _CLIPPING, [pages.markdown(head, rows)])
 
-    figure, axes, pyplot = _axes(len(groups))
-    for axis, ((name, network), of) in zip(axes, groups.items(), strict=True):
-        for method, label, colour in (
-            ("clipping", "DP-SGD, per-example clipping", "C1"),
-            ("lipdp", "lipdp", "C0"),
-        ):
-            points = sorted(of.get(method, {}).items())
-            shares = [[100 * r["accuracy"] for r in runs] for _, runs in points]
-            if not points:
-                continue
-            middle = [statistics.median(s) for s in shares]
-            spread = [
-                [m - min(s) for m, s in zip(middle, shares, strict=True)],
-                [max(s) - m for m, s in zip(middle, shares, strict=True)],
-            ]
-            axis.errorbar(
-                [e for e, _ in points], middle, yerr=spread, marker="o", capsize=3, label=label,
-                color=colour,
-            )  # fmt: skip
-        axis.set(xscale="log", xlabel="ε (δ = 1e-5)", title=f"{_NAMES.get(name, name)}, {network}")
-        axis.set_xticks([0.5, 1, 2, 3, 8], ["0.5", "1", "2", "3", "8"])
-        axis.minorticks_off()
-    axes[0].set_ylabel("test accuracy, %")
-    _save(figure, axes, folder / "clipping.svg", pyplot)
+    panels = pages.panels(folder / "clipping.svg", len(groups), _SIZE, columns=2, salt="curves")
+    with panels as axes:
+        for axis, ((name, network), of) in zip(axes, groups.items(), strict=True):
+            axis.grid(alpha=0.3)
+            for method, label, colour in (
+                ("clipping", "DP-SGD, per-example clipping", "C1"),
+                ("lipdp", "lipdp", "C0"),
+            ):
+                points = [
+                    (epsilon, [100 * r["accuracy"] for r in runs])
+                    for epsilon, runs in sorted(of.get(method, {}).items())
+                ]
+                if points:
+                    pages.errorbars(axis, points, marker="o", label=label, color=colour)
+            axis.set_title(f"{pages.NAMES.get(name, name)}, {network}")
+            pages.over_epsilon(axis)
+        axes[0].set_ylabel("test accuracy, %")
 
 
 # --- certified accuracy ---------------------------------------------------------------------------
@@ -117,16 +106,14 @@ def clipping(folder: pathlib.Path) -> None:
 def robustness(folder: pathlib.Path) -> None:
     """Certified accuracy, and accuracy under attack, over the radius."""
     groups = {}
-    for result in read(folder / "robustness"):
+    for result in read(folder / "results" / "robustness.jsonl"):
         key = (result["data"]["name"], result["network"], result["epsilon"] or math.inf)
         groups.setdefault(key, []).append(result)
     groups = dict(sorted(groups.items(), key=lambda g: (g[0][0] != "mnist", g[0])))
     radii = next(iter(groups.values()))[0]["radii_in_255ths"]
     shown = [r for r in radii if r <= 144]
-    lines = [
-        "| data | network | ε | seeds | " + " | ".join(f"{r}/255" for r in shown) + " |",
-        "|---|---|---|---|" + "---|" * len(shown),
-    ]
+    head = ["data", "network", "ε", "seeds", *(f"{r}/255" for r in shown)]
+    rows = []
     for (name, network, epsilon), runs in groups.items():
         kinds = ("certified_accuracy", "certified_accuracy_of_attacked", "accuracy_under_attack")
         cells = []
@@ -136,14 +123,10 @@ def robustness(folder: pathlib.Path) -> None:
             )
             cells.append(f"{whole:.1f} ({part:.1f}, {left:.1f})")
         label = "none" if math.isinf(epsilon) else f"{epsilon:g}"
-        lines.append(
-            f"| {_NAMES.get(name, name)} | {network} | {label} | {len(runs)} | "
-            + " | ".join(cells)
-            + " |"
-        )
-    published = " | ".join(f"{PUBLISHED[r]}" if r in PUBLISHED else "–" for r in shown)
-    lines.append(f"| CIFAR-10 | published, clipless | 8 | | {published} |")
-    lines += ["", "Commands of the first seeds:", ""]
+        rows.append([pages.NAMES.get(name, name), network, label, str(len(runs)), *cells])
+    published = [f"{PUBLISHED[r]}" if r in PUBLISHED else "–" for r in shown]
+    rows.append(["CIFAR-10", "published, clipless", "8", "", *published])
+    lines = [pages.markdown(head, rows), "", "Commands of the first seeds:", ""]
     lines += [f"- `{runs[0]['command']}`" for runs in groups.values()]
     broken = sum(r["certified_images_broken"] for runs in groups.values() for r in runs)
     attacked = sum(r["attacked_images"] * len(radii) for runs in groups.values() for r in runs)
@@ -153,31 +136,30 @@ def robustness(folder: pathlib.Path) -> None:
     names = list(dict.fromkeys(key[0] for key in groups))
     epsilons = sorted({key[2] for key in groups})
     ticks = [r for r in radii if r not in (144, 510)]  # which leave no room for their numbers
-    figure, axes, pyplot = _axes(len(names))
-    for axis, name in zip(axes, names, strict=True):
-        for (data, _, epsilon), runs in groups.items():
-            if data != name:
-                continue
-            colour = f"C{epsilons.index(epsilon)}"
-            label = "without noise" if math.isinf(epsilon) else f"ε = {epsilon:g}"
-            certified = [
-                _median(v) for v in zip(*(r["certified_accuracy"] for r in runs), strict=True)
-            ]
-            gaps = [_median(v) for v in zip(*map(_gap, runs), strict=True)]
-            left = [c + g for c, g in zip(certified, gaps, strict=True)]
-            axis.plot(radii, certified, ".-", color=colour, label=f"{label}, certified")
-            axis.plot(radii, left, ":", color=colour, label=f"{label}, not broken by an attack")
-        if name == "cifar10":
-            axis.plot(
-                list(PUBLISHED), list(PUBLISHED.values()), "x", color="0.35",
-                label="certified at ε = 8, Béthune et al., ICLR 2024",
-            )  # fmt: skip
-        axis.set_xscale("symlog", linthresh=1.0)
-        axis.set(xlabel="radius in 255ths", title=_NAMES.get(name, name), ylim=(0, 100))
-        axis.set_xticks(ticks, list(map(str, ticks)))
-        axis.minorticks_off()
-    axes[0].set_ylabel("test accuracy, %")
-    _save(figure, axes, folder / "robustness.svg", pyplot)
+    panels = pages.panels(folder / "robustness.svg", len(names), _SIZE, columns=2, salt="curves")
+    with panels as axes:
+        for axis, name in zip(axes, names, strict=True):
+            axis.grid(alpha=0.3)
+            for (data, _, epsilon), runs in groups.items():
+                if data != name:
+                    continue
+                colour = f"C{epsilons.index(epsilon)}"
+                label = "without noise" if math.isinf(epsilon) else f"ε = {epsilon:g}"
+                certified = [
+                    _median(v) for v in zip(*(r["certified_accuracy"] for r in runs), strict=True)
+                ]
+                gaps = [_median(v) for v in zip(*map(_gap, runs), strict=True)]
+                left = [c + g for c, g in zip(certified, gaps, strict=True)]
+                axis.plot(radii, certified, ".-", color=colour, label=f"{label}, certified")
+                axis.plot(radii, left, ":", color=colour, label=f"{label}, not broken by an attack")
+            if name == "cifar10":
+                label = "certified at ε = 8, Béthune et al., ICLR 2024"
+                axis.plot(list(PUBLISHED), list(PUBLISHED.values()), "x", color="0.35", label=label)
+            axis.set_xscale("symlog", linthresh=1.0)
+            axis.set(xlabel="radius in 255ths", title=pages.NAMES.get(name, name), ylim=(0, 100))
+            axis.set_xticks(ticks, list(map(str, ticks)))
+            axis.minorticks_off()
+        axes[0].set_ylabel("test accuracy, %")
 
 
 def _median(shares):
@@ -190,18 +172,21 @@ def _gap(result):
     return [left - proven for left, proven in zip(*both, strict=True)]
 
 
+_SIZE = (4.6, 4.4)  # of a plot, in inches
+
+
 # --- pages ----------------------------------------------------------------------------------------
 
 _CLIPPING = """# Beside DP-SGD with clipping
 
-Made by `python -m experiments.curves` from the files in `clipping/`, `results/` and `robustness/`,
-each of which says with which command, commit, data and versions it was made. Both methods draw
-Poisson batches, are accounted by PLD at δ = 1e-5, and read the same images; median over seeds,
-least and largest in brackets. DP-SGD (`experiments.dpsgd`) clips the gradient of each example over
-all weights together and trains ordinary layers with biases and ReLU, lipdp their Lipschitz
-counterparts. The settings of each were chosen on 5,000 held-out training examples, which no ε here
-counts; where lipdp has runs of two kinds, those are shown that are as long as the ones with
-clipping.
+Made by `python -m experiments.curves` from `clipping.jsonl`, `images.jsonl` and `robustness.jsonl`
+in `results/`, each line of which says with which command, commit, data and versions it was made.
+Both methods draw Poisson batches, are accounted by PLD at δ = 1e-5, and read the same images;
+median over seeds, least and largest in brackets. DP-SGD (`experiments.dpsgd`) clips the gradient of
+each example over all weights together and trains ordinary layers with biases and ReLU, lipdp their
+Lipschitz counterparts. The settings of each were chosen on 5,000 held-out training examples, which
+no ε here counts; where lipdp has runs of two kinds, those are shown that are as long as the ones
+with clipping.
 
 A linear layer without bias on features of norm one has per-example gradients whose norm *is* that
 of the loss gradient: there the two methods are the same mechanism, and differ by luck and by
@@ -213,7 +198,7 @@ settings alone.
 
 _ROBUSTNESS = """# Certified robustness
 
-Made by `python -m experiments.curves` from the files in `robustness/`. Each cell is the share of
+Made by `python -m experiments.curves` from `results/robustness.jsonl`. Each cell is the share of
 test images, in per cent, that are provably classified rightly wherever they move within the radius;
 in brackets the same for the first images alone, and how many of those an attack (projected
 gradient ascent, 12 steps) leaves right. Medians over seeds. Radii are Euclidean, over all pixels
@@ -236,48 +221,14 @@ def _page(path, head, lines):
     path.write_text(head + "\n".join(lines) + "\n")
 
 
-def _axes(count):
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(4.6 * count, 4.4), squeeze=False, layout="constrained"
-    )
-    for axis in axes[0]:
-        axis.grid(alpha=0.3)
-    return figure, axes[0], pyplot
-
-
-def _save(figure, axes, path, pyplot):
-    import matplotlib
-
-    labelled = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        labelled |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        labelled.values(), labelled.keys(), loc="outside lower center", fontsize=8, ncols=2
-    )
-    # Text stays text, and the same results give the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):
-        figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
-
-
-def main(argv):
-    if len(argv) > 2:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[2:])}")
-    folder = pathlib.Path(argv[1] if len(argv) == 2 else "docs")
-    try:
+def main(values, folder="docs"):
+    folder = pathlib.Path(folder)
+    with frame.explained():
         for make in (clipping, robustness):
-            if any((folder / make.__name__).glob("*.json")):
+            if (folder / "results" / f"{make.__name__}.jsonl").exists():
                 make(folder)
                 print(f"{folder / make.__name__}.md and .svg")
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
 
 
 if __name__ == "__main__":
-    app.run(main)
+    frame.start(main, positional=1)

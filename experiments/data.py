@@ -6,9 +6,11 @@ import io
 import pathlib
 
 import numpy as np
-from absl import app
+from absl import flags
 
-__all__ = ["Images", "asked_for", "load"]
+from experiments import frame
+
+__all__ = ["Images", "about", "asked_for", "define_flags", "load"]
 
 _KEYS = ("x_train", "y_train", "x_test", "y_test")
 _OF_KERAS = ("mnist", "fashion_mnist", "cifar10")
@@ -115,16 +117,38 @@ def _tiles(encoded, side=32):
     return mosaic.swapaxes(1, 2).reshape(-1, side, side, 3)
 
 
-def asked_for(values) -> Images:
+# --- flags of scripts that train on images --------------------------------------------------------
+
+
+def define_flags(define: frame.Flags, seed: int | None) -> None:
+    """Defines `--seed` and `--validation`, beside the flags of an `Experiment`."""
+    define.seed(seed)
+    define.integer(
+        "validation", 0, "Training examples to hold out, in place of the test set.", least=0
+    )
+
+
+def asked_for(values: flags.FlagValues) -> Images:
     """The data of a run: `--data`, with `--validation` examples held out.
 
     Raises:
-        app.UsageError: they cannot be had, or `--out` is there already.
+        app.UsageError: they cannot be had.
     """
-    if values.out and pathlib.Path(values.out).exists():
-        raise app.UsageError(f"--out={values.out} exists already.")
-    try:
-        loaded = load(values.data)
+    source = frame.needed(values, "data")
+    with frame.explained():
+        loaded = load(source)
         return loaded.held_out(values.validation) if values.validation else loaded
-    except (FileNotFoundError, ValueError) as error:
-        raise app.UsageError(str(error)) from error
+
+
+def about(values: flags.FlagValues, images: Images) -> dict:
+    """What tells a run on images from others, for its record."""
+    plain = "plain" in values and values.plain
+    held_out = f"{values.validation} held-out training examples"
+    return {
+        "data": {"name": images.name, "sha256": images.sha256},
+        "network": values.network,
+        "epsilon": None if plain else values.epsilon,
+        "delta": None if plain else values.delta,
+        "seed": values.seed,
+        "evaluated_on": held_out if values.validation else "test set",
+    }

@@ -10,9 +10,8 @@ import pathlib
 import time
 
 import numpy as np
-from absl import app, flags
 
-FLAGS = flags.FLAGS
+from experiments import frame
 
 
 def load():
@@ -27,7 +26,7 @@ def load():
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])
 
 
-def build_model(steps):
+def build_model(values, steps):
     """The demo's `PrivateModel`, compiled by the flags."""
     import keras
 
@@ -46,12 +45,12 @@ def build_model(steps):
     )
     model = lipdp.PrivateModel(
         network,
-        budget=lipdp.Budget(FLAGS.epsilon, FLAGS.delta),
-        sampling=lipdp.PoissonSampling(FLAGS.batch_size),
+        budget=lipdp.Budget(values.epsilon, values.delta),
+        sampling=lipdp.PoissonSampling(values.batch_size),
         clip=0.2,
-        seed=FLAGS.seed,
+        seed=values.seed,
     )
-    rate = keras.optimizers.schedules.CosineDecay(FLAGS.learning_rate, steps)
+    rate = keras.optimizers.schedules.CosineDecay(values.learning_rate, steps)
     model.compile(
         keras.optimizers.SGD(rate, momentum=0.9),
         loss=lipdp.losses.SparseCategoricalCrossentropy(temperature=20.0),
@@ -60,12 +59,12 @@ def build_model(steps):
     return model
 
 
-def train(model, train_data, test_data):
+def train(values, model, train_data, test_data):
     """Trains by the flags, prints the report and the result line."""
     import rich
 
     start = time.perf_counter()
-    model.fit(*train_data, epochs=FLAGS.epochs)
+    model.fit(*train_data, epochs=values.epochs)
     seconds = time.perf_counter() - start
     rich.print(model.report())
     _, accuracy = model.evaluate(*test_data, verbose=0)
@@ -80,39 +79,31 @@ def train(model, train_data, test_data):
         "seconds": round(seconds, 2),
     }
     line = json.dumps(result)
-    if FLAGS.out:
-        pathlib.Path(FLAGS.out).write_text(line + "\n")
+    if values.out:
+        pathlib.Path(values.out).write_text(line + "\n")
     print(line)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+def main(values):
     import lipdp
     from lipdp import startup
 
     startup.import_keras()
     train_data, test_data = load()
-    sampling = lipdp.PoissonSampling(FLAGS.batch_size)
-    steps = FLAGS.epochs * sampling.steps_per_epoch(len(train_data[0]))
-    train(build_model(steps), train_data, test_data)
+    sampling = lipdp.PoissonSampling(values.batch_size)
+    steps = values.epochs * sampling.steps_per_epoch(len(train_data[0]))
+    train(values, build_model(values, steps), train_data, test_data)
 
 
-def define_flags():
-    flags.DEFINE_float("epsilon", 3.0, "Privacy budget: epsilon.", lower_bound=1e-6)
-    flags.DEFINE_float("delta", 1e-5, "Privacy budget: delta, in (0, 1).", 0.0, 1.0)
-    flags.DEFINE_integer("batch_size", 512, "Expected size of a Poisson batch.", lower_bound=1)
-    flags.DEFINE_integer("epochs", 40, "Passes over the data.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 1.0, "Of SGD, decayed to zero.", lower_bound=0.0)
-    flags.DEFINE_integer(
-        "seed",
-        None,
-        "Fixes noise and batches, for tests: who knows it can subtract the noise.",
-        lower_bound=0,
-    )
-    flags.DEFINE_string("out", None, "File to which the result line is written as well.")
+def define_flags(define):
+    define.number("epsilon", 3.0, "Privacy budget: epsilon.", least=1e-6)
+    define.number("delta", 1e-5, "Privacy budget: delta, in (0, 1).", least=0.0, most=1.0)
+    define.integer("batch_size", 512, "Expected size of a Poisson batch.", least=1)
+    define.integer("epochs", 40, "Passes over the data.", least=1)
+    define.number("learning_rate", 1.0, "Of SGD, decayed to zero.", least=0.0)
+    define.seed(None)
+    define.text("out", None, "File to which the result line is written as well.")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    frame.start(main, define_flags)

@@ -21,7 +21,8 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags
+
+from experiments import data, frame
 
 NETWORKS = ("mlp", "conv_net", "scattering-linear")
 
@@ -217,90 +218,56 @@ def train(images, network, settings, epsilon, delta, seed, rows=1024):
     }
 
 
+# --- the command ----------------------------------------------------------------------------------
+
+EXPERIMENT = frame.Experiment("dpsgd", Settings)
+
+
 def run(values):
     """The run that flags ask for; returns its result.
 
     Raises:
         app.UsageError: a flag that cannot be followed.
     """
-    import keras
-
-    from experiments import data, images, record
-    from experiments.settings import settings_of
-
     loaded = data.asked_for(values)
-    given = {name: values[name].value for name in _CHANGEABLE if values[name].present}
-    settings = Settings(**given)
-    made = record.provenance()
-    keras.utils.set_random_seed(values.seed)
-    used = loaded
-    if values.network == "scattering-linear":
-        ours = settings_of(loaded.name, values.network, values.epsilon)
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = pathlib.Path(values.folder or scratch)
-            used = images.with_features(loaded, ours, folder)
-        network = images.build_network(used.x_train.shape[1:], loaded.classes, ours)
-    else:
-        shape = loaded.x_train.shape[1:]
-        network = build_network(values.network, shape, loaded.classes, settings)
-    named = ("network", "epsilon", "delta", "seed", "validation", *given)
-    parts = [
-        f"--{name}={values[name].value}" for name in named if name in given or values[name].value
-    ]
-    result = {
-        "command": " ".join(
-            ["python -m experiments.dpsgd", f"--data={pathlib.PurePath(values.data).name}", *parts]
-        ),
-        "method": "clipping",
-        "data": {"name": loaded.name, "sha256": loaded.sha256},
-        "network": values.network,
-        "epsilon": values.epsilon,
-        "delta": values.delta,
-        "seed": values.seed,
-        "evaluated_on": f"{values.validation} held-out training examples"
-        if values.validation
-        else "test set",
-        **train(used, network, settings, values.epsilon, values.delta, values.seed),
-        "settings": dataclasses.asdict(settings),
-        **made,
-    }
-    if values.out:
-        record.write(values.out, result)
+    settings = EXPERIMENT.chosen(values)
+    about = {"method": "clipping", **data.about(values, loaded)}
+    with EXPERIMENT.recorded(values, **about, settings=settings) as result:
+        import keras
+
+        from experiments import images
+        from experiments.settings import settings_of
+
+        keras.utils.set_random_seed(values.seed)
+        used = loaded
+        if values.network == "scattering-linear":
+            ours = settings_of(loaded.name, values.network, values.epsilon)
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = pathlib.Path(values.folder or scratch)
+                used = images.with_features(loaded, ours, folder)
+            network = images.build_network(used.x_train.shape[1:], loaded.classes, ours)
+        else:
+            shape = loaded.x_train.shape[1:]
+            network = build_network(values.network, shape, loaded.classes, settings)
+        result |= train(used, network, settings, values.epsilon, values.delta, values.seed)
     return result
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    print(json.dumps(run(flags.FLAGS)))
+def main(values):
+    print(json.dumps(run(values)))
 
 
-def define_flags(values=flags.FLAGS):
-    """Defines the flags of a run."""
-    number, count = flags.DEFINE_float, flags.DEFINE_integer
+def define_flags(define):
+    EXPERIMENT.define_flags(
+        define,
+        "An .npz file, or a name that Keras knows.",
+        epsilon=3.0,
+        networks=NETWORKS,
+        network="mlp",
+    )
+    data.define_flags(define, seed=1)
+    define.text("folder", None, "Keeps features.")
 
-    def define(kind, name, default, text, **bounds):
-        kind(name, default, text, flag_values=values, **bounds)
-
-    define(flags.DEFINE_string, "data", None, "An .npz file, or a name that Keras knows.")
-    flags.DEFINE_enum("network", "mlp", NETWORKS, "What is trained.", flag_values=values)
-    define(number, "epsilon", 3.0, "Privacy budget: epsilon.", lower_bound=1e-6)
-    define(number, "delta", 1e-5, "Privacy budget: delta.", lower_bound=0.0, upper_bound=1.0)
-    define(count, "seed", 1, "Of noise, batches and weights: a benchmark's.", lower_bound=0)
-    define(count, "validation", 0, "Training examples to hold out.", lower_bound=0)
-    define(flags.DEFINE_string, "folder", None, "Keeps features.")
-    define(flags.DEFINE_string, "out", None, "File for the result, a JSON.")
-    flags.mark_flag_as_required("data", flag_values=values)
-    for name, kind in _CHANGEABLE.items():
-        text = "In place of the setting of that name."
-        if kind is float:
-            define(number, name, None, text, lower_bound=0.0)
-        else:
-            define(count, name, None, text, lower_bound=1)
-
-
-_CHANGEABLE = {field.name: field.type for field in dataclasses.fields(Settings)}
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    frame.start(main, define_flags)

@@ -24,12 +24,9 @@ import time
 import zlib
 
 import numpy as np
-from absl import app, flags
 
-from experiments import record
+from experiments import frame, pages, record
 from experiments.tabular import split
-
-FLAGS = flags.FLAGS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +318,7 @@ def train(data, test, epsilon, delta, settings, seed=None):
             seed=seed,
         )
         model.compile(keras.optimizers.SGD(rate), loss=loss)
-        record.train(model, x, targets, settings.steps)
+        model.fit(x, targets, steps_per_epoch=settings.steps, verbose=0)
         run = {
             "spent": dataclasses.asdict(model.spent()),
             "accountant": "pld",
@@ -348,32 +345,38 @@ def train(data, test, epsilon, delta, settings, seed=None):
     return result, network
 
 
-def measure(path, epsilon, delta, settings, seeds, with_sensitive=False):
-    """The result of one table: a run for each seed."""
-    made = record.provenance()  # now, not when the run has ended
-    name = name_of(path)
-    columns = load(path)
-    x, y, group = encode(columns, TABLES[name], settings, with_sensitive)
-    delta = delta or record.delta_of(len(y))
-    runs = []
-    for seed in seeds:
-        parts = parts_of(columns, y, seed)
-        data, test = ((x[rows], y[rows], group[rows]) for rows in parts)
-        runs.append(train(data, test, epsilon, delta, settings, seed)[0])
-    privacy = {"epsilon": None} if epsilon is None else {"epsilon": epsilon, "delta": delta}
-    return {
-        "command": record.command("fairness", path, _FLAGS),
-        "data": {"name": name, "sha256": record.sha256(path)},
-        "groups": TABLES[name].sensitive[2],
-        "examples": len(y),
-        "trained_on": int(parts[0].sum()),
+def measure(values):
+    """The result of one table, kept: a run for each seed."""
+    path = frame.needed(values, "data")
+    settings = EXPERIMENT.chosen(values)
+    with frame.explained():
+        name = name_of(path)
+        columns = load(path)
+        digest = record.sha256(path)
+    x, y, group = encode(columns, TABLES[name], settings, values.with_sensitive)
+    epsilon = None if values.plain else values.epsilon
+    delta = values.delta or record.delta_of(len(y))
+    privacy = {"epsilon": None} if values.plain else {"epsilon": epsilon, "delta": delta}
+    with EXPERIMENT.recorded(
+        values,
+        data={"name": name, "sha256": digest},
+        groups=TABLES[name].sensitive[2],
+        examples=len(y),
         **privacy,
-        "with_sensitive": with_sensitive,
-        "accuracy_median": statistics.median(run["accuracy"] for run in runs),
-        "runs": runs,
-        "settings": dataclasses.asdict(settings),
-        **made,
-    }
+        with_sensitive=values.with_sensitive,
+        settings=settings,
+    ) as result:
+        runs = []
+        for seed in range(values.seeds):
+            parts = parts_of(columns, y, seed)
+            data, test = ((x[rows], y[rows], group[rows]) for rows in parts)
+            runs.append(train(data, test, epsilon, delta, settings, seed)[0])
+        result |= {
+            "trained_on": int(parts[0].sum()),
+            "accuracy_median": statistics.median(run["accuracy"] for run in runs),
+            "runs": runs,
+        }
+    return result
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -387,34 +390,30 @@ _COLUMNS = {
 
 def write_table(results, path):
     """A Markdown table of the results, and a plot beside it."""
-    path = pathlib.Path(path)
     order = {name: place for place, name in enumerate(TABLES)}
     results = sorted(results, key=lambda r: (order[r["data"]["name"]], r["epsilon"] or math.inf))
-    lines = [
-        "# Two groups of people",
-        "",
-        "Made by `python -m experiments.fairness --out=FOLDER --table=fairness.md` "
-        "of the results that `python -m experiments.fairness --data=adult.csv.gz --out=…` gave. "
-        "Test set, in per cent: median (least–largest) over the seeds. Gap and bound are those of "
-        "the groups' mean scores, of -1 to 1; medians.",
-        "",
-        f"![accuracy over demographic parity difference]({path.with_suffix('.svg').name})",
-        "",
-        f"| table | groups | ε | {' | '.join(_COLUMNS.values())} | gap of scores | certified ≤ |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
+    text = (
+        "Made by `python -m experiments.fairness --out=fairness.jsonl --table=fairness.md` of the "
+        "results that `python -m experiments.fairness --data=adult.csv.gz --out=fairness.jsonl` "
+        "and the like gave. Test set, in per cent: median (least–largest) over the seeds. Gap and "
+        "bound are those of the groups' mean scores, of -1 to 1; medians."
+    )
+    rows = []
     for result in results:
         runs = result["runs"]
-        spreads = [record.spread([run[name] for run in runs]) for name in _COLUMNS]
+        spreads = [pages.spread([run[name] for run in runs]) for name in _COLUMNS]
         ends = [
             f"{statistics.median(run['certificate'][name] for run in runs):.3f}"
             for name in ("gap", "bound")
         ]
         epsilon = "plain" if result["epsilon"] is None else f"{result['epsilon']:g}"
-        cells = [result["data"]["name"], ", ".join(result["groups"]), epsilon, *spreads, *ends]
-        lines.append(f"| {' | '.join(cells)} |")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    with record.plot(path.with_suffix(".svg"), (6, 4)) as axes:
+        about = [result["data"]["name"], ", ".join(result["groups"]), epsilon]
+        rows.append([*about, *spreads, *ends])
+    head = ["table", "groups", "ε", *_COLUMNS.values(), "gap of scores", "certified ≤"]
+    table = pages.markdown(head, rows, left=2)
+    caption = "accuracy over demographic parity difference"
+    pages.write(path, "Two groups of people", text, caption, table)
+    with pages.plot(pathlib.Path(path).with_suffix(".svg"), (6, 4)) as axes:
         for name in order:
             of_table = [r for r in results if r["data"]["name"] == name]
             middles = [
@@ -434,58 +433,30 @@ def write_table(results, path):
 
 # --- the command ----------------------------------------------------------------------------------
 
+EXPERIMENT = frame.Experiment("fairness", Settings)
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    if FLAGS.table:
-        if not FLAGS.out or not pathlib.Path(FLAGS.out).is_dir():
-            raise app.UsageError("--table needs --out, the folder of the results.")
-        write_table(record.read_all(FLAGS.out), FLAGS.table)
+
+def main(values):
+    if values.table:
+        write_table(frame.stored(values), values.table)
         return
-    if not FLAGS.data:
-        raise app.UsageError(f"--data must be a file of one of the tables {', '.join(TABLES)}.")
-    if FLAGS.out and pathlib.Path(FLAGS.out).suffix != ".json":
-        raise app.UsageError(f"--out must be a .json file; got {FLAGS.out}.")
-    given = {name: FLAGS[name].value for name in _CHANGEABLE if FLAGS[name].present}
-    epsilon = None if FLAGS.plain else FLAGS.epsilon
-    result = measure(
-        FLAGS.data,
-        epsilon,
-        FLAGS.delta,
-        Settings(**given),
-        range(FLAGS.seeds),
-        FLAGS.with_sensitive,
-    )
-    if FLAGS.out:
-        record.write(FLAGS.out, result)
+    result = measure(values)
     said = [
-        f"{shown} {record.spread([run[name] for run in result['runs']])}"
+        f"{shown} {pages.spread([run[name] for run in result['runs']])}"
         for name, shown in _COLUMNS.items()
     ]
-    print(f"{result['data']['name']}, {'plain' if FLAGS.plain else f'ε = {epsilon:g}'}:", *said)
+    how = "plain" if values.plain else f"ε = {values.epsilon:g}"
+    print(f"{result['data']['name']}, {how}:", *said)
 
 
-_CHANGEABLE = {field.name: field.type for field in dataclasses.fields(Settings)}
-_FLAGS = ("plain", "epsilon", "delta", "seeds", "with_sensitive", *_CHANGEABLE)
-
-
-def define_flags():
-    flags.DEFINE_string("data", None, "A table, .csv or .csv.gz.")
-    flags.DEFINE_float("epsilon", 1.0, "Privacy budget: epsilon.", lower_bound=1e-6)
-    flags.DEFINE_float(
-        "delta", None, "Privacy budget: delta; by default the power of ten below 1/n.", 0.0, 1.0
+def define_flags(define):
+    EXPERIMENT.define_flags(
+        define, f"One of the tables {', '.join(TABLES)}, .csv or .csv.gz.", epsilon=1.0, delta=None
     )
-    flags.DEFINE_boolean("plain", False, "Train without privacy instead.")
-    flags.DEFINE_boolean("with_sensitive", False, "Use the sensitive attribute as a feature.")
-    flags.DEFINE_integer("seeds", 3, "Runs, with seeds from 0 on.", lower_bound=1)
-    flags.DEFINE_string("out", None, "File of the result; with --table, the folder of them.")
-    flags.DEFINE_string("table", None, "File of the table that is made of the results in --out.")
-    for field in dataclasses.fields(Settings):
-        define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
-        define(field.name, field.default, "A setting, explained in the module.", lower_bound=0)
+    define.seeds_and_table()
+    define.switch("plain", False, "Train without privacy instead.")
+    define.switch("with_sensitive", False, "Use the sensitive attribute as a feature.")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    frame.start(main, define_flags)

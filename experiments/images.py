@@ -8,7 +8,8 @@ set, network and ε, where it was chosen on held-out training examples: `--valid
 many out, in place of the test set, to do that again.
 
 With `--folder` features are kept there, and a run that is interrupted goes on where it was, with
-what it has spent in a ledger. `--out` gets one JSON with all that is needed to run it again.
+what it has spent in a ledger. `--out`, a `.jsonl` file, gets a line with all that is needed to run
+it again.
 """
 
 import dataclasses
@@ -18,9 +19,9 @@ import pathlib
 import tempfile
 import time
 
-from absl import app, flags
+from absl import app
 
-from experiments import data, record
+from experiments import data, frame
 from experiments.settings import NETWORKS, Settings, settings_of
 
 # --- networks -------------------------------------------------------------------------------------
@@ -238,16 +239,14 @@ def _augmentation(settings):
     return lipdp.Augmentation(keras.layers.RandomFlip("horizontal"), views=settings.flips)
 
 
-# --- the record -----------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
-
-def command(values):
-    """What runs it again, but for where files lie on this machine."""
-    parts = ["python -m experiments.images", f"--data={pathlib.PurePath(values.data).name}"]
-    for name in ("network", "epsilon", "delta", "seed", "validation", *_CHANGEABLE):
-        if values[name].present or name in ("network", "epsilon"):
-            parts.append(f"--{name}={values[name].value}")
-    return " ".join(parts)
+EXPERIMENT = frame.Experiment(
+    "images",
+    Settings,
+    # What is trained is the network's.
+    [f.name for f in dataclasses.fields(Settings) if f.name not in ("front", "head")],
+)
 
 
 def run(values):
@@ -260,77 +259,32 @@ def run(values):
         raise app.UsageError(f"--folder={values.folder} is no folder.")
     images = data.asked_for(values)
     settings = settings_of(images.name, values.network, values.epsilon)
-    given = {name: values[name].value for name in _CHANGEABLE if values[name].present}
-    settings = dataclasses.replace(settings, **given)
-    made = record.provenance()  # of the code that runs, whatever is changed meanwhile
-    with tempfile.TemporaryDirectory() as scratch:
+    settings = EXPERIMENT.chosen(values, settings)
+    about = data.about(values, images)
+    with (
+        EXPERIMENT.recorded(values, **about, settings=settings) as result,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         used = with_features(images, settings, pathlib.Path(values.folder or scratch))
-        done = train(used, settings, values.epsilon, values.delta, values.seed, values.folder)
-    held_out = f"{values.validation} held-out training examples"
-    result = {
-        "command": command(values),
-        "data": {"name": images.name, "sha256": images.sha256},
-        "network": values.network,
-        "epsilon": values.epsilon,
-        "delta": values.delta,
-        "seed": values.seed,
-        "evaluated_on": held_out if values.validation else "test set",
-        **done,
-        "settings": dataclasses.asdict(settings),
-        **made,
-    }
-    if values.out:
-        record.write(values.out, result)
+        result |= train(used, settings, values.epsilon, values.delta, values.seed, values.folder)
     return result
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    print(json.dumps(run(flags.FLAGS)))
+def main(values):
+    print(json.dumps(run(values)))
 
 
-def define_flags(values=flags.FLAGS):
-    """Defines the flags of a run."""
-
-    def define(kind, name, default, text, **bounds):
-        kind(name, default, text, flag_values=values, **bounds)
-
-    number, count = flags.DEFINE_float, flags.DEFINE_integer
-    define(flags.DEFINE_string, "data", None, "An .npz file, or a name that Keras knows.")
-    flags.DEFINE_enum(
-        "network", "scattering-linear", list(NETWORKS), "What is trained.", flag_values=values
+def define_flags(define):
+    EXPERIMENT.define_flags(
+        define,
+        "An .npz file, or a name that Keras knows.",
+        epsilon=3.0,
+        networks=NETWORKS,
+        network="scattering-linear",
     )
-    define(number, "epsilon", 3.0, "Privacy budget: epsilon.", lower_bound=1e-6)
-    define(number, "delta", 1e-5, "Privacy budget: delta.", lower_bound=0.0, upper_bound=1.0)
-    define(
-        count,
-        "seed",
-        None,
-        "Fixes noise and batches, for benchmarks: who knows it can subtract the noise.",
-        lower_bound=0,
-    )
-    define(count, "validation", 0, "Training examples to hold out.", lower_bound=0)
-    define(flags.DEFINE_string, "folder", None, "Keeps features, and runs that are interrupted.")
-    define(flags.DEFINE_string, "out", None, "File for the result, a JSON.")
-    flags.mark_flag_as_required("data", flag_values=values)
-    for name, kind in _CHANGEABLE.items():
-        text = f"In place of the setting of that name, which {__package__}.settings explains."
-        if kind is float:
-            define(number, name, None, text, lower_bound=0.0)
-        elif kind in (bool, str):
-            define(flags.DEFINE_boolean if kind is bool else flags.DEFINE_string, name, None, text)
-        else:
-            define(count, name, None, text, lower_bound=1)
+    data.define_flags(define, seed=None)
+    define.text("folder", None, "Keeps features, and runs that are interrupted.")
 
-
-# The settings that flags may change; what is trained is the network's.
-_CHANGEABLE = {
-    field.name: field.type
-    for field in dataclasses.fields(Settings)
-    if field.name not in ("front", "head")
-}
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    frame.start(main, define_flags)

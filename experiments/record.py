@@ -1,32 +1,23 @@
-"""What the experiments share: where a result was made, and its file."""
+"""Records of runs: where a result was made, and the file that keeps it.
+
+Results of one kind share a JSON Lines file: each line is the record of one run.
+"""
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
-import statistics
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import numpy as np
-from absl import flags
 
-__all__ = [
-    "command",
-    "delta_of",
-    "markdown",
-    "plot",
-    "provenance",
-    "read_all",
-    "sha256",
-    "spread",
-    "train",
-    "write",
-]
+__all__ = ["append", "delta_of", "provenance", "read", "sha256", "write"]
 
 
 def provenance() -> dict:
@@ -60,28 +51,13 @@ def provenance() -> dict:
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
-    """Of a file's bytes.
+    """Digest of a file's bytes.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def command(module: str, data: str | os.PathLike[str], names: Sequence[str]) -> str:
-    """What runs it again, but for where files lie on this machine.
-
-    Args:
-        module: of this package.
-        data: the file; its name is said.
-        names: flags to mention where they differ from their defaults.
-    """
-    parts = [f"python -m experiments.{module}", f"--data={pathlib.PurePath(data).name}"]
-    for name in names:
-        if flags.FLAGS[name].value != flags.FLAGS[name].default:
-            parts.append(f"--{name}={flags.FLAGS[name].value}")
-    return " ".join(parts)
 
 
 def delta_of(examples: int) -> float:
@@ -93,65 +69,66 @@ def delta_of(examples: int) -> float:
     return float(f"1e-{len(str(examples - 1))}")
 
 
-def train(model, x: np.ndarray, y: np.ndarray, steps: int) -> None:
-    """So many private steps of a compiled `PrivateModel`.
+# --- files ----------------------------------------------------------------------------------------
 
-    On TensorFlow `fit` feeds batches through a generator data set, which makes the allocator hand
-    freed memory back at once; with batches of many megabytes that costs more time than the step.
+
+def write(path: str | os.PathLike[str], result: dict | list) -> None:
+    """Writes one JSON; a file of that name is replaced at once or not at all."""
+    _replace(pathlib.Path(path), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def append(path: str | os.PathLike[str], result: dict) -> None:
+    """Appends one line to a JSON Lines file.
+
+    The file is replaced at once or not at all, so that nobody ever reads half a line. Processes
+    that append at the same time wait for each other.
     """
-    for batch in model.batches(x, y, steps_per_epoch=steps):
-        model.train_on_batch(batch)
-
-
-def write(path: str | os.PathLike[str], result: dict) -> None:
-    """One JSON; a file of that name is replaced at once or not at all."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with _locked(path):
+        lines = path.read_text("utf-8") if path.exists() else ""
+        if lines and not lines.endswith("\n"):
+            lines += "\n"
+        _replace(path, lines + json.dumps(result, ensure_ascii=False) + "\n")
 
 
-def read_all(folder: str | os.PathLike[str]) -> list[dict]:
-    """The results of a folder, in the order of their names.
+def read(path: str | os.PathLike[str]) -> list[dict]:
+    """Reads all records of a JSON Lines file, in its order.
 
     Raises:
-        ValueError: there are none.
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no JSON object, or there are no lines.
     """
-    paths = sorted(pathlib.Path(folder).glob("*.json"))
-    if not paths:
-        raise ValueError(f"{folder} holds no results (*.json).")
-    return [json.loads(path.read_text()) for path in paths]
-
-
-def spread(values: Sequence[float], digits: int = 1, scale: float = 100.0) -> str:
-    """Median, least and largest.
-
-    >>> spread([0.5, 0.7, 0.625])
-    '62.5 (50.0–70.0)'
-    """
-    numbers = (statistics.median(values), min(values), max(values))
-    middle, low, high = (f"{scale * v:.{digits}f}" for v in numbers)
-    return f"{middle} ({low}–{high})"
+    path, found = pathlib.Path(path), []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Line {number} of {path.name} is no JSON: {error}.") from error
+            if not isinstance(found[-1], dict):
+                raise ValueError(f"Line {number} of {path.name} is no JSON object.")
+    if not found:
+        raise ValueError(f"{path} holds no results.")
+    return found
 
 
 @contextlib.contextmanager
-def plot(path: str | os.PathLike[str], size: tuple[float, float]):
-    """The axes of a plot that is written at the end, as an SVG that only its content changes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with matplotlib.rc_context({"svg.hashsalt": "lipdp"}):
-        figure, axes = pyplot.subplots(figsize=size, layout="constrained")
-        yield axes
-        figure.savefig(path, metadata={"Date": None})
-        pyplot.close(figure)
+def _locked(path: pathlib.Path) -> Iterator[None]:
+    """Holds the folder's lock: that of a file would be lost when the file is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
-def markdown(head, lines):
-    """A table of Markdown: the names of the columns, and lines of as many cells."""
-    rule = "|---" * len(head) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(x)} |" for x in lines)])
+def _replace(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

@@ -6,18 +6,17 @@ move within it (`lipdp.robustness.certified_accuracy`), and how many of the firs
 still are after an attack. A radius is Euclidean, over all pixels and channels of an image whose
 values are from 0 to 1: 1/255 is one grey level of one channel of one pixel.
 
-`--out` gets one JSON with all that is needed to run it again; `python -m experiments.curves` makes
-the table and the plot.
+`--out`, a `.jsonl` file, gets a line with all that is needed to run it again; `python -m
+experiments.curves` makes the table and the plot.
 """
 
 import dataclasses
 import json
-import pathlib
 import time
 
 import numpy as np
-from absl import app, flags
 
+from experiments import data, frame
 from experiments.settings import NETWORKS, Settings, settings_of
 
 #: Of images with values from 0 to 1, in 255ths.
@@ -108,99 +107,12 @@ def evaluate(network, x, y, attacked, seed=0):
     }
 
 
-def run(values):
-    """The run that flags ask for; returns its result.
+# --- the command ----------------------------------------------------------------------------------
 
-    Raises:
-        app.UsageError: a flag that cannot be followed.
-    """
-    import keras
-
-    from experiments import data, images, record
-
-    loaded = data.asked_for(values)
-    settings = settings_of(loaded.name, values.network, values.epsilon)
-    given = {name: values[name].value for name in _CHANGEABLE if values[name].present}
-    settings = dataclasses.replace(settings, **given)
-    made = record.provenance()
-    keras.utils.set_random_seed(values.seed)
-    network = images.build_network(loaded.x_train.shape[1:], loaded.classes, settings)
-    start = time.perf_counter()
-    if values.plain:
-        trained = train_plain(loaded, network, settings)
-    else:
-        trained = train_private(
-            loaded, network, settings, values.epsilon, values.delta, values.seed
-        )
-    seconds = time.perf_counter() - start
-    found = evaluate(network, loaded.x_test, loaded.y_test, values.attacked)
-    named = ("network", "plain" if values.plain else "epsilon", "seed", "validation", "attacked")
-    parts = [f"--{n}={values[n].value}" for n in (*named, *given) if values[n].value]
-    held_out = f"{values.validation} held-out training examples"
-    result = {
-        "command": " ".join(
-            [
-                "python -m experiments.robustness",
-                f"--data={pathlib.PurePath(values.data).name}",
-                *parts,
-            ]
-        ),
-        "data": {"name": loaded.name, "sha256": loaded.sha256},
-        "network": values.network,
-        "epsilon": None if values.plain else values.epsilon,
-        "delta": None if values.plain else values.delta,
-        "seed": values.seed,
-        "evaluated_on": held_out if values.validation else "test set",
-        **found,
-        **trained,
-        "weights": network.count_params(),
-        "training_seconds": round(seconds, 1),
-        "settings": dataclasses.asdict(settings),
-        **made,
-    }
-    if values.out:
-        record.write(values.out, result)
-    return result
-
-
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    print(json.dumps(run(flags.FLAGS)))
-
-
-def define_flags(values=flags.FLAGS):
-    """Defines the flags of a run."""
-
-    def define(kind, name, default, text, **bounds):
-        kind(name, default, text, flag_values=values, **bounds)
-
-    number, count = flags.DEFINE_float, flags.DEFINE_integer
-    on_pixels = [name for name in NETWORKS if not name.startswith("scattering")]
-    define(flags.DEFINE_string, "data", None, "An .npz file, or a name that Keras knows.")
-    flags.DEFINE_enum("network", "mlp", on_pixels, "What is trained.", flag_values=values)
-    define(number, "epsilon", 8.0, "Privacy budget: epsilon.", lower_bound=1e-6)
-    define(number, "delta", 1e-5, "Privacy budget: delta.", lower_bound=0.0, upper_bound=1.0)
-    define(flags.DEFINE_boolean, "plain", False, "Trains without noise and clip.")
-    define(count, "seed", 1, "Of noise, batches and weights: a benchmark's.", lower_bound=0)
-    define(count, "validation", 0, "Training examples to hold out.", lower_bound=0)
-    define(count, "attacked", 1000, "Images that are attacked.", lower_bound=1)
-    define(flags.DEFINE_string, "out", None, "File for the result, a JSON.")
-    flags.mark_flag_as_required("data", flag_values=values)
-    for name, kind in _CHANGEABLE.items():
-        text = f"In place of the setting of that name, which {__package__}.settings explains."
-        if kind is float:
-            define(number, name, None, text, lower_bound=0.0)
-        else:
-            define(count, name, None, text, lower_bound=1)
-
-
-# The settings that flags may change.
-_CHANGEABLE = {
-    field.name: field.type
-    for field in dataclasses.fields(Settings)
-    if field.name
-    in (
+EXPERIMENT = frame.Experiment(
+    "robustness",
+    Settings,
+    (
         "width",
         "depth",
         "patch_size",
@@ -211,9 +123,59 @@ _CHANGEABLE = {
         "momentum",
         "clip",
         "temperature",
+    ),
+)
+
+
+def run(values):
+    """The run that flags ask for; returns its result.
+
+    Raises:
+        app.UsageError: a flag that cannot be followed.
+    """
+    loaded = data.asked_for(values)
+    settings = settings_of(loaded.name, values.network, values.epsilon)
+    settings = EXPERIMENT.chosen(values, settings)
+    with EXPERIMENT.recorded(values, **data.about(values, loaded), settings=settings) as result:
+        import keras
+
+        from experiments import images
+
+        keras.utils.set_random_seed(values.seed)
+        network = images.build_network(loaded.x_train.shape[1:], loaded.classes, settings)
+        start = time.perf_counter()
+        if values.plain:
+            trained = train_plain(loaded, network, settings)
+        else:
+            trained = train_private(
+                loaded, network, settings, values.epsilon, values.delta, values.seed
+            )
+        seconds = time.perf_counter() - start
+        result |= {
+            **evaluate(network, loaded.x_test, loaded.y_test, values.attacked),
+            **trained,
+            "weights": network.count_params(),
+            "training_seconds": round(seconds, 1),
+        }
+    return result
+
+
+def main(values):
+    print(json.dumps(run(values)))
+
+
+def define_flags(define):
+    EXPERIMENT.define_flags(
+        define,
+        "An .npz file, or a name that Keras knows.",
+        epsilon=8.0,
+        networks=[name for name, about in NETWORKS.items() if "front" not in about],
+        network="mlp",
     )
-}
+    data.define_flags(define, seed=1)
+    define.switch("plain", False, "Trains without noise and clip.")
+    define.integer("attacked", 1000, "Images that are attacked.", least=1)
+
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    frame.start(main, define_flags)

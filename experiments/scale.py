@@ -15,9 +15,9 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from experiments import record, timing
+from experiments import frame, pages, record, timing
 from experiments.baselines import worker
 
 FLAGS = flags.FLAGS
@@ -356,7 +356,7 @@ Neither depends on the number of examples, weights or workers.
 
 def write_page(found, path):
     """Writes the page that belongs to the JSON, beside it."""
-    table = record.markdown
+    table = pages.markdown
     rows = found["overhead"]
     widths = np.array([row["width"] for row in rows], float)
     added = [[row[f"private_{b}"] - row[f"plain_{b}"] for b in (64, 512)] for row in rows]
@@ -441,9 +441,7 @@ The PLD accountant refuses a much smaller δ at so many steps, as its sums round
     path.with_suffix(".md").write_text(text)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+def main(values):
     if FLAGS.worker:
         print(json.dumps({"result": PARTS[FLAGS.worker](), **record.provenance()}))
         return
@@ -463,11 +461,15 @@ def main(argv):
         write_page(found, path)
 
 
+def define_flags(define):
+    text = f"To measure again: {', '.join(PARTS)}; or what is missing."
+    define.names("parts", None, text, choices=tuple(PARTS))
+    define.integer("examples", 10**9, "Of the simulated data set.", least=1)
+    define.integer("batch_size", 4096, "Expected size of its batches.", least=1)
+    define.integer("draws", 1000, "Number of batches drawn.", least=2)
+    define.text("out", "docs/scale.json", "The JSON; the page is written beside it.")
+    define.one_of("worker", None, list(PARTS), "Internal: one part, printed as JSON.")
+
+
 if __name__ == "__main__":
-    flags.DEFINE_list("parts", None, f"To measure again: {', '.join(PARTS)}; or what is missing.")
-    flags.DEFINE_integer("examples", 10**9, "Of the simulated data set.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 4096, "Expected size of its batches.", lower_bound=1)
-    flags.DEFINE_integer("draws", 1000, "Number of batches drawn.", lower_bound=2)
-    flags.DEFINE_string("out", "docs/scale.json", "The JSON; the page is written beside it.")
-    flags.DEFINE_enum("worker", None, list(PARTS), "Internal: one part, printed as JSON.")
-    app.run(main)
+    frame.start(main, define_flags)

@@ -28,7 +28,7 @@ import types
 
 from absl import app, flags
 
-from experiments import record, speed_page
+from experiments import frame, record, speed_page
 from experiments.timing import LEAST, Failure, Limits, Method, machine, measure, rounds
 
 FLAGS = flags.FLAGS
@@ -317,37 +317,38 @@ def quick():
     print(line)
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+def main(values):
     if FLAGS.against is None:
         return quick()
     others = list(LIBRARIES) if FLAGS.against == ["all"] else FLAGS.against
-    known = {"against": (others, LIBRARIES), "networks": (FLAGS.networks, NETWORKS)}
-    for flag, (given, accepted) in known.items():
-        if unknown := set(given) - set(accepted):
-            raise app.UsageError(
-                f"--{flag} takes {', '.join(accepted)}; got {', '.join(sorted(unknown))}."
-            )
+    if unknown := set(others) - set(LIBRARIES):
+        raise app.UsageError(
+            f"--against takes all, {', '.join(LIBRARIES)}; got {', '.join(sorted(unknown))}."
+        )
     compare(chosen(FLAGS.only or ["lipdp", *others]))
 
 
-if __name__ == "__main__":
-    flags.DEFINE_list("against", None, "Libraries to compare with: all, or names; may be empty.")
-    flags.DEFINE_list("only", None, "Of the comparison: what to measure now: lipdp,opacus:ghost.")
-    flags.DEFINE_bool("again", False, "Of the comparison: measures what the JSON has, too.")
-    flags.DEFINE_bool(
+def define_flags(define):
+    define.names("against", None, "Libraries to compare with: all, or names; may be empty.")
+    define.names("only", None, "Of the comparison: what to measure now: lipdp,opacus:ghost.")
+    define.switch("again", False, "Of the comparison: measures what the JSON has, too.")
+    define.switch(
         "together", False, "Of the comparison: all libraries take turns, if memory holds them."
     )
-    flags.DEFINE_list("networks", list(NETWORKS), "Of the comparison: networks to time.")
-    flags.DEFINE_list("backends", ["tensorflow", "jax"], "Without --against: backends to time.")
-    flags.DEFINE_list("batch_sizes", None, "64, 256, 1024, and 4096 in the comparison.")
-    flags.DEFINE_integer("steps", 30, "Timed steps of each kind, at most.", lower_bound=LEAST)
-    flags.DEFINE_integer("threads", 1, "Of each process; 0 leaves it to the framework.", 0)
-    flags.DEFINE_bool("keep_memory", True, "Processes keep the memory that they have freed.")
-    flags.DEFINE_integer("seconds", 120, "Of CPU, in which to get ready, or to make a step.", 1)
-    flags.DEFINE_float("gib", 8.0, "Of memory that a process may use.", 0.1)
-    flags.DEFINE_bool("secure", False, 'Without --against: time noise="secure" as well.')
-    flags.DEFINE_string("environments", "build/environments", "Folder of the environments.")
-    flags.DEFINE_string("out", None, "The JSON; build/speed.json in the comparison.")
-    app.run(main)
+    text = "Of the comparison: networks to time."
+    define.names("networks", list(NETWORKS), text, choices=NETWORKS)
+    backends = ["tensorflow", "jax"]
+    define.names("backends", backends, "Without --against: backends to time.", choices=backends)
+    define.numbers("batch_sizes", None, "64, 256, 1024, and 4096 in the comparison.", int)
+    define.integer("steps", 30, "Timed steps of each kind, at most.", least=LEAST)
+    define.integer("threads", 1, "Of each process; 0 leaves it to the framework.", least=0)
+    define.switch("keep_memory", True, "Processes keep the memory that they have freed.")
+    define.integer("seconds", 120, "Of CPU, in which to get ready, or to make a step.", least=1)
+    define.number("gib", 8.0, "Of memory that a process may use.", least=0.1)
+    define.switch("secure", False, 'Without --against: time noise="secure" as well.')
+    define.text("environments", "build/environments", "Folder of the environments.")
+    define.text("out", None, "The JSON; build/speed.json in the comparison.")
+
+
+if __name__ == "__main__":
+    frame.start(main, define_flags)

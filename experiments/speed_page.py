@@ -2,7 +2,7 @@
 
 import textwrap
 
-from experiments import record
+from experiments import pages
 from experiments.baselines import worker
 
 NETWORKS = tuple(worker.SHAPES)
@@ -143,7 +143,7 @@ def _ahead(rows, batches):
                 cells.append(f"{winner}{_ms(mine[0])}{winner} / {_ms(other[0])} ({other[1]})")
         if any(cell != "–" for cell in cells):
             lines.append([_TITLES[network].split(":")[0], *cells])
-    return record.markdown(["lipdp / the fastest other", *map(_count, batches)], lines)
+    return pages.markdown(["lipdp / the fastest other", *map(_count, batches)], lines)
 
 
 def _tables(rows, batches, gib):
@@ -171,9 +171,9 @@ def _tables(rows, batches, gib):
     head = [*map(_count, batches)]
     text = "CPU ms, private / plain = ratio"
     text += "; in brackets the plain step with ReLU and maximum pooling.\n\n" if relu else ".\n\n"
-    text += record.markdown(["batch", *head], table(times))
+    text += pages.markdown(["batch", *head], table(times))
     text += "\n\nPeak MiB, private / plain = ratio.\n\n"
-    text += record.markdown(["batch", *head], table(memory)) + "\n"
+    text += pages.markdown(["batch", *head], table(memory)) + "\n"
     lines = []
     for name in names:
         of_it = [row for row in rows if row["method"] == name and "failed" not in row]
@@ -185,7 +185,7 @@ def _tables(rows, batches, gib):
             f"\nBatches that fit into {gib:g} GiB, by the line through the two largest that "
             "were measured alike.\n\n"
         )
-        text += record.markdown(["", "private", "plain", "plain over private"], lines) + "\n"
+        text += pages.markdown(["", "private", "plain", "plain over private"], lines) + "\n"
     return text
 
 
@@ -214,7 +214,7 @@ def _failures(rows):
         [row["method"], row["network"], _count(row["batch_size"]), row["failed"].replace("|", "/")]
         for row in failed
     ]
-    table = record.markdown(["method", "network", "batch", "reason"], lines)
+    table = pages.markdown(["method", "network", "batch", "reason"], lines)
     return f"\n## Not measured\n\n{table}\n"
 
 

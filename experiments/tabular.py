@@ -12,8 +12,8 @@ beside the training. Features are then what the released counts make of an examp
 each feature's quantiles, and random waves across all of them, of norm one together. So a linear
 model on them meets its bound with every example, and is not linear in the table.
 
-`--out` gets one JSON for each set; a set that has one already is left out. `--table` makes
-`FILE.md` and `FILE.svg` of those in `--out`, without training.
+`--out`, a `.jsonl` file, gets a line for each set; a set that has one already is left out.
+`--table` makes `FILE.md` and `FILE.svg` of those in `--out`, without training.
 """
 
 import dataclasses
@@ -24,11 +24,9 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from experiments import record, sums
-
-FLAGS = flags.FLAGS
+from experiments import frame, pages, record, sums
 
 #: Sets on whose training examples the defaults were chosen.
 TUNED_ON = ("annthyroid", "cardio", "magic.gamma", "Pima", "satellite", "SpamBase")
@@ -255,7 +253,7 @@ def train(x, y, x_test, y_test, epsilon, delta, settings, seed=None):
             loss=lipdp.losses.BinaryCrossentropy(),
         )
         targets = y[:, None].astype("float32")
-        record.train(model, features, targets, settings.steps)
+        model.fit(features, targets, steps_per_epoch=settings.steps, verbose=0)
         spent = model.spent()
     scores = model.network.predict(test_features, batch_size=8192, verbose=0)[:, 0]
     return {
@@ -271,34 +269,40 @@ def train(x, y, x_test, y_test, epsilon, delta, settings, seed=None):
     }
 
 
-def measure(path, epsilon, delta, settings, seeds, validation=False):
-    """The result of one set: a run for each seed, which also makes the split."""
-    made = record.provenance()  # now, not when the run has ended
-    x, y = load(path)
-    delta = delta or record.delta_of(len(y))
-    runs = []
-    for seed in seeds:
-        inside, outside = split(y, seed)
-        x_train, y_train, x_test, y_test = x[inside], y[inside], x[outside], y[outside]
-        if validation:
-            inside, outside = split(y_train, seed)
-            x_test, y_test = x_train[outside], y_train[outside]
-            x_train, y_train = x_train[inside], y_train[inside]
-        runs.append(train(x_train, y_train, x_test, y_test, epsilon, delta, settings, seed))
-    return {
-        "command": record.command("tabular", path, _FLAGS),
-        "data": {"name": name_of(path), "file": path.name, "sha256": record.sha256(path)},
-        "examples": len(y),
-        "trained_on": len(y_train),
-        "features": x.shape[1],
-        "anomalies": round(float(y.mean()), 5),
-        "epsilon": epsilon,
-        "delta": delta,
-        "evaluated_on": "20 % of the training part" if validation else "20 %, held out by label",
-        "auroc_median": statistics.median(run["auroc"] for run in runs),
-        "runs": runs,
-        **made,
-    }
+def measure(path, values):
+    """The result of one set, kept: a run for each seed, which also makes the split."""
+    with frame.explained():
+        x, y = load(path)
+        digest = record.sha256(path)
+    settings = EXPERIMENT.chosen(values)
+    delta = values.delta or record.delta_of(len(y))
+    on = "20 % of the training part" if values.validation else "20 %, held out by label"
+    with EXPERIMENT.recorded(
+        values,
+        data={"name": name_of(path), "file": path.name, "sha256": digest},
+        epsilon=values.epsilon,
+        delta=delta,
+        evaluated_on=on,
+    ) as result:
+        runs = []
+        for seed in range(values.seeds):
+            inside, outside = split(y, seed)
+            x_train, y_train, x_test, y_test = x[inside], y[inside], x[outside], y[outside]
+            if values.validation:
+                inside, outside = split(y_train, seed)
+                x_test, y_test = x_train[outside], y_train[outside]
+                x_train, y_train = x_train[inside], y_train[inside]
+            of_seed = (x_train, y_train, x_test, y_test, values.epsilon, delta, settings, seed)
+            runs.append(train(*of_seed))
+        result |= {
+            "examples": len(y),
+            "trained_on": len(y_train),
+            "features": x.shape[1],
+            "anomalies": round(float(y.mean()), 5),
+            "auroc_median": statistics.median(run["auroc"] for run in runs),
+            "runs": runs,
+        }
+    return result
 
 
 def name_of(path):
@@ -311,43 +315,41 @@ def name_of(path):
 
 def write_table(results, path):
     """A Markdown table, and beside it a plot, of the results."""
-    path = pathlib.Path(path)
     published = [r for r in results if r["data"]["name"] in PUBLISHED]
     others = [r for r in results if r["data"]["name"] not in PUBLISHED]
+    results = published + sorted(others, key=lambda r: -r["examples"])
     seeds = min(len(r["runs"]) for r in results)
-    lines = [
-        "# Anomalies in tables",
-        "",
-        "Made by `python -m experiments.tabular --out=FOLDER --table=tabular.md` "
-        "of the results of `python -m experiments.tabular --data=adbench --out=results`. "
+    text = (
+        "Made by `python -m experiments.tabular --out=tabular.jsonl --table=tabular.md` "
+        "of the results of `python -m experiments.tabular --data=adbench --out=tabular.jsonl`. "
         f"AUROC on held-out examples at ε = {results[0]['epsilon']:g}: median (least–largest) of "
         f"{seeds} seeds or more, each with a split of its own; * defaults were chosen on training "
         "examples of this set (which costs privacy, too, and is counted by no ε here), all others "
         "were left untouched. Published: best run with clipping, and without (Béthune et al., ICLR "
-        "2024).",
-        "",
-        f"![AUROC of each set]({path.with_suffix('.svg').name})",
-        "",
-        "| set | examples | features | anomalies | δ | lipdp | best with clipping | reference |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "2024)."
+    )
+    head = ["set", "examples", "features", "anomalies", "δ", "lipdp", "best with clipping"]
+    rows = [
+        [
+            f"{result['data']['name']}{'*' * (result['data']['name'] in TUNED_ON)}",
+            f"{result['examples']:,}",
+            f"{result['features']}",
+            f"{100 * result['anomalies']:.1f} %",
+            f"{result['delta']:.0e}",
+            pages.spread([run["auroc"] for run in result["runs"]]),
+            *map(str, PUBLISHED.get(result["data"]["name"], ("", ""))),
+        ]
+        for result in results
     ]
-    for result in published + sorted(others, key=lambda r: -r["examples"]):
-        name = result["data"]["name"]
-        clipping, reference = PUBLISHED.get(name, ("", ""))
-        lines.append(
-            f"| {name}{'*' * (name in TUNED_ON)} | {result['examples']:,} | {result['features']} "
-            f"| {100 * result['anomalies']:.1f} % | {result['delta']:.0e} "
-            f"| {record.spread([run['auroc'] for run in result['runs']])} "
-            f"| {clipping} | {reference} |"
-        )
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    _plot(published + sorted(others, key=lambda r: -r["examples"]), path.with_suffix(".svg"))
+    table = pages.markdown([*head, "reference"], rows, left=1)
+    pages.write(path, "Anomalies in tables", text, "AUROC of each set", table)
+    _plot(results, pathlib.Path(path).with_suffix(".svg"))
 
 
 def _plot(results, path):
     marks = (("x", "published, clipping"), ("+", "published, clipless"))
     places = np.arange(len(results))[::-1]
-    with record.plot(path, (7, 0.8 + 0.26 * len(results))) as axes:
+    with pages.plot(path, (7, 0.8 + 0.26 * len(results))) as axes:
         for place, result in zip(places, results, strict=True):
             values = [100 * run["auroc"] for run in result["runs"]]
             axes.plot([min(values), max(values)], [place, place], color="tab:blue", linewidth=2)
@@ -365,65 +367,40 @@ def _plot(results, path):
 
 # --- the command ----------------------------------------------------------------------------------
 
+EXPERIMENT = frame.Experiment("tabular", Settings)
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    if FLAGS.table:
-        if not FLAGS.out:
-            raise app.UsageError("--table needs --out, the folder of the results.")
-        write_table(record.read_all(FLAGS.out), FLAGS.table)
+
+def main(values):
+    if values.table:
+        write_table(frame.stored(values), values.table)
         return
-    if not FLAGS.data:
-        raise app.UsageError("--data must name an .npz file or a folder of them.")
-    source = pathlib.Path(FLAGS.data)
+    source, out = pathlib.Path(frame.needed(values, "data")), frame.results_file(values)
     paths = sorted(source.glob("*.npz")) if source.is_dir() else [source]
     if not paths:
         raise app.UsageError(f"--data={source} holds no .npz file.")
     # The large ones first: what fails for want of memory fails early.
     paths.sort(key=lambda path: -path.stat().st_size if path.exists() else 0)
-    given = {name: FLAGS[name].value for name in _CHANGEABLE if FLAGS[name].present}
-    settings = Settings(**given)
+    done = frame.stored(values) if out is not None and out.exists() else []
+    done = {result["data"]["name"] for result in done}
     for number, path in enumerate(paths, start=1):
         name = name_of(path)
-        out = pathlib.Path(FLAGS.out) / f"{name}.json" if FLAGS.out else None
         progress = f"[{number}/{len(paths)}] {name}"
-        if out is not None and out.exists():
+        if name in done:
             print(f"{progress}: has a result already", flush=True)
             continue
-        result = measure(
-            path, FLAGS.epsilon, FLAGS.delta, settings, range(FLAGS.seeds), FLAGS.validation
-        )
-        if out is not None:
-            record.write(out, result)
-        values = [run["auroc"] for run in result["runs"]]
-        seconds = sum(run["seconds"] for run in result["runs"])
-        print(f"{progress}: AUROC {record.spread(values)}, {seconds:.0f} s", flush=True)
+        runs = measure(path, values)["runs"]
+        seconds = sum(run["seconds"] for run in runs)
+        auroc = pages.spread([run["auroc"] for run in runs])
+        print(f"{progress}: AUROC {auroc}, {seconds:.0f} s", flush=True)
 
 
-_CHANGEABLE = {field.name: field.type for field in dataclasses.fields(Settings)}
-_FLAGS = ("epsilon", "delta", "seeds", "validation", *_CHANGEABLE)
-
-
-def define_flags():
-    flags.DEFINE_string("data", None, "An .npz file with X and y, or a folder of them.")
-    flags.DEFINE_float("epsilon", 1.0, "Privacy budget: epsilon.", lower_bound=1e-6)
-    flags.DEFINE_float(
-        "delta",
-        None,
-        "Privacy budget: delta; 10 to the power of -ceil(log10 n) by default.",
-        0.0,
-        1.0,
+def define_flags(define):
+    EXPERIMENT.define_flags(
+        define, "An .npz file with X and y, or a folder of them.", epsilon=1.0, delta=None
     )
-    flags.DEFINE_integer("seeds", 3, "Runs on each set, with seeds from 0 on.", lower_bound=1)
-    flags.DEFINE_boolean("validation", False, "Evaluate on a part of the training examples.")
-    flags.DEFINE_string("out", None, "Folder of the results.")
-    flags.DEFINE_string("table", None, "File of the table that is made of the results in --out.")
-    for field in dataclasses.fields(Settings):
-        define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
-        define(field.name, field.default, "A setting, explained in the module.", lower_bound=0)
+    define.seeds_and_table()
+    define.switch("validation", False, "Evaluate on a part of the training examples.")
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    frame.start(main, define_flags)

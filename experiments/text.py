@@ -22,11 +22,8 @@ import tempfile
 import time
 
 import numpy as np
-from absl import app, flags
 
-from experiments import record, sums
-
-FLAGS = flags.FLAGS
+from experiments import frame, pages, record, sums
 
 NETWORKS = ("bag", "embedding")
 _SPECIAL = 3  # ids that are no words
@@ -188,7 +185,7 @@ def train(data, name, epsilon, delta, settings, seed=None):
             loss=lipdp.losses.BinaryCrossentropy(settings.temperature),
         )
         targets = y[:, None].astype("float32")
-        record.train(model, x, targets, settings.steps)
+        model.fit(x, targets, steps_per_epoch=settings.steps, verbose=0)
         spent = model.spent()
     logits = network.predict(x_test, batch_size=2000, verbose=0)[:, 0]
     return {
@@ -203,124 +200,97 @@ def train(data, name, epsilon, delta, settings, seed=None):
     }
 
 
-def measure(path, name, epsilon, delta, settings, seeds, validation=0):
-    """The result: a run for each seed."""
-    made = record.provenance()  # now, not when the run has ended
-    (x, y), test, vocabulary = load(path)
-    if validation:
-        if not validation < len(y):
-            raise ValueError(f"--validation must be below {len(y)}, the training reviews.")
-        test = (x[-validation:], y[-validation:])
-        x, y = x[:-validation], y[:-validation]
-    runs = [
-        train(((x, y), test, vocabulary), name, epsilon, delta, settings, seed) for seed in seeds
-    ]
-    return {
-        "command": record.command("text", path, _FLAGS),
-        "data": {"file": pathlib.Path(path).name, "sha256": record.sha256(path)},
-        "network": name,
-        "trained_on": len(y),
-        "epsilon": epsilon,
-        "delta": delta,
-        "evaluated_on": f"{validation} training reviews, held out" if validation else "test set",
-        "accuracy_median": statistics.median(run["accuracy"] for run in runs),
-        "runs": runs,
-        "settings": dataclasses.asdict(settings),
-        **made,
-    }
+def measure(values):
+    """The result, kept: a run for each seed."""
+    path, held_out = frame.needed(values, "data"), values.validation
+    with frame.explained():
+        (x, y), test, vocabulary = load(path)
+        digest = record.sha256(path)
+        if held_out:
+            if not held_out < len(y):
+                raise ValueError(f"--validation must be below {len(y)}, the training reviews.")
+            test = (x[-held_out:], y[-held_out:])
+            x, y = x[:-held_out], y[:-held_out]
+    data = ((x, y), test, vocabulary)
+    settings = EXPERIMENT.chosen(values, Settings(**CHANGES[values.network]))
+    with EXPERIMENT.recorded(
+        values,
+        data={"file": pathlib.Path(path).name, "sha256": digest},
+        network=values.network,
+        trained_on=len(y),
+        epsilon=values.epsilon,
+        delta=values.delta,
+        evaluated_on=f"{held_out} training reviews, held out" if held_out else "test set",
+        settings=settings,
+    ) as result:
+        budget = (values.epsilon, values.delta)
+        runs = [
+            train(data, values.network, *budget, settings, seed) for seed in range(values.seeds)
+        ]
+        result["accuracy_median"] = statistics.median(run["accuracy"] for run in runs)
+        result["runs"] = runs
+    return result
+
+
+# --- the table ------------------------------------------------------------------------------------
 
 
 def write_table(results, path):
     """A Markdown table of the results, and a plot beside it."""
-    path = pathlib.Path(path)
     results = sorted(results, key=lambda r: (r["network"], r["epsilon"]))
-    lines = [
-        "# Sentiment of reviews",
-        "",
-        "Made by `python -m experiments.text --out=FOLDER --table=text.md` "
-        "of the results that `python -m experiments.text --data=imdb_tokens.npz --out=…` gave. "
+    text = (
+        "Made by `python -m experiments.text --out=text.jsonl --table=text.md` of the results that "
+        "`python -m experiments.text --data=imdb_tokens.npz --out=text.jsonl --epsilon=…` gave. "
         "Accuracy on the test set: median (least–largest) over the seeds. Which words have "
-        "an id was counted in the training reviews by whoever made the file; no ε covers that.",
-        "",
-        f"![accuracy over ε]({path.with_suffix('.svg').name})",
-        "",
-        "| network | ε | δ | seeds | accuracy |",
-        "|---|--:|--:|--:|--:|",
-    ]
+        "an id was counted in the training reviews by whoever made the file; no ε covers that."
+    )
+    rows = []
     for result in results:
         accuracies = [run["accuracy"] for run in result["runs"]]
-        lines.append(
-            f"| {result['network']} | {result['epsilon']:g} | {result['delta']:.0e} "
-            f"| {len(accuracies)} | {record.spread(accuracies)} |"
-        )
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
-    with record.plot(path.with_suffix(".svg"), (5, 3.2)) as axes:
+        numbers = [f"{result['epsilon']:g}", f"{result['delta']:.0e}", str(len(accuracies))]
+        rows.append([result["network"], *numbers, pages.spread(accuracies)])
+    table = pages.markdown(["network", "ε", "δ", "seeds", "accuracy"], rows, left=1)
+    pages.write(path, "Sentiment of reviews", text, "accuracy over ε", table)
+    with pages.plot(pathlib.Path(path).with_suffix(".svg"), (5, 3.2)) as axes:
         for name in NETWORKS:
-            chosen = [r for r in results if r["network"] == name]
-            if chosen:
-                values = [[100 * run["accuracy"] for run in r["runs"]] for r in chosen]
-                middle = np.array([statistics.median(v) for v in values])
-                ends = [middle - [min(v) for v in values], [max(v) for v in values] - middle]
-                axes.errorbar(
-                    [r["epsilon"] for r in chosen], middle, ends, fmt="o-", label=name, capsize=3
-                )
+            points = [
+                (r["epsilon"], [100 * run["accuracy"] for run in r["runs"]])
+                for r in results
+                if r["network"] == name
+            ]
+            if points:
+                pages.errorbars(axes, points, fmt="o-", label=name)
         axes.set_xlabel("ε")
         axes.set_ylabel("accuracy, % (median, least to largest seed)")
         axes.grid(alpha=0.3)
         axes.legend()
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
-    if FLAGS.table:
-        if not FLAGS.out or not pathlib.Path(FLAGS.out).is_dir():
-            raise app.UsageError("--table needs --out, the folder of the results.")
-        write_table(record.read_all(FLAGS.out), FLAGS.table)
+# --- the command ----------------------------------------------------------------------------------
+
+EXPERIMENT = frame.Experiment("text", Settings)
+
+
+def main(values):
+    if values.table:
+        write_table(frame.stored(values), values.table)
         return
-    if not FLAGS.data:
-        raise app.UsageError("--data must name an .npz file of token ids.")
-    if FLAGS.out and pathlib.Path(FLAGS.out).suffix != ".json":
-        raise app.UsageError(f"--out must be a .json file; got {FLAGS.out}.")
-    given = {name: FLAGS[name].value for name in _CHANGEABLE if FLAGS[name].present}
-    settings = Settings(**CHANGES[FLAGS.network] | given)
-    result = measure(
-        FLAGS.data,
-        FLAGS.network,
-        FLAGS.epsilon,
-        FLAGS.delta,
-        settings,
-        range(FLAGS.seeds),
-        FLAGS.validation,
-    )
-    if FLAGS.out:
-        record.write(FLAGS.out, result)
+    result = measure(values)
     accuracies = [run["accuracy"] for run in result["runs"]]
     seconds = sum(run["seconds"] for run in result["runs"])
     print(
-        f"{FLAGS.network}, ε = {FLAGS.epsilon:g}: accuracy {record.spread(accuracies)} on the "
+        f"{values.network}, ε = {values.epsilon:g}: accuracy {pages.spread(accuracies)} on the "
         f"{result['evaluated_on']}, {seconds:.0f} s"
     )
 
 
-_CHANGEABLE = {field.name: field.type for field in dataclasses.fields(Settings)}
-_FLAGS = ("network", "epsilon", "delta", "seeds", "validation", *_CHANGEABLE)
-
-
-def define_flags():
-    flags.DEFINE_string("data", None, "An .npz file of token ids.")
-    flags.DEFINE_enum("network", "bag", NETWORKS, "What is trained.")
-    flags.DEFINE_float("epsilon", 1.0, "Privacy budget: epsilon.", lower_bound=1e-6)
-    flags.DEFINE_float("delta", 1e-5, "Privacy budget: delta, in (0, 1).", 0.0, 1.0)
-    flags.DEFINE_integer("seeds", 3, "Runs, with seeds from 0 on.", lower_bound=1)
-    flags.DEFINE_integer("validation", 0, "Training reviews to hold out.", lower_bound=0)
-    flags.DEFINE_string("out", None, "File of the result; with --table, the folder of them.")
-    flags.DEFINE_string("table", None, "File of the table that is made of the results in --out.")
-    for field in dataclasses.fields(Settings):
-        define = flags.DEFINE_integer if field.type is int else flags.DEFINE_float
-        define(field.name, field.default, "A setting, explained in the module.", lower_bound=0)
+def define_flags(define):
+    EXPERIMENT.define_flags(
+        define, "An .npz file of token ids.", epsilon=1.0, networks=NETWORKS, network="bag"
+    )
+    define.seeds_and_table()
+    define.integer("validation", 0, "Training reviews to hold out.", least=0)
 
 
 if __name__ == "__main__":
-    define_flags()
-    app.run(main)
+    frame.start(main, define_flags)

@@ -1,15 +1,13 @@
 """The clipping baseline: its sums are those of clipped per-example gradients."""
 
 import dataclasses
-import json
 
 import keras
 import numpy as np
 import pytest
-from absl import app, flags
 from keras import ops
 
-from experiments import dpsgd
+from experiments import dpsgd, record
 from lipdp.autodiff import vjp
 
 pytestmark = pytest.mark.any_backend
@@ -71,56 +69,31 @@ def test_each_example_is_clipped_as_by_brute_force(case):
 # --- the runner -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def file(tmp_path, rng):
-    """Squares in one of two corners, 90 to train on and 30 to test on."""
-    arrays = {}
-    for part, count in (("train", 90), ("test", 30)):
-        y = rng.integers(2, size=count).astype("uint8")
-        x = rng.integers(30, size=(count, 8, 8)).astype("uint8")
-        x[y == 0, :4, :4] += 200
-        x[y == 1, 4:, 4:] += 200
-        arrays |= {f"x_{part}": x, f"y_{part}": y}
-    path = tmp_path / "corners.npz"
-    np.savez(path, **arrays)
-    return path
-
-
-def run(*arguments):
-    values = flags.FlagValues()
-    dpsgd.define_flags(values)
-    values(["dpsgd", *arguments])
-    return dpsgd.run(values)
-
-
 QUICK = ("--epsilon=8", "--batch_size=45", "--epochs=4", "--width=8", "--learning_rate=4")
 
 
-def test_a_run_learns_and_says_how_to_run_it_again(file, tmp_path):
-    out = tmp_path / "result.json"
-    result = run(f"--data={file}", *QUICK, f"--out={out}")
-    assert json.loads(out.read_text()) == result
+def test_a_run_learns_and_says_how_to_run_it_again(run, refused, corners):
+    result = run(dpsgd, "--data=corners.npz", *QUICK, "--out=kept.jsonl")
+    assert record.read("kept.jsonl") == [result] and result["method"] == "clipping"
     assert result["accuracy"] >= 0.9 and result["spent"]["epsilon"] <= 8
     assert result["sampling"] == {"scheme": "poisson", "batch_size": 45}
     assert result["settings"] == dataclasses.asdict(
         dpsgd.Settings(width=8, batch_size=45, epochs=4, learning_rate=4.0)
     )
-    again = run(f"--data={file}", *result["command"].split()[4:])
+    again = run(dpsgd, *result["command"].split()[3:])
     assert again["accuracy"] == result["accuracy"] and again["command"] == result["command"]
-    with pytest.raises(app.UsageError, match="exists already"):
-        run(f"--data={file}", *QUICK, f"--out={out}")
+    said = refused(dpsgd, *result["command"].split()[3:], "--out=kept.jsonl")
+    assert "has this run already" in said
 
 
-def test_a_linear_layer_on_features_is_the_network_of_the_private_runs(file):
-    result = run(f"--data={file}", *QUICK, "--network=scattering-linear", "--learning_rate=50")
+def test_a_linear_layer_on_features_is_the_network_of_the_private_runs(run, corners):
+    features = ("--network=scattering-linear", "--learning_rate=50")
+    result = run(dpsgd, "--data=corners.npz", *QUICK, *features)
     assert result["weights"] == 81 * 2 * 2 * 2 and result["accuracy"] >= 0.9
 
 
-def test_bad_arguments_are_refused(file, tmp_path):
-    with pytest.raises(app.UsageError, match="nothing.npz"):
-        run(f"--data={tmp_path}/nothing.npz")
-    with pytest.raises(app.UsageError, match="from 1 to 89"):
-        run(f"--data={file}", "--validation=90")
+def test_bad_arguments_are_refused(refused, corners):
+    assert "nothing.npz" in refused(dpsgd, "--data=nothing.npz")
+    assert "from 1 to 89" in refused(dpsgd, "--data=corners.npz", "--validation=90")
     for bad in ("--network=lenet", "--epsilon=0", "--clip=-1", "--epochs=0"):
-        with pytest.raises(flags.Error):
-            run(f"--data={file}", bad)
+        assert bad[2:6] in refused(dpsgd, "--data=corners.npz", bad)

@@ -152,7 +152,7 @@ def test_files_that_are_none_are_refused(tmp_path):
         fairness.load(bad)
 
 
-def test_the_table_is_made_of_results(tmp_path):
+def test_the_table_is_made_of_results(run, tmp_path):
     runs = [
         {
             "accuracy": 0.8,
@@ -163,8 +163,8 @@ def test_the_table_is_made_of_results(tmp_path):
     ]
     for epsilon in (None, 1.0):
         result = {"data": {"name": "adult"}, "groups": ["a", "b"], "epsilon": epsilon, "runs": runs}
-        record.write(tmp_path / "results" / f"{epsilon}.json", result)
-    fairness.write_table(record.read_all(tmp_path / "results"), tmp_path / "fairness.md")
+        record.append(tmp_path / "kept.jsonl", result)
+    run(fairness, "--out=kept", "--table=fairness.md")
     said = (tmp_path / "fairness.md").read_text().splitlines()
     assert said[-2].startswith("| adult | a, b | 1 | 80.0") and "0.050 | 0.400" in said[-2]
     assert "| plain |" in said[-1] and (tmp_path / "fairness.svg").exists()

@@ -2,54 +2,28 @@
 
 import hashlib
 import io
-import json
 
 import keras
 import numpy as np
 import pytest
-from absl import app, flags
 
 from accountants import Ledger
-from experiments import data, features, images
+from experiments import data, features, images, record
 from experiments.settings import NETWORKS, settings_of
 
 pytestmark = pytest.mark.any_backend
 
 
-@pytest.fixture
-def file(tmp_path, rng):
-    """Squares in one of two corners, 90 to train on and 30 to test on."""
-
-    def part(count):
-        y = rng.integers(2, size=count).astype("uint8")
-        x = rng.integers(30, size=(count, 8, 8)).astype("uint8")
-        x[y == 0, :4, :4] += 200
-        x[y == 1, 4:, 4:] += 200
-        return x, y
-
-    (x_train, y_train), (x_test, y_test) = part(90), part(30)
-    path = tmp_path / "corners.npz"
-    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
-    return path
-
-
-def run(*arguments):
-    values = flags.FlagValues()
-    images.define_flags(values)
-    values(["images", *arguments])
-    return images.run(values)
-
-
 QUICK = ("--epsilon=8", "--batch_size=45", "--epochs=3", "--learning_rate=20", "--seed=1")
 
 
-def test_a_result_tells_all_that_is_needed_to_run_it_again(file, tmp_path):
-    out = tmp_path / "result.json"
-    result = run(f"--data={file}", *QUICK, "--groups=3", f"--out={out}")
-    assert json.loads(out.read_text()) == result
+def test_a_result_tells_all_that_is_needed_to_run_it_again(run, refused, corners, tmp_path):
+    arguments = ("--data=corners.npz", *QUICK, "--groups=3", "--out=kept.jsonl")
+    result = run(images, *arguments)
+    assert record.read("kept.jsonl") == [result]
     assert result["data"] == {
         "name": "corners",
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(corners.read_bytes()).hexdigest(),
     }
     assert result["spent"]["epsilon"] <= 8 and result["spent"]["steps"] == 6
     assert result["spent"]["delta"] == result["delta"] == 1e-5
@@ -57,42 +31,42 @@ def test_a_result_tells_all_that_is_needed_to_run_it_again(file, tmp_path):
     assert result["accountant"] == "pld" and result["noise_multiplier"] > 0
     assert result["settings"]["batch_size"] == 45 and result["evaluated_on"] == "test set"
     assert result["command"].startswith("python -m experiments.images --data=corners.npz ")
-    assert str(tmp_path) not in out.read_text()
+    assert str(tmp_path) not in (tmp_path / "kept.jsonl").read_text()
     assert {"keras", "numpy", "dp_accounting"} <= set(result["versions"])
 
     # Its own command gives it again.
-    again = run(f"--data={file}", *result["command"].split()[4:])
+    again = run(images, *result["command"].split()[3:])
     assert again["accuracy"] == result["accuracy"] >= 0.9
-    with pytest.raises(app.UsageError, match="exists already"):
-        run(f"--data={file}", *QUICK, f"--out={out}")
+    assert "has this run already, in line 1" in refused(images, *arguments)
 
 
-def test_features_and_what_makes_them_are_kept(file, tmp_path, monkeypatch):
-    arguments = (f"--data={file}", f"--folder={tmp_path}", *QUICK, "--groups=3")
-    result = run(*arguments)
+def test_features_and_what_makes_them_are_kept(run, corners, tmp_path, monkeypatch):
+    arguments = ("--data=corners.npz", "--folder=.", *QUICK, "--groups=3")
+    result = run(images, *arguments)
     (front,) = tmp_path.glob("*.keras")
     assert front.name.startswith("8x8x1-scattering-")
     monkeypatch.setattr(images, "build_features", None)  # nothing is made anew
-    again = run(*arguments, "--learning_rate=19")
+    again = run(images, *arguments, "--learning_rate=19")
     assert again["weights"] == result["weights"]
 
 
-def test_validation_leaves_the_test_set_alone(file, monkeypatch):
+def test_validation_leaves_the_test_set_alone(run, refused, corners, monkeypatch):
     seen = {}
     monkeypatch.setattr(
         images, "train", lambda used, *args: seen.update(used=used) or {"accuracy": 1.0}
     )
-    result = run(f"--data={file}", "--network=mlp", "--validation=20")
+    result = run(images, "--data=corners.npz", "--network=mlp", "--validation=20")
     assert result["evaluated_on"] == "20 held-out training examples"
-    whole = data.load(str(file))
+    whole = data.load(str(corners))
     np.testing.assert_array_equal(seen["used"].x_train, whole.x_train[:-20])
     np.testing.assert_array_equal(seen["used"].x_test, whole.x_train[-20:])
-    with pytest.raises(app.UsageError, match="from 1 to 89"):
-        run(f"--data={file}", "--network=mlp", "--validation=90")
+    assert "from 1 to 89" in refused(images, "--data=corners.npz", "--validation=90")
 
 
-def test_an_interrupted_run_goes_on_and_remembers_what_it_spent(file, tmp_path, monkeypatch):
-    arguments = (f"--data={file}", "--network=mlp", f"--folder={tmp_path}", *QUICK)
+def test_an_interrupted_run_goes_on_and_remembers_what_it_spent(
+    run, corners, tmp_path, monkeypatch
+):
+    arguments = (images, "--data=corners.npz", "--network=mlp", "--folder=.", *QUICK)
 
     class Interrupted(keras.callbacks.BackupAndRestore):
         def on_epoch_end(self, epoch, logs=None):
@@ -113,7 +87,7 @@ def test_an_interrupted_run_goes_on_and_remembers_what_it_spent(file, tmp_path, 
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_every_network_has_bounds(network):
+def test_every_network_has_bounds(network, few_drawings):
     from lipdp import gradient_bounds
 
     settings = settings_of("unknown", network, 1.0)
@@ -128,7 +102,7 @@ def test_every_network_has_bounds(network):
 
 
 @pytest.mark.parametrize("network", ["scattering-linear", "patches-linear"])
-def test_a_mirrored_image_has_the_same_features(network):
+def test_a_mirrored_image_has_the_same_features(network, few_drawings):
     from dataclasses import replace
 
     settings = replace(settings_of("unknown", network, 1.0), mirror=True, filters=4, cells=2)
@@ -202,7 +176,7 @@ def test_leaves_are_constants_in_colours():
     np.testing.assert_array_equal(images, features.drawings("leaves", (16, 16, 3), 20))
 
 
-def test_features_of_patches():
+def test_features_of_patches(few_drawings):
     shape = (11, 11, 2)
     front = features.patches(shape, "leaves", filters=5, size=3, cells=2)
     assert front.output_shape == (None, 2, 2, 10) and not front.trainable_variables
@@ -238,16 +212,13 @@ def test_settings_follow_epsilon_and_the_network_is_known():
         (["--front=pixels"], "front"),
     ],
 )
-def test_bad_flags_are_refused(file, arguments, message):
-    with pytest.raises(flags.Error, match=message):
-        run(f"--data={file}", *arguments)
+def test_bad_flags_are_refused(refused, corners, arguments, message):
+    assert message in refused(images, "--data=corners.npz", *arguments)
 
 
-def test_missing_data_and_folders_are_refused(file, tmp_path):
-    with pytest.raises(app.UsageError, match="nothing.npz"):
-        run(f"--data={tmp_path}/nothing.npz")
-    with pytest.raises(app.UsageError, match="is no folder"):
-        run(f"--data={file}", f"--folder={tmp_path}/nowhere")
+def test_missing_data_and_folders_are_refused(refused, corners):
+    assert "nothing.npz" in refused(images, "--data=nothing.npz")
+    assert "is no folder" in refused(images, "--data=corners.npz", "--folder=nowhere")
 
 
 # --- data -----------------------------------------------------------------------------------------

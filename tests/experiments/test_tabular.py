@@ -1,10 +1,6 @@
 """Anomalies in tables: what is released, what it costs, what comes out."""
 
-import doctest
-import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,15 +20,6 @@ def table(rng):
     x = rng.normal(size=(400, 3)) * [1.0, 1e4, 1e-3]
     x[y == 1] += [4.0, 3e4, 0.0]
     return x, y
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.tabular", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @pytest.mark.parametrize(
@@ -134,7 +121,21 @@ def test_release_and_training_together_keep_to_the_budget(table):
     assert tabular.train(x, y, x, y, 3.0, 1e-3, SETTINGS, seed=0)["auroc"] == result["auroc"]
 
 
-def test_a_result_says_how_it_was_made(table, tmp_path):
+def test_each_set_of_a_folder_gets_a_line_once(run, table, tmp_path, monkeypatch, capsys):
+    x, y = table
+    monkeypatch.setattr(tabular, "train", lambda *_: {"auroc": 0.5, "seconds": 1.0})
+    for name in ("1_some", "2_more"):
+        np.savez(tmp_path / f"{name}.npz", X=x, y=y)
+    for printed in ("AUROC 50.0", "has a result already"):
+        run(tabular, "--data=.", "--out=results", "--seeds=2")
+        assert capsys.readouterr().out.count(printed) == 2
+    results = record.read("results.jsonl")
+    assert sorted(result["data"]["name"] for result in results) == ["more", "some"]
+    assert all(len(result["runs"]) == 2 and result["delta"] == 1e-3 for result in results)
+    assert results[0]["trained_on"] == 320 and "--seeds=2" in results[0]["command"]
+
+
+def test_a_table_is_read(table, tmp_path):
     x, y = table
     path = tmp_path / "3_things.npz"
     np.savez(path, X=x, y=y)
@@ -162,7 +163,7 @@ def test_tables_that_are_none_are_refused(tmp_path, arrays, message):
         tabular.load(tmp_path / "bad.npz")
 
 
-def test_the_table_and_the_plot_are_made_of_results(tmp_path):
+def test_the_table_and_the_plot_are_made_of_results(run, tmp_path):
     for name, values in (("yeast", [0.6, 0.7, 0.65]), ("Pima", [0.8, 0.81, 0.79])):
         result = {
             "data": {"name": name},
@@ -173,14 +174,13 @@ def test_the_table_and_the_plot_are_made_of_results(tmp_path):
             "delta": 1e-4,
             "runs": [{"auroc": value} for value in values],
         }
-        record.write(tmp_path / "results" / f"{name}.json", result)
-    done = run("--out", tmp_path / "results", "--table", tmp_path / "table.md")
-    assert done.returncode == 0, done.stderr
+        record.append(tmp_path / "results.jsonl", result)
+    run(tabular, "--out=results", "--table=table.md")
     text = (tmp_path / "table.md").read_text()
     assert "| yeast | 1,484 | 8 | 34.0 % | 1e-04 | 65.0 (60.0–70.0) | 66.8 | 75.1 |" in text
     assert "| Pima* |" in text and text.index("yeast") < text.index("Pima*")
     drawn = (tmp_path / "table.svg").read_bytes()
-    tabular.write_table(record.read_all(tmp_path / "results"), tmp_path / "table.md")
+    run(tabular, "--out=results.jsonl", "--table=table.md")
     assert (tmp_path / "table.svg").read_bytes() == drawn
 
 
@@ -189,20 +189,12 @@ def test_the_table_and_the_plot_are_made_of_results(tmp_path):
     [
         ([], "--data"),
         (["--data=nowhere.npz"], "nowhere.npz"),
+        (["--data=."], "no .npz file"),
         (["--data=.", "extra"], "extra"),
         (["--data=.", "--epsilon=-1"], "epsilon"),
         (["--table=table.md"], "--out"),
+        (["--table=table.md", "--out=nowhere"], "nowhere.jsonl"),
     ],
 )
-def test_commands_that_are_wrong_say_why(arguments, message):
-    done = run(*arguments)
-    assert done.returncode != 0 and message in done.stdout + done.stderr
-
-
-def test_files_and_helpers(tmp_path):
-    assert doctest.testmod(record).failed == 0
-    record.write(tmp_path / "a.json", {"ε": 1})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"ε": 1}
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no results"):
-        record.read_all(tmp_path / "empty")
+def test_commands_that_are_wrong_say_why(refused, arguments, message):
+    assert message in refused(tabular, *arguments)

@@ -73,12 +73,12 @@ def test_files_that_are_none_are_refused(tmp_path, change, message):
         text.load(tmp_path / "bad.npz")
 
 
-def test_the_table_is_made_of_results(tmp_path):
+def test_the_table_is_made_of_results(run, tmp_path):
     for epsilon in (1.0, 3.0):
         runs = [{"accuracy": 0.8}, {"accuracy": 0.82}, {"accuracy": 0.81}]
         result = {"network": "bag", "epsilon": epsilon, "delta": 1e-5, "runs": runs}
-        record.write(tmp_path / f"bag-{epsilon:g}.json", result)
-    text.write_table(record.read_all(tmp_path), tmp_path / "text.md")
+        record.append(tmp_path / "kept.jsonl", result)
+    run(text, "--out=kept.jsonl", "--table=text.md")
     said = (tmp_path / "text.md").read_text()
     assert "| bag | 1 | 1e-05 | 3 | 81.0 (80.0–82.0) |" in said
     assert (tmp_path / "text.svg").exists()
