@@ -16,7 +16,7 @@ from experiments.baselines import worker
 pytestmark = pytest.mark.any_backend
 
 
-LIMITS = timing.Limits(steps=3, seconds=2, gib=0.4)
+LIMITS = timing.Limits(steps=3, seconds=1, gib=0.4)
 
 
 def method(name, library="lipdp", **kinds):
@@ -71,7 +71,7 @@ def test_methods_take_turns_too(flags, monkeypatch):
     ("private", "reason"),
     [
         ("dies", "private: exit status 1: RuntimeError: no such layer"),
-        ("endless", "private: takes more than 2 s of CPU"),
+        ("endless", "private: takes more than 1 s of CPU"),
         ("large", "private: needs more than 0.4 GiB"),
     ],
 )
