@@ -35,6 +35,10 @@ def flags(monkeypatch, tmp_path):
     return values
 
 
+def no_plot(rows, path):
+    """Draws nothing: a plot takes longer than all the rest."""
+
+
 def rows(flags):
     found = json.loads(open(flags.out).read())["measurements"]
     return {(row["method"], row["batch_size"]): row for row in found}
@@ -59,6 +63,7 @@ def test_methods_take_turns_too(flags, monkeypatch):
         return {"steps": 3, "versions": {}, **times}
 
     monkeypatch.setattr(speed, "rounds", rounds)
+    monkeypatch.setattr(speed_page, "plot", no_plot)
     flags.together, flags.batch_sizes = True, ["64"]
     methods = (method("lipdp, JAX"), method("lipdp, TensorFlow"))
     monkeypatch.setattr(speed, "METHODS", methods)
@@ -104,6 +109,7 @@ def test_what_fails_is_kept_with_its_reason_and_the_rest_goes_on(together, flags
     assert found["not there", 64]["failed"] == "not installed: no such version"
     assert found["dying", 256]["failed"].endswith("no such layer (at batch 64)")
     assert "failed" not in found["other", 256]
+    monkeypatch.setattr(speed_page, "plot", no_plot)
     page = open(flags.out.replace(".json", ".md")).read()
     assert "| not there | mlp | 64 | not installed: no such version |" in page
     assert page.count("RuntimeError: no such layer") == 2
