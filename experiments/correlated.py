@@ -1,4 +1,4 @@
-"""What correlated noise gains: `python -m experiments.correlated --out=JSON --plot=SVG`.
+"""Gains of correlated noise: `python -m experiments.correlated --out=JSON --plot=SVG`.
 
 Nothing is trained: the noise of each kind is calibrated to the same budgets, and compared by the
 root mean square, over the steps of a run, of its sum up to that step (see
@@ -13,7 +13,7 @@ from experiments import frame, pages
 
 
 def rms_noise(values, sampling, noise, epsilon, steps):
-    """Of the sums of all noise so far, in units of the sensitivity of a step."""
+    """Root mean square of the sums of all noise so far, over the sensitivity of a step."""
     import numpy as np
 
     import accountants

@@ -167,7 +167,7 @@ def _median(shares):
 
 
 def _gap(result):
-    """What lies between certificate and attack, on the images that were attacked."""
+    """The gap between certificate and attack, on the images that were attacked."""
     both = result["accuracy_under_attack"], result["certified_accuracy_of_attacked"]
     return [left - proven for left, proven in zip(*both, strict=True)]
 

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import pathlib
+from collections.abc import Iterable
 
 import numpy as np
 from absl import flags
@@ -120,12 +121,27 @@ def _tiles(encoded, side=32):
 # --- flags of scripts that train on images --------------------------------------------------------
 
 
-def define_flags(define: frame.Flags, seed: int | None) -> None:
-    """Defines `--seed` and `--validation`, beside the flags of an `Experiment`."""
+def define_flags(
+    define: frame.Flags,
+    experiment: frame.Experiment,
+    networks: Iterable[str],
+    network: str,
+    epsilon: float,
+    seed: int | None,
+) -> None:
+    """Defines the flags that all scripts on images have.
+
+    Args:
+        define: defines them.
+        experiment: whose settings are flags.
+        networks: what can be trained.
+        network, epsilon, seed: by default.
+    """
+    text = "An .npz file, or a name that Keras knows."
+    experiment.define_flags(define, text, epsilon, networks=networks, network=network)
     define.seed(seed)
-    define.integer(
-        "validation", 0, "Training examples to hold out, in place of the test set.", least=0
-    )
+    text = "Training examples to hold out, in place of the test set."
+    define.integer("validation", 0, text, least=0)
 
 
 def asked_for(values: flags.FlagValues) -> Images:
@@ -141,7 +157,7 @@ def asked_for(values: flags.FlagValues) -> Images:
 
 
 def about(values: flags.FlagValues, images: Images) -> dict:
-    """What tells a run on images from others, for its record."""
+    """The facts that tell a run on images from others, for its record."""
     plain = "plain" in values and values.plain
     held_out = f"{values.validation} held-out training examples"
     return {

@@ -31,7 +31,7 @@ from experiments.tabular import split
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """What the columns of a table mean; those not named are categories.
+    """The meaning of a table's columns; those not named are categories.
 
     Attributes:
         label: column, and the value that counts as positive.
@@ -106,7 +106,7 @@ TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one run, all public.
+    """Settings of one run, all public.
 
     Attributes:
         knots: hat functions over the range of a number.
@@ -206,7 +206,7 @@ def _number(value):
 
 
 def certificate(network, x, group, most=500, seed=0):
-    """How far the mean scores of two groups can be apart, and how far they are.
+    """Bounds how far the mean scores of two groups can be apart, and says how far they are.
 
     Let f be the network, L its Lipschitz constant, and P the projection of inputs at its front,
     with `f(P(x)) = f(x)`. For any pairing of equally many members of either group

@@ -119,7 +119,7 @@ def patches(
     whitening: float = 0.3,
     mirror: bool = False,
 ) -> keras.Model:
-    """How like the patches of an image are to those of made-up drawings, by cells of the image.
+    """Likeness of an image's patches to those of made-up drawings, by cells of the image.
 
     Every patch of an image is centred, scaled and whitened, all of one length, and compared with
     a dictionary of patches that were treated alike; what exceeds the threshold, on either side, is
@@ -211,7 +211,7 @@ def _balanced(features, exponent):
 
 
 def cached(network: keras.Model, x: np.ndarray, path: pathlib.Path) -> np.ndarray:
-    """What the network makes of images, computed once and kept in a file, in half precision."""
+    """The network's features of images, computed once and kept in a file, in half precision."""
     # Patches of few images at a time stay in the processor's cache.
     batch_size = 4 if network.name == "patches" else 100
     half = keras.Model(network.inputs, ops.cast(network.outputs[0], "float16"), name=network.name)

@@ -272,10 +272,10 @@ class Experiment:
         return dataclasses.replace(settings or self.settings(), **given)
 
     def command(self, values: flags.FlagValues) -> str:
-        """What runs it again, but for where files lie on this machine."""
+        """The command that runs it again, but for where files lie on this machine."""
         data = pathlib.PurePath(values.data).name
         parts = [f"python -m experiments.{self.name}", f"--data={data}"]
-        left_out = (*_PLACES, "epsilon", "delta") if _plain(values) else _PLACES
+        left_out = (*_PLACES, "epsilon", "delta") if _is_plain(values) else _PLACES
         for flag in _own(values):
             if flag.name not in left_out and (flag.present or flag.value):
                 parts.append(f"--{flag.name}={flag.value}")
@@ -306,12 +306,12 @@ class Experiment:
             record.append(path, result)
 
 
-def _plain(values):
+def _is_plain(values):
     return "plain" in values and values.plain
 
 
 def _plain_json(value):
-    """What JSON reads of a value that it writes; of settings, a dict."""
+    """The value as JSON reads what it writes; of settings, a dict."""
     value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     return json.loads(json.dumps(value))
 

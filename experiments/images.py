@@ -54,7 +54,7 @@ def build_features(shape, settings):
 
 
 def build_network(shape, classes, settings):
-    """What is trained, on pixels or on features."""
+    """The network that is trained, on pixels or on features."""
     import keras
 
     from lipdp import layers, models
@@ -275,14 +275,7 @@ def main(values):
 
 
 def define_flags(define):
-    EXPERIMENT.define_flags(
-        define,
-        "An .npz file, or a name that Keras knows.",
-        epsilon=3.0,
-        networks=NETWORKS,
-        network="scattering-linear",
-    )
-    data.define_flags(define, seed=None)
+    data.define_flags(define, EXPERIMENT, NETWORKS, "scattering-linear", epsilon=3.0, seed=None)
     define.text("folder", None, "Keeps features, and runs that are interrupted.")
 
 

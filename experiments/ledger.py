@@ -1,4 +1,4 @@
-"""What the ledger costs a step: `pay()` on a real file, beside steps of 20 ms.
+"""Cost of the ledger for a step: `pay()` on a real file, beside steps of 20 ms.
 
 `python -m experiments.ledger` reserves steps as training does, each reservation on disk (fsync)
 before its first step, and pays for one step every 20 ms. Shares are of the step: of the median

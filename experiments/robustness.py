@@ -165,14 +165,8 @@ def main(values):
 
 
 def define_flags(define):
-    EXPERIMENT.define_flags(
-        define,
-        "An .npz file, or a name that Keras knows.",
-        epsilon=8.0,
-        networks=[name for name, about in NETWORKS.items() if "front" not in about],
-        network="mlp",
-    )
-    data.define_flags(define, seed=1)
+    on_pixels = [name for name, about in NETWORKS.items() if "front" not in about]
+    data.define_flags(define, EXPERIMENT, on_pixels, "mlp", epsilon=8.0, seed=1)
     define.switch("plain", False, "Trains without noise and clip.")
     define.integer("attacked", 1000, "Images that are attacked.", least=1)
 

@@ -1,4 +1,4 @@
-"""What grows with the data, the network and the number of steps: `python -m experiments.scale`.
+"""Costs that grow with the data, the network and the steps: `python -m experiments.scale`.
 
 Writes `docs/scale.json` and, from it, `docs/scale.md`: 1,000 Poisson batches drawn from 10⁹ indices
 and tested, what other schemes keep of every example, the privacy overhead of dense layers over
@@ -15,13 +15,9 @@ import tempfile
 import time
 
 import numpy as np
-from absl import flags
 
 from experiments import frame, pages, record, timing
 from experiments.baselines import worker
-
-FLAGS = flags.FLAGS
-
 
 # --- parts: each measures, and returns what goes into the JSON ------------------------------------
 
@@ -96,7 +92,7 @@ def _two_sided(distribution, value):
 
 
 def schemes(examples, batch_size):
-    """What the schemes keep of every example, and how long the first and the next draw take."""
+    """Bytes that schemes keep of every example, and times of the first and the next draw."""
     import accountants
 
     found = {}
@@ -259,12 +255,12 @@ def bounds(depth):
 
 
 PARTS = {
-    "draws": lambda: draws(FLAGS.examples, FLAGS.batch_size, FLAGS.draws),
-    "schemes": lambda: schemes(FLAGS.examples // 10, FLAGS.batch_size),
-    "overhead": lambda: overhead([256, 512, 1024, 2048]),
-    "ledger": lambda: ledger(100_000),
-    "imports": imports,
-    "bounds": lambda: bounds(100),
+    "draws": lambda values: draws(values.examples, values.batch_size, values.draws),
+    "schemes": lambda values: schemes(values.examples // 10, values.batch_size),
+    "overhead": lambda _: overhead([256, 512, 1024, 2048]),
+    "ledger": lambda _: ledger(100_000),
+    "imports": lambda _: imports(),
+    "bounds": lambda _: bounds(100),
 }
 
 
@@ -442,14 +438,14 @@ The PLD accountant refuses a much smaller δ at so many steps, as its sums round
 
 
 def main(values):
-    if FLAGS.worker:
-        print(json.dumps({"result": PARTS[FLAGS.worker](), **record.provenance()}))
+    if values.worker:
+        print(json.dumps({"result": PARTS[values.worker](values), **record.provenance()}))
         return
-    path = pathlib.Path(FLAGS.out)
+    path = pathlib.Path(values.out)
     found = json.loads(path.read_text()) if path.exists() else {}
-    for part in FLAGS.parts or [p for p in PARTS if p not in found]:
+    for part in values.parts or [p for p in PARTS if p not in found]:
         print(part, file=sys.stderr)
-        flags_of_it = [f"--{n}={FLAGS[n].value}" for n in ("examples", "batch_size", "draws")]
+        flags_of_it = [f"--{n}={values[n].value}" for n in ("examples", "batch_size", "draws")]
         command = [sys.executable, "-m", "experiments.scale", f"--worker={part}", *flags_of_it]
         output = subprocess.check_output(command, text=True, env=timing.variables())
         made = json.loads(output.splitlines()[-1])

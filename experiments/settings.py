@@ -1,4 +1,4 @@
-"""What the runs on images are trained with, for each data set, network and ε.
+"""Settings of the runs on images, for each data set, network and ε.
 
 Chosen on the last 5,000 training examples, held out, never on a test set. Choosing among settings
 by results on private data costs privacy as well, which the ε of a single run does not count; in
@@ -13,7 +13,7 @@ __all__ = ["NETWORKS", "Settings", "settings_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one run.
+    """Settings of one run.
 
     Attributes:
         front: `"pixels"`, `"scattering"` or `"patches"`.

@@ -1,4 +1,4 @@
-"""What privacy costs: a private step beside the plain step of the same network.
+"""Cost of privacy: a private step beside the plain step of the same network.
 
 `python -m experiments.speed` times, step by step in turns, a step of `PrivateModel` (draw, noise,
 certificates and projections included), the plain Keras step of the same layers without
@@ -47,7 +47,7 @@ def _ours(name, variables):
     return Method("lipdp", name, worker, _OURS, NETWORKS, warmup, variables)
 
 
-def _other(library, name, private, plain="plain", networks=NETWORKS, **more):
+def _baseline(library, name, private, plain="plain", networks=NETWORKS, **more):
     kinds = {"private": private, "plain": plain}
     worker = f"experiments.baselines.{library}"
     return Method(library, name, worker, kinds, networks, WARMUP, **more)
@@ -56,16 +56,16 @@ def _other(library, name, private, plain="plain", networks=NETWORKS, **more):
 METHODS = (
     _ours("lipdp, TensorFlow", _TENSORFLOW),
     _ours("lipdp, JAX", _JAX),
-    _other("opacus", "Opacus, ghost clipping", "ghost"),
-    _other("opacus", "Opacus, hooks", "hooks"),
+    _baseline("opacus", "Opacus, ghost clipping", "ghost"),
+    _baseline("opacus", "Opacus, hooks", "hooks"),
     # Of the layers that these networks have, it knows the dense ones. With any other it does what
     # DPModel does.
-    _other("tf_privacy", "TF Privacy, fast clipping", "fast", networks=("mlp", "scattering")),
-    _other("tf_privacy", "TF Privacy, DPModel", "dpmodel"),
-    _other("tf_privacy", "TF Privacy, vectorized", "vectorized"),
-    _other("jax_privacy", "JAX-Privacy, Keras", "keras", "keras_plain", variables=_JAX),
-    _other("jax_privacy", "JAX-Privacy, micro-batches", "microbatches", variables=_JAX),
-    _other("jax_privacy", "JAX-Privacy, vmap", "vmap", variables=_JAX),
+    _baseline("tf_privacy", "TF Privacy, fast clipping", "fast", networks=("mlp", "scattering")),
+    _baseline("tf_privacy", "TF Privacy, DPModel", "dpmodel"),
+    _baseline("tf_privacy", "TF Privacy, vectorized", "vectorized"),
+    _baseline("jax_privacy", "JAX-Privacy, Keras", "keras", "keras_plain", variables=_JAX),
+    _baseline("jax_privacy", "JAX-Privacy, micro-batches", "microbatches", variables=_JAX),
+    _baseline("jax_privacy", "JAX-Privacy, vmap", "vmap", variables=_JAX),
 )
 
 #: What is installed, one call of pip after the other. TF Privacy asks for the large TensorFlow, and

@@ -28,7 +28,7 @@ which versions and on which day it was measured; all on {device}, each process o
   time of all threads, medians of {least} to {steps} steps, after 2 to {warmup} that are not timed
   (of lipdp on JAX 2 to {shapes_warmup}); a median says nothing about compilation, which the first
   steps pay, on JAX for each new shape of a batch.
-- Opponents have the fastest layers they offer, ReLU and maximum pooling, and batches of a fixed
+- The baselines have the fastest layers they offer, ReLU and maximum pooling, and batches of a fixed
   size, drawn more cheaply than their own loaders do. lipdp has its own layers: sorting activations,
   norm pooling, centering. Its ratio is over the plain step of *those* layers; the plain step with
   ReLU and maximum pooling stands beside it.

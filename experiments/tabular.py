@@ -46,7 +46,7 @@ PUBLISHED = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one run, all public.
+    """Settings of one run, all public.
 
     Attributes:
         share: of the budget (of 1/σ²) that the release of counts takes.
@@ -72,7 +72,7 @@ class Settings:
     clip: float = 0.3
 
     def for_size(self, examples: int) -> "Settings":
-        """With what depends on the number of examples, which is public."""
+        """Completes the settings by the number of examples, which is public."""
         return dataclasses.replace(
             self,
             batch_size=min(self.batch_size, max(1, examples // 2)),
@@ -164,7 +164,7 @@ def quantiles(x, counts, cells):
 
 
 def waves(places, settings):
-    """What a linear model sees, `(examples, d·terms + waves)`, half precision.
+    """Features for a linear model, `(examples, d·terms + waves)`, half precision.
 
     Cosines of 1 to `terms` half waves along each place, the k-th weighed by 1/k; and cosines in
     random directions (Rahimi & Recht, 2007), always the same ones.

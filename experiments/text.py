@@ -31,7 +31,7 @@ _SPECIAL = 3  # ids that are no words
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of one run, all public; chosen at ε = 1 on the last 5,000 training reviews.
+    """Settings of one run, all public; chosen at ε = 1 on the last 5,000 training reviews.
 
     Attributes:
         share: of the budget (of 1/σ²) that the release of frequencies takes; `bag` only.
@@ -94,14 +94,14 @@ def load(path):
 
 
 def bags(tokens, vocabulary):
-    """Which words a review has: `(reviews, words)`, 0 and 1 in half precision."""
+    """The words that a review has: `(reviews, words)`, 0 and 1 in half precision."""
     result = np.zeros((len(tokens), vocabulary), np.float16)
     result[np.arange(len(tokens))[:, None], tokens] = 1
     return result[:, _SPECIAL:]
 
 
 def weights_of(noisy, std, power):
-    """Of each word, from released numbers of reviews; below two deviations they are all noise."""
+    """Weights of words, from released numbers of reviews; below two deviations these are noise."""
     return np.maximum(noisy, 2 * std) ** -power
 
 

@@ -44,7 +44,7 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much is timed, and what a process may take.
+    """Bounds on how much is timed, and on what a process may take.
 
     Attributes:
         steps: that are timed, at most.
@@ -87,7 +87,7 @@ class Worker:
         )  # fmt: skip
 
     def answer(self, limit):
-        """What it says next.
+        """Waits for the next answer.
 
         Args:
             limit: CPU seconds that the process may have spent since it began. They say more than

@@ -1,5 +1,5 @@
-"""Workers of `experiments.speed`: each makes the steps of one library, in its own environment.
+"""Workers of `experiments.speed`: the baselines, a module for each library, and lipdp in `ours`.
 
 `python -m experiments.baselines.NAME METHOD NETWORK BATCH_SIZE` makes a step for each line that it
-reads. Only `ours` imports lipdp.
+reads, in the environment of its library. Only `ours` imports lipdp.
 """

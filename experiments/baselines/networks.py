@@ -1,4 +1,4 @@
-"""The networks as Keras models with the fastest layers there are: ReLU and maximum pooling."""
+"""Networks of the baselines in Keras, with the fastest layers there are: ReLU, maximum pooling."""
 
 from experiments.baselines.worker import SHAPES
 
@@ -6,7 +6,7 @@ __all__ = ["layers_of"]
 
 
 def layers_of(network: str, keras) -> tuple:
-    """The input and the logits, with Keras 2 or 3.
+    """The input and the logits of a baseline, with Keras 2 or 3.
 
     Raises:
         KeyError: there is no such network.

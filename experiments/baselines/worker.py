@@ -1,4 +1,4 @@
-"""What the workers share: the data, and how a step is asked for and timed."""
+"""Data of the baselines and of lipdp, and how a step is asked for and timed."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ["EPOCHS", "SHAPES", "examples", "fitting", "peak_mib", "repeated", "rows", "serve"]
 
-#: Of an example, for each network.
+#: Shape of an example, for each network.
 SHAPES = {
     "convnet": (28, 28, 1),
     "vgg5": (32, 32, 3),
@@ -112,7 +112,7 @@ def serve(build: Callable[[str, str, int], tuple[Training, dict]]) -> None:
 
 
 def peak_mib() -> float:
-    """Of this program; `ru_maxrss` would count the one that started it as well."""
+    """Peak memory of this program; `ru_maxrss` would count the one that started it as well."""
     status = pathlib.Path("/proc/self/status")
     if status.exists():
         (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]

@@ -26,8 +26,9 @@ def test_certified_accuracy_falls_with_the_radius_and_holds(run, corners, how, m
     )
     assert all(proven <= left for proven, left in attacked)
     assert ("spent" in result) == (how != ("--plain",)) == (result["epsilon"] is not None)
-    again = run(robustness, *result["command"].split()[3:])
-    assert again["certified_accuracy"] == certified and again["command"] == result["command"]
+    if how != ("--plain",):
+        again = run(robustness, *result["command"].split()[3:])
+        assert again["certified_accuracy"] == certified and again["command"] == result["command"]
 
 
 def test_broken_arguments_are_refused(refused, corners):

@@ -16,7 +16,7 @@ SETTINGS = dpsgd.Settings(width=4)
 
 
 def gradients(network, values, x, y):
-    """Of the summed cross-entropy, with respect to all weights: the plain way."""
+    """Gradients of the summed cross-entropy, with respect to all weights: the plain way."""
 
     def logits(*values):
         with keras.StatelessScope(zip(network.trainable_variables, values, strict=True)):

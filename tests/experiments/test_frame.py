@@ -16,7 +16,7 @@ pytestmark = pytest.mark.any_backend
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a pretended run is trained with."""
+    """Settings of a pretended run."""
 
     rate: float = 0.5
     steps: int = 0

@@ -41,13 +41,17 @@ def test_a_result_tells_all_that_is_needed_to_run_it_again(run, refused, corners
 
 
 def test_features_and_what_makes_them_are_kept(run, corners, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(images, "train", lambda used, *_: seen.append(used) or {})
     arguments = ("--data=corners.npz", "--folder=.", *QUICK, "--groups=3")
-    result = run(images, *arguments)
+    run(images, *arguments)
     (front,) = tmp_path.glob("*.keras")
     assert front.name.startswith("8x8x1-scattering-")
     monkeypatch.setattr(images, "build_features", None)  # nothing is made anew
-    again = run(images, *arguments, "--learning_rate=19")
-    assert again["weights"] == result["weights"]
+    run(images, *arguments, "--learning_rate=19")
+    made, kept = (used.x_train for used in seen)
+    assert made.shape == (90, 2, 2, 81)
+    np.testing.assert_array_equal(made, kept)
 
 
 def test_validation_leaves_the_test_set_alone(run, refused, corners, monkeypatch):
