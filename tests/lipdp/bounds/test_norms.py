@@ -10,7 +10,7 @@ from keras import ops
 
 from lipdp.autodiff import compiled, vjp
 from lipdp.bounds import norms
-from tests.lipdp.helpers import one_in
+from tests.lipdp.helpers import fastest, one_in
 
 ROUNDING = 5e-5  # of the bounds' own allowance, where one asks for tightness
 
@@ -124,7 +124,7 @@ def test_spectral_norm_bound_gap(rng):
     assert exact(matrix) <= tight <= 1.002 * exact(matrix)
 
 
-@pytest.mark.parametrize("value", [3e38, 1e38, np.nan, np.inf])
+@pytest.mark.parametrize("value", one_in(2, [3e38, 1e38, np.nan, np.inf]))
 def test_norms_of_what_overflows_are_no_numbers_that_certify(value):
     matrix = np.full((4, 4), value, "float32")
     probe = np.ones(norms.probe_shape((4, 4)), "float32")
@@ -278,11 +278,13 @@ def test_conv_norm_bound(geometry, rng):
 def test_conv_norm_bound_groups(groups, padding, strides, rng):
     kernel = rng.standard_normal((3, 3, 4 // groups, 8)).astype("float32")
     true = exact(operator(kernel, (5, 5), 4, strides=strides, padding=padding, dilation_rate=1))
-    for certificate in ("reshaped", "fft", "auto"):
-        bound = norms.conv_norm_bound(
-            kernel, (5, 5, 4), strides, padding, groups=groups, certificate=certificate
-        )
-        assert float(bound) >= true
+    bounds = fastest(
+        lambda kernel: [
+            norms.conv_norm_bound(kernel, (5, 5, 4), strides, padding, groups=groups, certificate=c)
+            for c in CERTIFICATES
+        ]
+    )
+    assert min(map(float, bounds(ops.convert_to_tensor(kernel)))) >= true
 
 
 def test_conv_norm_bound_3d(rng):
@@ -385,13 +387,16 @@ def transposed(kernel, size, strides, padding, output_padding, dilation_rate):
 @pytest.mark.parametrize("geometry", one_in(4, TRANSPOSED), ids=str)
 def test_conv_transpose_norm_bound(geometry, rng):
     taps, size, strides, padding, output_padding, dilation = geometry
+    bound = fastest(
+        lambda kernel: [
+            norms.conv_transpose_norm_bound(kernel, size, strides, dilation, certificate=c)
+            for c in CERTIFICATES
+        ]
+    )
     for kernel in kernels((*taps, 3, 2), rng):
         kernel = kernel.astype("float32")
         true = exact(transposed(kernel, size, strides, padding, output_padding, dilation))
-        bounds = [
-            float(norms.conv_transpose_norm_bound(kernel, size, strides, dilation, certificate=c))
-            for c in CERTIFICATES
-        ]
+        bounds = list(map(float, bound(ops.convert_to_tensor(kernel))))
         assert min(bounds) >= true * (1 - 1e-6)
         assert bounds[2] <= min(bounds[:2]) * (1 + ROUNDING)
         if norms.conv_transpose_multiplicity(kernel.shape, size, strides, dilation) == 1:

@@ -379,7 +379,7 @@ def test_embeddings_are_saved_and_loaded(make, tmp_path):
     [
         *(pytest.param(name, EAGERLY, marks=pytest.mark.any_backend) for name in CLASSIFIERS),
         pytest.param("bag", not EAGERLY, marks=pytest.mark.any_backend),
-        ("recurrent", not EAGERLY),
+        ("recurrent", False),
         pytest.param("masked_mean", not EAGERLY, marks=pytest.mark.slow),
         pytest.param("transformer", not EAGERLY, marks=pytest.mark.slow),
     ],

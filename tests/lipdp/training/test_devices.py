@@ -1,5 +1,6 @@
 """Many devices: the weights of one, each example in one part, noise once, one ledger."""
 
+import functools
 import itertools
 import json
 import os
@@ -545,6 +546,7 @@ def test_products_of_rounded_factors_are_refused_on_jax(monkeypatch):
 # --- compiled, and several steps at a time --------------------------------------------------------
 
 
+@functools.cache
 def several(together, jit_compile):
     """Weights and logs of eight steps that run so many at a time."""
     keras.utils.set_random_seed(1)

@@ -478,6 +478,7 @@ def test_class_weights_need_classes():
         model.fit(x, np.full((64, 2), 0.7), verbose=0, class_weight={0: 0.5})
 
 
+@pytest.mark.any_backend
 @pytest.mark.parametrize("largest", [0, -1.0, float("inf"), float("nan"), "2", True])
 def test_maxima_that_are_refused(largest):
     kind = ValueError if type(largest) in (int, float) else TypeError
