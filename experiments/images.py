@@ -19,8 +19,6 @@ import pathlib
 import tempfile
 import time
 
-from absl import app
-
 from experiments import data, frame
 from experiments.settings import NETWORKS, Settings, settings_of
 
@@ -255,8 +253,7 @@ def run(values):
     Raises:
         app.UsageError: a flag that cannot be followed; nothing has been spent.
     """
-    if values.folder and not pathlib.Path(values.folder).is_dir():
-        raise app.UsageError(f"--folder={values.folder} is no folder.")
+    folder = frame.folder(values)
     images = data.asked_for(values)
     settings = settings_of(images.name, values.network, values.epsilon)
     settings = EXPERIMENT.chosen(values, settings)
@@ -265,8 +262,8 @@ def run(values):
         EXPERIMENT.recorded(values, **about, settings=settings) as result,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        used = with_features(images, settings, pathlib.Path(values.folder or scratch))
-        result |= train(used, settings, values.epsilon, values.delta, values.seed, values.folder)
+        used = with_features(images, settings, folder or pathlib.Path(scratch))
+        result |= train(used, settings, values.epsilon, values.delta, values.seed, folder)
     return result
 
 
