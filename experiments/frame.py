@@ -89,10 +89,8 @@ def _help(module, values):
     lines = [module.__doc__.strip(), "", "Flags:"] if _own(values) else [module.__doc__.strip()]
     for flag in _own(values):
         choices = flag.parser.syntactic_help.removeprefix("a ").removeprefix("an ")
-        default = (
-            "" if flag.default is None else f" (default: {flag.default_as_str.strip(chr(39))})"
-        )
-        lines.append(f"  --{flag.name}{default}")
+        default = "" if flag.default is None else f" (default: {flag.default_as_str})"
+        lines.append(f"  --{flag.name}{default}".replace("'", ""))
         text = f"{flag.help} [{choices}]" if choices else flag.help
         lines += textwrap.wrap(text, 92, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
@@ -261,10 +259,8 @@ class Experiment:
         if networks:
             define.one_of("network", network, networks, "What is trained.")
         define.number("epsilon", epsilon, "Privacy budget: epsilon.", least=1e-6)
-        text = "Privacy budget: delta" + (
-            "." if delta else "; by default a power of ten below 1/n."
-        )
-        define.delta(delta, text)
+        by_default = "" if delta else "; by default a power of ten below 1/n"
+        define.delta(delta, f"Privacy budget: delta{by_default}.")
         define.text("out", None, "A .jsonl file, to which a run adds a line.")
         for field in self._fields():
             text = f"In place of the setting, which {self._home()} explains."

@@ -19,7 +19,7 @@ import pathlib
 import tempfile
 import time
 
-from experiments import data, frame
+from experiments import data, frame, record
 from experiments.settings import NETWORKS, Settings, settings_of
 
 # --- networks -------------------------------------------------------------------------------------
@@ -162,11 +162,8 @@ def train(images, settings, epsilon, delta, seed=None, folder=None):
     _, accuracy = model.evaluate(images.x_test, images.y_test, batch_size=1000, verbose=0)
     return {
         "accuracy": round(float(accuracy), 5),
-        "spent": dataclasses.asdict(model.spent()),
-        "accountant": "pld",
-        "sampling": model.sampling.to_dict(),
+        **record.spending(model),
         "examples": len(images.y_train),
-        "noise_multiplier": model.noise_multiplier,
         "weights": network.count_params(),
         "training_seconds": round(seconds, 1),
     }
