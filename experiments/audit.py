@@ -85,7 +85,7 @@ def main(values):
 
 def define_flags(define):
     define.numbers("epsilons", ["1", "3"], "Budgets, one run each.")
-    define.number("delta", 1e-5, "Delta of the budgets.", least=0.0, most=1.0)
+    define.delta(1e-5, "Delta of the budgets.")
     define.integer("epochs", 20, "Steps, each on the whole data set.", least=1)
     define.number("learning_rate", 5.0, "Of SGD.", least=0.0)
     define.integer("seed", 0, "Of coins, batches and noise.", least=0)

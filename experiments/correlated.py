@@ -83,7 +83,7 @@ def main(values):
 
 def define_flags(define):
     define.numbers("epsilons", ["1", "3", "8"], "Privacy budgets.")
-    define.number("delta", 1e-5, "Of each of them.", least=0.0, most=1.0)
+    define.delta(1e-5, "Of each of them.")
     define.numbers("bands", ["1", "2", "4", "8", "16", "32"], "Of banded noise.", int)
     define.integer("num_examples", 60_000, "Of the data set.", least=1)
     define.integer("batch_size", 1024, "Expected size of a batch.", least=1)

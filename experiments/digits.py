@@ -97,7 +97,7 @@ def main(values):
 
 def define_flags(define):
     define.number("epsilon", 3.0, "Privacy budget: epsilon.", least=1e-6)
-    define.number("delta", 1e-5, "Privacy budget: delta, in (0, 1).", least=0.0, most=1.0)
+    define.delta(1e-5, "Privacy budget: delta.")
     define.integer("batch_size", 512, "Expected size of a Poisson batch.", least=1)
     define.integer("epochs", 40, "Passes over the data.", least=1)
     define.number("learning_rate", 1.0, "Of SGD, decayed to zero.", least=0.0)

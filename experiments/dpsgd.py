@@ -229,6 +229,7 @@ def run(values):
     Raises:
         app.UsageError: a flag that cannot be followed.
     """
+    folder = frame.folder(values)
     loaded = data.asked_for(values)
     settings = EXPERIMENT.chosen(values)
     about = {"method": "clipping", **data.about(values, loaded)}
@@ -243,8 +244,8 @@ def run(values):
         if values.network == "scattering-linear":
             ours = settings_of(loaded.name, values.network, values.epsilon)
             with tempfile.TemporaryDirectory() as scratch:
-                folder = pathlib.Path(values.folder or scratch)
-                used = images.with_features(loaded, ours, folder)
+                place = folder or pathlib.Path(scratch)
+                used = images.with_features(loaded, ours, place)
             network = images.build_network(used.x_train.shape[1:], loaded.classes, ours)
         else:
             shape = loaded.x_train.shape[1:]

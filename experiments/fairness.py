@@ -319,12 +319,7 @@ def train(data, test, epsilon, delta, settings, seed=None):
         )
         model.compile(keras.optimizers.SGD(rate), loss=loss)
         model.fit(x, targets, steps_per_epoch=settings.steps, verbose=0)
-        run = {
-            "spent": dataclasses.asdict(model.spent()),
-            "accountant": "pld",
-            "sampling": model.sampling.to_dict(),
-            "noise_multiplier": model.noise_multiplier,
-        }
+        run = record.spending(model)
     says = (network.predict(x_test, batch_size=4096, verbose=0)[:, 0] > 0).astype(np.int32)
     differences = {
         name: round(float(metric(y_test, says, sensitive_features=group)), 5)

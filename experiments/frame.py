@@ -24,6 +24,7 @@ __all__ = [
     "Experiment",
     "Flags",
     "explained",
+    "folder",
     "needed",
     "results_file",
     "start",
@@ -88,10 +89,8 @@ def _help(module, values):
     lines = [module.__doc__.strip(), "", "Flags:"] if _own(values) else [module.__doc__.strip()]
     for flag in _own(values):
         choices = flag.parser.syntactic_help.removeprefix("a ").removeprefix("an ")
-        default = (
-            "" if flag.default is None else f" (default: {flag.default_as_str.strip(chr(39))})"
-        )
-        lines.append(f"  --{flag.name}{default}")
+        default = "" if flag.default is None else f" (default: {flag.default_as_str})"
+        lines.append(f"  --{flag.name}{default}".replace("'", ""))
         text = f"{flag.help} [{choices}]" if choices else flag.help
         lines += textwrap.wrap(text, 92, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)
@@ -115,6 +114,17 @@ def needed(values: flags.FlagValues, name: str) -> Any:
     if values[name].value is None:
         raise app.UsageError(f"--{name} is needed: {values[name].help}")
     return values[name].value
+
+
+def folder(values: flags.FlagValues) -> pathlib.Path | None:
+    """The folder that `--folder` names; None where it is not given.
+
+    Raises:
+        app.UsageError: there is no such folder.
+    """
+    if values.folder and not pathlib.Path(values.folder).is_dir():
+        raise app.UsageError(f"--folder={values.folder} is no folder.")
+    return pathlib.Path(values.folder) if values.folder else None
 
 
 def results_file(values: flags.FlagValues) -> pathlib.Path | None:
@@ -193,6 +203,16 @@ class Flags:
     def one_of(self, name, default, choices, text):
         flags.DEFINE_enum(name, default, list(choices), text, flag_values=self.values)
 
+    def delta(self, default: float | None, text: str) -> None:
+        """Defines `--delta`."""
+        self.number("delta", default, text)
+        flags.register_validator(
+            "delta",
+            lambda delta: delta is None or 0 < delta < 1,
+            "must lie between 0 and 1, both excluded.",
+            flag_values=self.values,
+        )
+
     def seed(self, default: int | None) -> None:
         """Defines `--seed`."""
         text = "Fixes noise, batches and weights, for benchmarks: who knows it can subtract noise."
@@ -239,16 +259,16 @@ class Experiment:
         if networks:
             define.one_of("network", network, networks, "What is trained.")
         define.number("epsilon", epsilon, "Privacy budget: epsilon.", least=1e-6)
-        text = "Privacy budget: delta" + (
-            "." if delta else "; by default a power of ten below 1/n."
-        )
-        define.number("delta", delta, text, least=0.0, most=1.0)
+        by_default = "" if delta else "; by default a power of ten below 1/n"
+        define.delta(delta, f"Privacy budget: delta{by_default}.")
         define.text("out", None, "A .jsonl file, to which a run adds a line.")
         for field in self._fields():
             text = f"In place of the setting, which {self._home()} explains."
             kind = _kind(field)
             if kind is bool:
                 define.switch(field.name, None, text)
+            elif "choices" in field.metadata:
+                define.one_of(field.name, None, field.metadata["choices"], text)
             elif kind is str:
                 define.text(field.name, None, text)
             elif kind is float:

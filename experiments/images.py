@@ -19,9 +19,7 @@ import pathlib
 import tempfile
 import time
 
-from absl import app
-
-from experiments import data, frame
+from experiments import data, frame, record
 from experiments.settings import NETWORKS, Settings, settings_of
 
 # --- networks -------------------------------------------------------------------------------------
@@ -164,11 +162,8 @@ def train(images, settings, epsilon, delta, seed=None, folder=None):
     _, accuracy = model.evaluate(images.x_test, images.y_test, batch_size=1000, verbose=0)
     return {
         "accuracy": round(float(accuracy), 5),
-        "spent": dataclasses.asdict(model.spent()),
-        "accountant": "pld",
-        "sampling": model.sampling.to_dict(),
+        **record.spending(model),
         "examples": len(images.y_train),
-        "noise_multiplier": model.noise_multiplier,
         "weights": network.count_params(),
         "training_seconds": round(seconds, 1),
     }
@@ -255,8 +250,7 @@ def run(values):
     Raises:
         app.UsageError: a flag that cannot be followed; nothing has been spent.
     """
-    if values.folder and not pathlib.Path(values.folder).is_dir():
-        raise app.UsageError(f"--folder={values.folder} is no folder.")
+    folder = frame.folder(values)
     images = data.asked_for(values)
     settings = settings_of(images.name, values.network, values.epsilon)
     settings = EXPERIMENT.chosen(values, settings)
@@ -265,8 +259,8 @@ def run(values):
         EXPERIMENT.recorded(values, **about, settings=settings) as result,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        used = with_features(images, settings, pathlib.Path(values.folder or scratch))
-        result |= train(used, settings, values.epsilon, values.delta, values.seed, values.folder)
+        used = with_features(images, settings, folder or pathlib.Path(scratch))
+        result |= train(used, settings, values.epsilon, values.delta, values.seed, folder)
     return result
 
 

@@ -16,7 +16,7 @@ from experiments import frame
 
 
 def main(values):
-    with tempfile.TemporaryDirectory(dir=values.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=frame.folder(values)) as folder:
         path = os.path.join(folder, "spent.ledger")
         paid = []
         with accountants.Ledger(path).open_run(

@@ -4,6 +4,7 @@ Results of one kind share a JSON Lines file: each line is the record of one run.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import importlib.metadata
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-__all__ = ["append", "delta_of", "provenance", "read", "sha256", "write"]
+__all__ = ["append", "delta_of", "provenance", "read", "sha256", "spending", "write"]
 
 
 def provenance() -> dict:
@@ -47,6 +48,16 @@ def provenance() -> dict:
             "numpy": np.__version__,
             "dp_accounting": importlib.metadata.version("dp-accounting"),
         },
+    }
+
+
+def spending(model) -> dict:
+    """The budget that a `PrivateModel` has spent, and the mechanism of its steps."""
+    return {
+        "spent": dataclasses.asdict(model.spent()),
+        "accountant": "pld",
+        "sampling": model.sampling.to_dict(),
+        "noise_multiplier": model.noise_multiplier,
     }
 
 

@@ -10,13 +10,12 @@ values are from 0 to 1: 1/255 is one grey level of one channel of one pixel.
 experiments.curves` makes the table and the plot.
 """
 
-import dataclasses
 import json
 import time
 
 import numpy as np
 
-from experiments import data, frame
+from experiments import data, frame, record
 from experiments.settings import NETWORKS, Settings, settings_of
 
 #: Of images with values from 0 to 1, in 255ths.
@@ -44,12 +43,7 @@ def train_private(images, network, settings, epsilon, delta, seed):
         loss=lipdp.losses.SparseCategoricalCrossentropy(settings.temperature),
     )
     model.fit(images.x_train, images.y_train, epochs=settings.epochs, verbose=2)
-    return {
-        "spent": dataclasses.asdict(model.spent()),
-        "accountant": "pld",
-        "sampling": model.sampling.to_dict(),
-        "noise_multiplier": model.noise_multiplier,
-    }
+    return record.spending(model)
 
 
 def train_plain(images, network, settings):
@@ -112,18 +106,8 @@ def evaluate(network, x, y, attacked, seed=0):
 EXPERIMENT = frame.Experiment(
     "robustness",
     Settings,
-    (
-        "width",
-        "depth",
-        "patch_size",
-        "radius",
-        "batch_size",
-        "epochs",
-        "learning_rate",
-        "momentum",
-        "clip",
-        "temperature",
-    ),
+    ("width", "depth", "patch_size", "radius", "batch_size", "epochs", "learning_rate")
+    + ("momentum", "clip", "temperature"),
 )
 
 

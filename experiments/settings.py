@@ -11,6 +11,11 @@ import types
 __all__ = ["NETWORKS", "Settings", "settings_of"]
 
 
+def _one_of(default, *others):
+    """A setting that can have these values."""
+    return dataclasses.field(default=default, metadata={"choices": (default, *others)})
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of one run.
@@ -49,14 +54,14 @@ class Settings:
     hidden_radius: float = 0.0
     scales: int = 2
     groups: int = 27
-    padding: str = "zeros"
+    padding: str = _one_of("zeros", "reflect")
     mirror: bool = False
     views: bool = False
     filters: int = 512
     cells: int = 3
     threshold: float = 0.25
     whitening: float = 0.3
-    drawings: str = ""
+    drawings: str = _one_of("", "strokes", "blobs", "leaves")
     stride: int = 2
     pool: int = 2
     cotangent: float = 1e-5
@@ -68,7 +73,7 @@ class Settings:
     average: float = 0.0
     clip: float = 0.1
     temperature: float = 1.0
-    allocation: str = "least"
+    allocation: str = _one_of("least", "global", "per_weight")
     flips: int = 1
 
 

@@ -254,15 +254,12 @@ def train(x, y, x_test, y_test, epsilon, delta, settings, seed=None):
         )
         targets = y[:, None].astype("float32")
         model.fit(features, targets, steps_per_epoch=settings.steps, verbose=0)
-        spent = model.spent()
+        spent = record.spending(model)
     scores = model.network.predict(test_features, batch_size=8192, verbose=0)[:, 0]
     return {
         "auroc": round(float(roc_auc_score(y_test, scores)), 5),
-        "spent": dataclasses.asdict(spent),
-        "accountant": "pld",
+        **spent,
         "release": {"noise_multiplier": noise_multiplier, "sampling": {"scheme": "full_batch"}},
-        "sampling": model.sampling.to_dict(),
-        "noise_multiplier": model.noise_multiplier,
         "settings": dataclasses.asdict(settings),
         "seed": seed,
         "seconds": round(time.perf_counter() - start, 1),

@@ -186,15 +186,12 @@ def train(data, name, epsilon, delta, settings, seed=None):
         )
         targets = y[:, None].astype("float32")
         model.fit(x, targets, steps_per_epoch=settings.steps, verbose=0)
-        spent = model.spent()
+        spent = record.spending(model)
     logits = network.predict(x_test, batch_size=2000, verbose=0)[:, 0]
     return {
         "accuracy": round(float(np.mean((logits > 0) == (y_test == 1))), 5),
-        "spent": dataclasses.asdict(spent),
-        "accountant": "pld",
+        **spent,
         "release": release,
-        "sampling": model.sampling.to_dict(),
-        "noise_multiplier": model.noise_multiplier,
         "seed": seed,
         "seconds": round(time.perf_counter() - start, 1),
     }

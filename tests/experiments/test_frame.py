@@ -80,6 +80,8 @@ def test_the_same_run_is_not_kept_twice(run, refused, tmp_path):
         (("--rate=-1",), "rate"),
         (("--rate=fast",), "rate"),
         (("--width=0",), "width"),
+        (("--delta=0",), "delta"),
+        (("--delta=1",), "delta"),
         (("--steps=-1",), "steps"),
         (("--network=lenet",), "network"),
         (("--parts=three",), "one, two; got three"),

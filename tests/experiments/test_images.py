@@ -1,5 +1,6 @@
 """The runner on images: what it writes, how it goes on, what it refuses."""
 
+import dataclasses
 import hashlib
 import io
 
@@ -9,7 +10,8 @@ import pytest
 
 from accountants import Ledger
 from experiments import data, features, images, record
-from experiments.settings import NETWORKS, settings_of
+from experiments.settings import NETWORKS, Settings, settings_of
+from lipdp.noise import ALLOCATIONS
 
 pytestmark = pytest.mark.any_backend
 
@@ -107,9 +109,9 @@ def test_every_network_has_bounds(network, few_drawings):
 
 @pytest.mark.parametrize("network", ["scattering-linear", "patches-linear"])
 def test_a_mirrored_image_has_the_same_features(network, few_drawings):
-    from dataclasses import replace
-
-    settings = replace(settings_of("unknown", network, 1.0), mirror=True, filters=4, cells=2)
+    settings = dataclasses.replace(
+        settings_of("unknown", network, 1.0), mirror=True, filters=4, cells=2
+    )
     front = images.build_features((8, 8, 1), settings)
     x = np.random.default_rng(0).uniform(0, 255, (2, 8, 8, 1)).astype("float32")
     found = np.asarray(front(x))
@@ -198,6 +200,8 @@ def test_features_of_patches(few_drawings):
 
 
 def test_settings_follow_epsilon_and_the_network_is_known():
+    choices = {f.name: f.metadata.get("choices") for f in dataclasses.fields(Settings)}
+    assert set(choices["allocation"]) == set(ALLOCATIONS)
     with pytest.raises(ValueError, match="`network` must be one of"):
         settings_of("mnist", "lenet", 1.0)
     for epsilon in (0.5, 1.0, 3.0, 100.0):
@@ -214,6 +218,8 @@ def test_settings_follow_epsilon_and_the_network_is_known():
         (["--batch_size=0"], "batch_size"),
         (["--learning_rate=-1"], "learning_rate"),
         (["--front=pixels"], "front"),
+        (["--allocation=fair"], "allocation"),
+        (["--drawings=cats"], "drawings"),
     ],
 )
 def test_bad_flags_are_refused(refused, corners, arguments, message):
