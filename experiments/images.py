@@ -107,26 +107,24 @@ def build_network(shape, classes, settings):
 # --- training -------------------------------------------------------------------------------------
 
 
-def train(images, settings, epsilon, delta, seed=None, folder=None):
-    """Trains a network on `x_train` and evaluates it on `x_test`.
+def fit(network, images, settings, epsilon, delta, seed=None, folder=None):
+    """Trains a network privately.
 
     Args:
+        network: a Keras model.
         images: `data.Images`, or features in their place.
         settings: `Settings`.
         epsilon, delta: the budget.
-        seed: of noise, batches and initial weights; None reads fresh entropy.
+        seed: of noise and batches; None reads fresh entropy.
         folder: where a run that is interrupted goes on; None keeps nothing.
 
     Returns:
-        What a result says of a run, a dict.
+        The `PrivateModel`, and the seconds that its training took.
     """
     import keras
 
     import lipdp
 
-    if seed is not None:
-        keras.utils.set_random_seed(seed)
-    network = build_network(images.x_train.shape[1:], images.classes, settings)
     ledger, callbacks = None, []
     if folder is not None:
         run = pathlib.Path(folder) / f"run-{run_key(images, settings, epsilon, delta, seed)}"
@@ -158,7 +156,21 @@ def train(images, settings, epsilon, delta, seed=None, folder=None):
     )
     start = time.perf_counter()
     model.fit(images.x_train, images.y_train, epochs=settings.epochs, callbacks=callbacks)
-    seconds = time.perf_counter() - start
+    return model, time.perf_counter() - start
+
+
+def train(images, settings, epsilon, delta, seed=None, folder=None):
+    """Trains a network on `x_train` and evaluates it on `x_test`; arguments as for `fit`.
+
+    Returns:
+        A dict, for the record of the run.
+    """
+    import keras
+
+    if seed is not None:
+        keras.utils.set_random_seed(seed)
+    network = build_network(images.x_train.shape[1:], images.classes, settings)
+    model, seconds = fit(network, images, settings, epsilon, delta, seed, folder)
     _, accuracy = model.evaluate(images.x_test, images.y_test, batch_size=1000, verbose=0)
     return {
         "accuracy": round(float(accuracy), 5),

@@ -22,30 +22,6 @@ from experiments.settings import NETWORKS, Settings, settings_of
 RADII = (0, 1, 2, 4, 8, 16, 36, 72, 144, 255, 510)
 
 
-def train_private(images, network, settings, epsilon, delta, seed):
-    """Trains a network as `experiments.images` does; returns what a result says of it."""
-    import keras
-
-    import lipdp
-
-    model = lipdp.PrivateModel(
-        network,
-        budget=lipdp.Budget(epsilon, delta),
-        sampling=lipdp.PoissonSampling(settings.batch_size),
-        clip=settings.clip,
-        allocation=settings.allocation,
-        seed=seed,
-    )
-    steps = settings.epochs * model.sampling.steps_per_epoch(len(images.y_train))
-    rate = keras.optimizers.schedules.CosineDecay(settings.learning_rate, steps)
-    model.compile(
-        keras.optimizers.SGD(rate, momentum=settings.momentum),
-        loss=lipdp.losses.SparseCategoricalCrossentropy(settings.temperature),
-    )
-    model.fit(images.x_train, images.y_train, epochs=settings.epochs, verbose=2)
-    return record.spending(model)
-
-
 def train_plain(images, network, settings):
     """Trains the same network, projections included, without noise and clip."""
     import keras
@@ -131,9 +107,9 @@ def run(values):
         if values.plain:
             trained = train_plain(loaded, network, settings)
         else:
-            trained = train_private(
-                loaded, network, settings, values.epsilon, values.delta, values.seed
-            )
+            budget = (values.epsilon, values.delta)
+            model, _ = images.fit(network, loaded, settings, *budget, values.seed)
+            trained = record.spending(model)
         seconds = time.perf_counter() - start
         result |= {
             **evaluate(network, loaded.x_test, loaded.y_test, values.attacked),
