@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import math
 import os
 import warnings
@@ -109,7 +110,9 @@ class PrivateModel(keras.Model):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in _STEP_METHODS:
-            if name in vars(cls):
+            # Inherited ones count: a class that is mixed in replaces a method as well.
+            found, own = (inspect.getattr_static(c, name) for c in (cls, PrivateModel))
+            if found is not own:
                 raise TypeError(
                     f"{cls.__name__}.{name} would replace a part of the private step, and what is "
                     "claimed would not be what runs. Leave it out: a loss of your own goes to "
@@ -178,7 +181,7 @@ class PrivateModel(keras.Model):
         self.max_sample_weight = None
         self.clip_state = None
         self.step = None  # a PrivateStep: all that a private step reads
-        self.step_halves = None  # on JAX
+        self.step_halves = self.half_step = None  # on JAX
         self.settings = None  # those that `compile` saw
         self._steps_per_call = 1
         self._paying = False
@@ -438,12 +441,11 @@ class PrivateModel(keras.Model):
                 self._check_settings()
                 # Paid for before it runs; every entrance of Keras comes by here.
                 self.spending.pay(self._steps_per_call)
+                self._paying = True
+                result = inner(*args)
             except BaseException:
                 steps.backend().give_back(self, args)
                 raise
-            self._paying = True
-            try:
-                result = inner(*args)
             finally:
                 self._paying = False
             # TensorFlow returns the logs, JAX (logs, state).
@@ -602,6 +604,7 @@ class PrivateModel(keras.Model):
     def _check_settings(self) -> None:
         """Refuses a step whose program has other constants than what Python says now."""
         changed = changed_settings(self.settings, settings_of(self))
+        changed += [f"`{name}` of this model" for name in _STEP_METHODS if name in vars(self)]
         if changed:
             raise RuntimeError(
                 f"Settings have changed since compile(...): {', '.join(changed)}. A step that is "
@@ -611,10 +614,10 @@ class PrivateModel(keras.Model):
 
     def _follow(self, plan: Plan) -> None:
         """Takes over what is planned; a train function that was compiled for other steps goes."""
-        if plan.step != self.step or plan.devices != self.devices or plan.new_memory:
+        now = plan.step, plan.devices, plan.steps_per_call
+        if now != (self.step, self.devices, self._steps_per_call) or plan.new_memory:
             self.train_function = None
-        self.step, self.devices = plan.step, plan.devices
-        self._steps_per_call = plan.steps_per_call
+        self.step, self.devices, self._steps_per_call = now
         self.fits += 1
         if plan.devices.distributed:
             with steps.backend().scope(self):

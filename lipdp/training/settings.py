@@ -6,46 +6,70 @@ trained. If one changes later, a part that is traced anew would follow and the r
 the noise would belong to another bound than the gradients do.
 """
 
+import dataclasses
 from typing import Any
 
 import keras
+import numpy as np
 
 __all__ = ["changed_settings", "settings_of"]
 
-_OF_MODEL = (
+_VALUES_OF_MODEL = (
     "allocation",
-    "augmentation",
     "clip",
+    "jit_compile",
     "max_sample_weight",
-    "network",
-    "noise",
-    "optimizer",
     "physical_batch_size",
-    "private_loss",
-    "sampling",
+    "run_eagerly",
+    "steps_per_execution",
 )
-_VALUES = (bool, int, float, str, bytes, type(None))
+# Each is what it was made as, or looks after its own state.
+_PARTS_OF_MODEL = ("augmentation", "network", "noise", "optimizer", "private_loss", "sampling")
+# Keras' own bookkeeping; what it says changes whenever a layer is called, saved or exported.
+_KEPT_BY_KERAS = frozenset(vars(keras.layers.Layer())) | {"built"}
+_VALUES = (bool, int, str, bytes, type(None))
+_LIBRARIES = ("jax", "keras", "numpy", "tensorflow")
+_LARGEST = 4096  # entries of an array that is compared by value
+_DEEPEST = 4  # objects within objects
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Itself:
+    """Stands for an object that is compared by identity, and keeps it alive: an identity that is
+    free may be given to another.
+    """
+
+    thing: Any
+
+    def __eq__(self, other):
+        return isinstance(other, _Itself) and self.thing is other.thing
+
+    __hash__ = None
 
 
 def settings_of(model: Any) -> dict[str, Any]:
     """The settings of a `PrivateModel` and of its network, by the name of what has them.
 
-    Plain values are kept as they are, everything else by its identity: to put another function,
-    constraint or variable in its place is a change.
+    Numbers, names and small arrays are kept by value, within containers and plain objects, too;
+    everything else by its identity: another function, constraint or variable is a change.
     """
     network = model.network
-    found = {f"`{name}` of PrivateModel": _plain(getattr(model, name)) for name in _OF_MODEL}
+    layers = list(network._flatten_layers())
+    found = {name: _plain(getattr(model, name)) for name in _VALUES_OF_MODEL}
+    found |= {name: _Itself(getattr(model, name)) for name in _PARTS_OF_MODEL}
+    found = {f"`{name}` of PrivateModel": value for name, value in found.items()}
     found["`trainable`"] = tuple(v.path for v in network.trainable_variables)
+    found["layers of the network"] = [_Itself(layer) for layer in layers]
     if model.augmentation is not None:
-        for layer in (model.augmentation, *model.augmentation.layers):
-            found[f"augmentation layer {layer.name!r}"] = _attributes(layer)
-    for layer in network._flatten_layers():
-        found[f"layer {layer.path!r}"] = _attributes(layer)
+        layers += [model.augmentation, *model.augmentation.layers]
+    for number, layer in enumerate(layers):
+        if not isinstance(layer, keras.Model):  # it has layers, and the state of Keras' loops
+            found[f"layer {number}, {layer.name!r}"] = _attributes(layer)
     for variable in network.variables:
         constraint = getattr(variable, "constraint", None)
         if constraint is not None:
             found[f"constraint of {variable.path!r}"] = {
-                "itself": id(constraint),
+                "itself": _Itself(constraint),
                 **_attributes(constraint),
             }
     found["loss"] = _attributes(model.private_loss)
@@ -53,41 +77,56 @@ def settings_of(model: Any) -> dict[str, Any]:
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """The names of what has other settings now. Attributes that are new are none: loading and
-    exporting give layers some, and no program that was compiled before has read them.
+    """The names of what has other settings now, with those of the attributes.
 
-    >>> changed_settings({"`clip`": 1.0, "loss": 0}, {"`clip`": 2.0, "loss": 0})
-    ['`clip`']
+    >>> changed_settings({"`clip`": 1.0, "loss": {"gamma": 2}}, {"`clip`": 1.0, "loss": {}})
+    ['loss (gamma)']
     """
-    return [name for name, value in before.items() if _changed(value, after.get(name))]
+    found = []
+    for name in before | after:
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            # An attribute that is new was not there to be read; loading gives layers some.
+            attributes = [key for key in old if key not in new or old[key] != new[key]]
+            attributes += [key for key in new if key not in old and key.startswith("class ")]
+            if attributes:
+                found.append(f"{name} ({', '.join(attributes)})")
+        elif old != new:
+            found.append(name)
+    return found
 
 
-def _changed(before, after):
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return before != after
-    return any(name not in after or after[name] != value for name, value in before.items())
-
-
-def _attributes(thing):
-    """Its attributes, but whether it is built; of those that begin with an underscore only plain
-    numbers, since Keras keeps its own state in the others.
+def _attributes(thing, depth=0):
+    """Its attributes; of those that begin with an underscore only plain values, since Keras tracks
+    its own in the others. One that hides an attribute of the class is marked.
     """
-    return {
-        name: _plain(value)
-        for name, value in vars(thing).items()
-        if value is not None
-        and name != "built"
-        and (not name.startswith("_") or type(value) is float)
-    }
+    found = {}
+    for name, value in getattr(thing, "__dict__", {}).items():
+        if name in _KEPT_BY_KERAS:
+            continue
+        if not name.startswith("_") or isinstance(value, (*_VALUES[:3], float, np.generic)):
+            hides = hasattr(type(thing), name)
+            found[f"class {name}" if hides else name] = _plain(value, depth)
+    return found
 
 
-def _plain(value):
+def _plain(value, depth=0):
     if isinstance(value, _VALUES):
         return value
+    if isinstance(value, (float, np.generic)):
+        return repr(value)  # NaN is as good as NaN
     if isinstance(value, (tuple, list)):
-        return tuple(map(_plain, value))
+        return tuple(_plain(v, depth) for v in value)
     if isinstance(value, dict):
-        return tuple((key, _plain(v)) for key, v in value.items())
-    if isinstance(value, keras.Variable):
-        return value.path
-    return id(value)
+        return tuple((key, _plain(v, depth)) for key, v in value.items())
+    if isinstance(value, np.ndarray) and value.size <= _LARGEST:
+        return value.dtype.str, value.shape, value.tobytes()
+    library = type(value).__module__.partition(".")[0] in _LIBRARIES
+    if (
+        library
+        or callable(value)
+        or isinstance(value, (keras.Variable, keras.Model))
+        or depth == _DEEPEST
+    ):
+        return _Itself(value)
+    return _Itself(value), tuple(_attributes(value, depth + 1).items())

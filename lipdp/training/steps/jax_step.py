@@ -48,7 +48,9 @@ class JaxBackend(JaxDevices):
         trainable, non_trainable, optimizer, metrics = state
         sums, logs, non_trainable, metrics = first(trainable, (non_trainable, metrics), data)
         rest = {name: data[0][name] for name in ("key", "noise") if name in data[0]}
+        model.half_step = lambda: (non_trainable, metrics)  # a list, Keras would track
         state = second((trainable, non_trainable, optimizer), sums, rest)
+        model.half_step = None
         return logs, (*state, metrics)
 
     def make_train_function(self, model, make):
@@ -99,10 +101,19 @@ class JaxBackend(JaxDevices):
         return state, iter([next(iterator) for _ in range(count)])
 
     def give_back(self, model, arguments):
-        names = ("trainable", "non_trainable", "optimizer", "metrics")
-        state = {f"{name}_variables": v for name, v in zip(names, arguments[0], strict=True)}
-        model._jax_state, model._jax_state_synced = state, False
-        model.jax_state_sync()
+        trainable, non_trainable, optimizer, metrics = arguments[0]
+        if model.half_step is not None:  # the first half took the memory of what it made anew
+            non_trainable, metrics = model.half_step()
+        for variables, values in (
+            (model.trainable_variables, trainable),
+            (model.non_trainable_variables, non_trainable),
+            (model.optimizer.variables, optimizer),
+            (model.metrics_variables, metrics),
+        ):
+            for variable, value in zip(variables, values, strict=True):
+                if not value.is_deleted():
+                    variable.assign(value)
+        model._jax_state, model.half_step = None, None
 
     @contextlib.contextmanager
     def keep_weights(self, model):

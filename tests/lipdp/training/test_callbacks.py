@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import pytest
 
-import lipdp
 from lipdp.data.batches import DrawnBatches
+from lipdp.training.spending import Spending
 from tests.lipdp.helpers import data, dense_network, private, weights
 
 C = keras.callbacks
@@ -69,8 +69,8 @@ def interrupted(monkeypatch, target, name, after):
 
 INSTANTS = {
     "the disk is waited for": (os, "fsync"),
-    "the run begins": (lipdp.training.spending.Spending, "begin"),
-    "a step is paid for": (lipdp.training.spending.Spending, "pay"),
+    "the run begins": (Spending, "begin"),
+    "a step is paid for": (Spending, "pay"),
     "a batch is drawn": (DrawnBatches, "request"),
     "the batches are closed": (DrawnBatches, "close"),
 }

@@ -151,3 +151,107 @@ def test_subclasses_cannot_replace_parts_of_the_step(method):
     with pytest.raises(TypeError, match=f"Mine.{method} would replace"):
         type("Mine", (lipdp.PrivateModel,), {method: lambda self, *args: None})
     type("Mine", (lipdp.PrivateModel,), {"summary_line": lambda self: self.name})
+
+
+class Inner:
+    gain = 1.0
+
+
+class Gain(keras.layers.Layer):
+    """A layer of somebody's own, whose gain may stand anywhere."""
+
+    of_the_class = 1.0
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner, self.several = Inner(), [Inner()]
+        self.array, self.nothing = np.ones(1, np.float32), None
+        self._number, self._float = 1, np.float64(1)
+
+    def call(self, x):
+        return x
+
+    def bound(self, call):
+        return lipdp.bounds.lipschitz(1.0)
+
+
+PLACES = {
+    "a private number": lambda gain: setattr(gain, "_number", 100),
+    "a private float of NumPy": lambda gain: setattr(gain, "_float", np.float64(100)),
+    "over one of the class": lambda gain: setattr(gain, "of_the_class", 100.0),
+    "where None was": lambda gain: setattr(gain, "nothing", 100.0),
+    "in an object": lambda gain: setattr(gain.inner, "gain", 100.0),
+    "in an object of a list": lambda gain: setattr(gain.several[0], "gain", 100.0),
+    "in an array": lambda gain: gain.array.fill(100.0),
+}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("place", PLACES)
+def test_a_gain_is_seen_wherever_a_layer_keeps_it(place):
+    network = keras.Sequential(
+        [keras.Input((6,)), layers.BallProjection(1.0), layers.SpectralDense(3), Gain(name="gain")]
+    )
+    changed = private(network, sampling=lipdp.FullBatch())
+    changed.fit(*data(), verbose=0)
+    PLACES[place](network.get_layer("gain"))
+    with pytest.raises(RuntimeError, match=r"layer \d+, 'gain' \("):
+        changed.fit(*data(), verbose=0)
+    assert changed.spent(1e-5).steps == 1
+
+
+@pytest.mark.any_backend
+def test_a_layer_that_is_added_and_a_number_of_steps_are_seen():
+    changed = model()
+    changed.network.add(keras.layers.Rescaling(100.0))
+    with pytest.raises(RuntimeError, match="layers of the network"):
+        changed.fit(*data(), verbose=0)
+    changed = model()
+    changed.steps_per_execution = 4
+    with pytest.raises(RuntimeError, match="`steps_per_execution`"):
+        changed.fit(*data(), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_what_replaces_a_method_of_the_step_is_seen():
+    class Mixed:
+        def train_step(self, *args):
+            return {}
+
+    with pytest.raises(TypeError, match="train_step would replace"):
+        type("Mine", (Mixed, lipdp.PrivateModel), {})
+    changed = model()
+    changed.train_step = lambda *args: {}
+    with pytest.raises(RuntimeError, match="`train_step` of this model"):
+        changed.fit(*data(), verbose=0)
+
+
+@pytest.mark.any_backend
+def test_the_network_may_be_compiled_and_used_by_itself():
+    used = model()
+    used.fit(*data(), verbose=0)
+    used.network.compile(loss="mse", metrics=["mae"])
+    used.network.predict(data()[0], verbose=0)
+    used.fit(*data(), verbose=0)
+    assert used.spent(1e-5).steps == 2
+
+
+@pytest.mark.parametrize("half", ["read_batch", "update_weights"])
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="TensorFlow updates in place")
+def test_an_interrupt_of_a_half_that_is_compiled_keeps_the_weights(half, monkeypatch):
+    from lipdp.training.steps import jax_step
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    kept = model()
+    start = weights(kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(jax_step, half, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kept.fit(*data(), verbose=0)
+    for a, b in zip(weights(kept), start, strict=True):
+        np.testing.assert_array_equal(a, b)
+    kept.train_function = None  # the one that was interrupted
+    kept.fit(*data(), verbose=0)
+    assert kept.spent(1e-5).steps == 2
