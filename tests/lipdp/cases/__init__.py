@@ -1,7 +1,7 @@
 """The catalogue of what is attacked: every layer and rule in many configurations.
 
-`tests/lipdp/test_attacks.py` attacks each case, `tests/lipdp/tightness.py` makes the table of the
-docs from the same results.
+`tests/lipdp/bounds/test_attacks.py` attacks each case, and `tightness.py` there makes the table of
+the docs from the same results.
 """
 
 from tests.lipdp.cases import (
