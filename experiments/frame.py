@@ -41,7 +41,7 @@ _PLACES = ("data", "folder", "out", "table")
 def start(
     main: Callable[..., object],
     define_flags: Callable[["Flags"], None] | None = None,
-    values: flags.FlagValues = flags.FLAGS,
+    values: flags.FlagValues | None = None,
     argv: Sequence[str] | None = None,
     positional: int = 0,
 ) -> object:
@@ -50,7 +50,7 @@ def start(
     Args:
         main: takes the values of the flags, and the positional arguments.
         define_flags: defines the flags.
-        values: of the flags.
+        values: of the flags, by default new ones: libraries add some to absl's own.
         argv: by default that of the process.
         positional: arguments without a name, at most.
 
@@ -62,6 +62,7 @@ def start(
             on stderr and status 2.
     """
     argv = sys.argv if argv is None else argv
+    values = flags.FlagValues() if values is None else values
     if define_flags is not None:
         define_flags(Flags(values))
     module = sys.modules[main.__module__]
@@ -79,15 +80,10 @@ def start(
         raise SystemExit(2) from error
 
 
-def _own(values):
-    """The script's flags, in the order of their definition: not those that absl adds."""
-    by_module = values.flags_by_module_dict().items()
-    return [flag for module, of in by_module if not module.startswith("absl.") for flag in of]
-
-
 def _help(module, values):
-    lines = [module.__doc__.strip(), "", "Flags:"] if _own(values) else [module.__doc__.strip()]
-    for flag in _own(values):
+    lines = [module.__doc__.strip(), "", "Flags:"] if len(values) else [module.__doc__.strip()]
+    for name in values:
+        flag = values[name]
         choices = flag.parser.syntactic_help.removeprefix("a ").removeprefix("an ")
         default = "" if flag.default is None else f" (default: {flag.default_as_str})"
         lines.append(f"  --{flag.name}{default}".replace("'", ""))
@@ -296,9 +292,9 @@ class Experiment:
         data = pathlib.PurePath(values.data).name
         parts = [f"python -m experiments.{self.name}", f"--data={data}"]
         left_out = (*_PLACES, "epsilon", "delta") if _is_plain(values) else _PLACES
-        for flag in _own(values):
-            if flag.name not in left_out and (flag.present or flag.value):
-                parts.append(f"--{flag.name}={flag.value}")
+        for name in values:
+            if name not in left_out and (values[name].present or values[name].value):
+                parts.append(f"--{name}={values[name].value}")
         return " ".join(parts)
 
     @contextlib.contextmanager

@@ -31,7 +31,7 @@ from absl import app, flags
 from experiments import frame, record, speed_page
 from experiments.timing import LEAST, Failure, Limits, Method, machine, measure, rounds
 
-FLAGS = flags.FLAGS
+FLAGS = flags.FlagValues()
 
 NETWORKS = speed_page.NETWORKS
 WARMUP = 5  # steps that are not timed, fewer if they are slow
@@ -351,4 +351,4 @@ def define_flags(define):
 
 
 if __name__ == "__main__":
-    frame.start(main, define_flags)
+    frame.start(main, define_flags, FLAGS)

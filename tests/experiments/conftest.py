@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from absl import flags
 
 from experiments import features, frame
 
@@ -21,7 +20,7 @@ def run(tmp_path, monkeypatch):
         argv = [module.__name__, *map(str, arguments)]
         define_flags = getattr(module, "define_flags", None)
         positional = 0 if define_flags else 1
-        return frame.start(main, define_flags, flags.FlagValues(), argv, positional)
+        return frame.start(main, define_flags, argv=argv, positional=positional)
 
     return call
 
