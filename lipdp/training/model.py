@@ -659,9 +659,9 @@ def _warn_of_monitors(callbacks):
     callbacks = getattr(callbacks, "callbacks", callbacks) or []
     for callback in callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]:
         monitor = getattr(callback, "monitor", None)
-        acts = getattr(callback, "save_best_only", True)  # a plain ModelCheckpoint does not
-        known = isinstance(monitor, str) and (monitor.startswith("val_") or monitor == "epsilon")
-        if isinstance(monitor, str) and acts and not known:
+        if not isinstance(monitor, str) or monitor.startswith("val_") or monitor == "epsilon":
+            continue
+        if getattr(callback, "save_best_only", True):  # a plain ModelCheckpoint decides nothing
             warnings.warn(
                 f"{type(callback).__name__}(monitor={monitor!r}) acts on a training metric, which "
                 "has no noise: what it decides (when to stop, which weights to keep, the learning "

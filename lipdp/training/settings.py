@@ -28,6 +28,7 @@ _PARTS_OF_MODEL = ("augmentation", "network", "noise", "optimizer", "private_los
 # Keras' own bookkeeping; what it says changes whenever a layer is called, saved or exported.
 _KEPT_BY_KERAS = frozenset(vars(keras.layers.Layer())) | {"built"}
 _VALUES = (bool, int, str, bytes, type(None))
+_PRIVATE_VALUES = (bool, int, float, str, np.generic)  # of attributes that begin with an underscore
 _LIBRARIES = ("jax", "keras", "numpy", "tensorflow")
 _LARGEST = 4096  # entries of an array that is compared by value
 _DEEPEST = 4  # objects within objects
@@ -104,7 +105,7 @@ def _attributes(thing, depth=0):
     for name, value in getattr(thing, "__dict__", {}).items():
         if name in _KEPT_BY_KERAS:
             continue
-        if not name.startswith("_") or isinstance(value, (*_VALUES[:3], float, np.generic)):
+        if not name.startswith("_") or isinstance(value, _PRIVATE_VALUES):
             hides = hasattr(type(thing), name)
             found[f"class {name}" if hides else name] = _plain(value, depth)
     return found

@@ -115,16 +115,16 @@ def read_batch(step: PrivateStep, data: tuple, backend: Backend) -> tuple[list, 
 
     rows = [x, y, mask] if weights is None else [x, y, mask, weights]
     if step.physical_batch_size is None:
-        sums, (outputs, losses, within) = part(*rows)
+        sums, (outputs, values, within) = part(*rows)
     else:
-        sums, (outputs, losses, within) = backend.accumulate(part, rows, step.physical_batch_size)
+        sums, (outputs, values, within) = backend.accumulate(part, rows, step.physical_batch_size)
     if step.clip.counted:
         # One example moves the sum of centred indicators by ½.
         sums = [*sums, ops.sum(within - 0.5 * ops.cast(mask, within.dtype))]
     if weights is not None:
         weights = clamp_weights(weights, step.sample_weight_bound)
     # Over the rows of all devices: noise is added to that, once.
-    return backend.sum_over_replicas(sums), step.update_metrics(y, outputs, losses, mask, weights)
+    return backend.sum_over_replicas(sums), step.update_metrics(y, outputs, values, mask, weights)
 
 
 def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backend) -> None:
