@@ -16,7 +16,7 @@ from experiments.baselines import worker
 pytestmark = pytest.mark.any_backend
 
 
-LIMITS = timing.Limits(steps=3, seconds=1, gib=0.4)
+LIMITS = timing.Limits(steps=3, seconds=20, gib=0.4)
 
 
 def method(name, library="lipdp", **kinds):
@@ -48,7 +48,7 @@ def test_kinds_take_turns_and_each_has_its_own_process():
     found = timing.measure(sys.executable, method("ours"), "mlp", 64, LIMITS)
     assert found["steps"] == 3 and found["versions"] == {"pretence": "1.0 of mlp"}
     private, plain = found["private"], found["plain"]
-    assert 30 <= private["cpu_ms"] < 60 and 10 <= plain["cpu_ms"] < 30
+    assert private["cpu_ms"] >= 30 and 10 <= plain["cpu_ms"] < private["cpu_ms"]
     assert 10 < plain["mib"] < 200
 
 
@@ -82,8 +82,9 @@ def test_methods_take_turns_too(flags, monkeypatch):
 )
 def test_reasons(private, reason):
     dying = method("x", private=private, plain="plain")
+    limits = dataclasses.replace(LIMITS, seconds=1) if private == "endless" else LIMITS
     with pytest.raises(timing.Failure, match=reason):
-        timing.measure(sys.executable, dying, "mlp", 64, LIMITS)
+        timing.measure(sys.executable, dying, "mlp", 64, limits)
 
 
 @pytest.mark.parametrize("together", [False, True])
