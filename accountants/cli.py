@@ -8,6 +8,7 @@ Bad flags are explained on stderr, with exit code 2.
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -251,47 +252,96 @@ def _ledger_flags() -> Flags:
 
 
 def _ledger(values: Flags, arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise UsageError(f"one PATH is needed, got {len(arguments)}.")
+    actions = {"verify": _verify, "repair": _repair}
+    if len(arguments) == 2 and arguments[0] in actions:
+        values.refuse("epsilon", reason=f"with ledger {arguments[0]}")
+        return actions[arguments[0]](values, Ledger(arguments[1]))
+    if len(arguments) != 1 or (arguments[0] in actions and not os.path.exists(arguments[0])):
+        raise UsageError(f"one PATH is needed, got {' '.join(arguments) or 'none'}.")
+    return _show(values, Ledger(arguments[0]))
+
+
+def _verify(values: Flags, ledger: Ledger) -> None:
+    if not os.path.exists(ledger.path):
+        raise LedgerError(f"{ledger.path} does not exist.")
+    entries, torn = ledger.entries, ledger.torn_steps
+    record = {
+        "path": ledger.path,
+        "runs": len(entries),
+        "steps": sum(entry.run.steps for entry in entries),
+        "not_settled": sum(not entry.settled for entry in entries),
+        "torn_steps": torn,
+    }
+    lines = ["{path}: every line is sound; {runs} runs, {steps} steps.".format(**record)]
+    if record["not_settled"]:
+        lines.append(
+            "{not_settled} of the runs did not end, or are going on: what they reserved is "
+            "charged.".format(**record)
+        )
+    if torn is not None:
+        lines.append(
+            f"The last line was cut while it was written. It is charged with {torn} steps, the "
+            "most that it can have said; the next run, or `lipdp ledger repair`, records that."
+        )
+    write(values, record, "\n".join(lines))
+
+
+def _repair(values: Flags, ledger: Ledger) -> None:
+    repaired = ledger.repair()
+    record = {"path": ledger.path, "repaired": repaired and dataclasses.asdict(repaired)}
+    if repaired is None:
+        write(values, record, f"{ledger.path}: nothing to repair, every line is sound.")
+        return
+    text = (
+        f"{ledger.path}, line {repaired.line}: could not be read. It is charged with "
+        f"{repaired.steps} steps, the most that it can have said.\n"
+        f"The file as it was is in {repaired.backup}."
+    )
+    write(values, record, text)
+
+
+def _show(values: Flags, ledger: Ledger) -> None:
     delta = values.needed("delta")
     budget = None if values.epsilon is None else Budget(values.epsilon, delta)
     how = {"accountant": values.accountant, "relation": values.relation}
-    ledger = Ledger(arguments[0])
     entries = ledger.entries
-    if values.relation is None and entries:
-        # The relation that all runs share, also for the epsilons of the earlier ones.
-        how["relation"] = epsilon(runs=[entry.run for entry in entries], delta=delta).relation
-    rows = []
-    for index, entry in enumerate(entries):
-        so_far = [earlier.run for earlier in entries[: index + 1]]
-        rows.append((entry, float(epsilon(runs=so_far, delta=delta, **how))))
+    charged = [entry.run for entry in entries if entry.run.steps]
+    # As `Ledger.epsilon` has it; the relation of all that is charged, also on the way.
+    relation = epsilon(runs=charged, delta=delta, **how).relation
+    rows: list[tuple[LedgerEntry, float]] = []
+    so_far: list[TrainingRun] = []
+    for entry in entries:
+        so_far += [entry.run] if entry.run.steps else []
+        found = epsilon(runs=so_far, delta=delta, accountant=values.accountant, relation=relation)
+        rows.append((entry, float(found)))
     spent = rows[-1][1] if rows else 0.0
     record: dict[str, Any] = {
         "path": ledger.path,
         "steps": sum(entry.run.steps for entry in entries),
         "delta": delta,
         "epsilon": spent,
-        "relation": how["relation"],
+        "relation": relation,
         "runs": [
             {
                 "run_id": entry.run_id,
                 "time": entry.time,
                 "settled": entry.settled,
                 **entry.run.to_dict(),
-                "epsilon_so_far": so_far,
+                "epsilon_so_far": cost,
             }
-            for entry, so_far in rows
+            for entry, cost in rows
         ],
     }
-    lines = [_line(entry, so_far) for entry, so_far in rows] or ["no runs"]
-    under = f", under {how['relation']}" if rows else ""
+    missing = "" if os.path.exists(ledger.path) else f": {ledger.path} does not exist"
+    lines = [_line(*row) for row in rows] or [f"no runs{missing}"]
+    under = f", under {relation}" if charged else ""
     lines.append(f"spent: epsilon = {spent:.6g} at delta = {delta:g}{under}")
     if budget is not None:
         left = max(0.0, budget.epsilon - spent)
         record["budget"] = {"epsilon": budget.epsilon, "left": left}
         lines.append(f"left of epsilon = {budget.epsilon:g}: {left:.6g}")
         if rows:
-            more = _more_steps(entries, budget, how)
+            more = _more_steps(charged, entries[-1].run, budget, how)
             record["budget"]["more_steps_like_the_last_run"] = more
             lines.append(f"more steps like those of the last run: {more}")
     write(values, record, "\n".join(lines))
@@ -306,10 +356,11 @@ def _line(entry: LedgerEntry, so_far: float) -> str:
     )
 
 
-def _more_steps(entries: list[LedgerEntry], budget: Budget, how: dict[str, Any]) -> int:
-    last = entries[-1].run
-    runs = [entry.run for entry in entries]
-    if epsilon(runs=runs, delta=budget.delta, **how) > budget.epsilon:
+def _more_steps(
+    charged: list[TrainingRun], last: TrainingRun, budget: Budget, how: dict[str, Any]
+) -> int:
+    idle = dataclasses.replace(last, steps=0)  # whose relation counts, too
+    if epsilon(runs=[*charged, idle], delta=budget.delta, **how) > budget.epsilon:
         return 0
     return calibrate_steps(
         epsilon=budget.epsilon,
@@ -317,7 +368,7 @@ def _more_steps(entries: list[LedgerEntry], budget: Budget, how: dict[str, Any])
         noise_multiplier=last.noise_multiplier,
         sampling=last.sampling,
         num_examples=last.num_examples,
-        prior=runs,
+        prior=charged,
         **how,
     )
 
@@ -396,8 +447,10 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "ledger": (
         command(
             "ledger",
-            "ledger PATH [--epsilon=... --delta=...]\n\n"
-            "What ran when, epsilon over time, and what is left of a budget.",
+            "ledger PATH [--epsilon=... --delta=...]\nledger verify PATH\nledger repair PATH\n\n"
+            "What ran when, epsilon over time, and what is left of a budget. `verify` reads every "
+            "line\nand says what is wrong, with exit code 1; `repair` counts a last line that "
+            "cannot be read as\nthe most that it can have said, and keeps a copy of the file.",
             _ledger_flags,
             _ledger,
         ),

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -204,10 +204,21 @@ def pld_curve(counts: Counts) -> Curve:
 def _composed_pld(
     groups: tuple[tuple[Release, int], ...], grid: float
 ) -> "PrivacyLossDistribution":
-    return functools.reduce(
-        lambda left, right: left.compose(right),
-        (_released(release, count, grid) for release, count in groups),
-    )
+    # A ledger's runs are added one by one: what was composed last is often how this begins.
+    known, pld = _LAST_COMPOSED.get(grid, ((), None))
+    if groups[: len(known)] != known:
+        known, pld = (), None
+    for release, count in groups[len(known) :]:
+        single = _released(release, count, grid)
+        pld = single if pld is None else pld.compose(single)
+    if len(_LAST_COMPOSED) > 3:
+        _LAST_COMPOSED.clear()
+    _LAST_COMPOSED[grid] = groups, pld
+    return pld
+
+
+# For each grid the groups, and their distribution.
+_LAST_COMPOSED: dict[float, tuple[tuple[Any, ...], Any]] = {}
 
 
 def _released(release: Release, count: int, grid: float) -> "PrivacyLossDistribution":

@@ -588,7 +588,11 @@ class PrivateModel(keras.Model):
                 "left, call model.end_run()."
             )
         self._check_settings()
-        plan = make_plan(self, *data)
+        try:
+            plan = make_plan(self, *data)
+        except BaseException:
+            self.spending.settle()
+            raise
         try:
             self._follow(plan)
             self.spending.begin(plan.run)
@@ -600,6 +604,7 @@ class PrivateModel(keras.Model):
             finally:
                 if self.spending.run is plan.run:
                     self.end_run()
+                plan.run.close()  # where it has not begun
 
     def _check_settings(self) -> None:
         """Refuses a step whose program has other constants than what Python says now."""

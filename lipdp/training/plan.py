@@ -72,7 +72,8 @@ def make_plan(
         steps_per_call: how many steps run, and are paid for, together.
 
     Raises:
-        BudgetExceeded: not one step is left.
+        BudgetExceeded: not one step is left, or too little to calibrate noise to.
+        LedgerError: the ledger is in use, or cannot be read or written.
         TypeError, ValueError: data or arguments that cannot be trained on.
     """
     backend = steps.backend()
@@ -223,6 +224,8 @@ def _steps_per_epoch(sampling, examples, asked, steps_per_call):
 
 def _follow_chief(spending, all_gather, devices):
     """Has every process count what the chief has spent, which keeps the ledger."""
+    if devices.chief:
+        spending.lock()
     runs = broadcast_from_chief(all_gather, devices, [run.to_dict() for run in spending.runs])
     if not devices.chief:
         spending.follow([TrainingRun.from_dict(run) for run in runs])

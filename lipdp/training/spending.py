@@ -3,13 +3,16 @@
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
 
 import accountants
-from accountants import Budget, TrainingRun
+from accountants import Budget, LedgerError, TrainingRun
+from accountants.accounting import resolve_relation
+from accountants.ledger import LedgerEntry
 from accountants.sampling import Sampling
 from lipdp.bounds import norms
 from lipdp.bounds.projections import Projection
@@ -18,6 +21,8 @@ __all__ = ["BudgetExceeded", "Spending", "Spent", "certificates"]
 
 # Share of delta that is set aside for randomised certificates, where there are any.
 _RESERVE = 1e-3
+# Share of a budget's epsilon below which nothing is calibrated to what is left.
+_USED_UP = 0.01
 
 
 class BudgetExceeded(RuntimeError):
@@ -72,16 +77,23 @@ class Spending:
         self.run = None
         self._certificates = certificates
         self._ended = []
+        self._writer = None  # of the ledger, from before a run is planned to its end
+        self._own = {}  # what this model paid for in the ledger, by the names of the runs
 
     # --- what has been spent ------------------------------------------------------------------
 
     @property
     def runs(self) -> list[TrainingRun]:
         """All that was paid for so far."""
-        if self.run is None:
-            return list(self._ended if self.ledger is None else self.ledger.runs)
-        # The file holds what the open run reserved; what it paid for is what counts.
-        return [*self.run.earlier, *([self.run.spent] if self.run.paid else [])]
+        if self.run is not None:
+            # The file holds what the open run reserved; what it paid for is what counts.
+            return [*self.run.earlier, *([self.run.spent] if self.run.paid else [])]
+        if self.ledger is None:
+            return list(self._ended)
+        locked = self._writer is not None and not self._writer.closed
+        entries = self._writer.entries if locked else self.ledger.entries
+        self._check_own(entries)
+        return [entry.run for entry in entries if entry.run.steps]
 
     def epsilon(self, runs: Sequence[TrainingRun], delta: float) -> float:
         """Epsilon of the runs; the randomised certificates are paid for out of delta.
@@ -108,45 +120,97 @@ class Spending:
                 raise ValueError("`delta` must be given where the model has no budget.")
             delta = self.budget.delta
         runs = self.runs
+        if runs:
+            _warn_of_delta(delta, max(run.num_examples for run in runs))
         epsilon = self.epsilon(runs, delta)
-        relation = getattr(epsilon, "relation", sampling.relations[0])
+        relation = resolve_relation(runs, None) if runs else sampling.relations[0]
         return Spent(float(epsilon), float(delta), relation, sum(run.steps for run in runs))
 
+    def _check_own(self, entries: Sequence[LedgerEntry]) -> None:
+        """Raises LedgerError where the ledger has forgotten what this model paid for in it."""
+        steps = {entry.run_id: entry.run.steps for entry in entries}
+        if any(steps.get(name, 0) < paid for name, paid in self._own.items()):
+            raise LedgerError(
+                f"{self.ledger.path} lacks steps that this model has paid for in it: it was "
+                "removed, or replaced by an older copy. Put the newer one back."
+            )
+
     # --- a run --------------------------------------------------------------------------------
+
+    def lock(self) -> None:
+        """Keeps others from writing the ledger until `settle`, so that what a run is planned on
+        is what it is paid on.
+
+        Raises:
+            LedgerError: another run has it, or it cannot be read or written.
+        """
+        if self.ledger is not None and (self._writer is None or self._writer.closed):
+            self._writer = self.ledger.lock()
 
     def plan(
         self, sampling: Sampling, num_examples: int, planned: int, per_epoch: int, group: int = 1
     ) -> "ActiveRun":
         """A run of at most `planned` steps, as many whole groups of them as the budget allows; the
-        first of a budget without noise multiplier calibrates it. Nothing is open yet.
+        first of a budget without noise multiplier calibrates it. The ledger is locked from here
+        on, and has no run of it yet.
 
         Raises:
-            BudgetExceeded: not one step is left.
-            ValueError: nothing is planned and the noise is to be calibrated.
+            BudgetExceeded: not one step is left, or too little to calibrate noise to.
+            LedgerError: the ledger cannot be locked, read or written.
+            ValueError: nothing is planned and the noise is to be calibrated, or the budget is too
+                small for these steps to learn anything.
         """
-        prior = self.runs
-        constants = {"sampling": sampling, "num_examples": num_examples}
-        if self.noise_multiplier is None:
-            if planned == 0:
-                raise ValueError("`epochs` must be above `initial_epoch`: no step is planned.")
-            try:
-                self.noise_multiplier = accountants.calibrate_noise_multiplier(
-                    epsilon=self.budget.epsilon,
-                    delta=self._accounted_delta(),
-                    steps=planned,
-                    prior=prior,
-                    **constants,
-                )
-            except ValueError as error:
-                if prior and self.epsilon(prior, self.budget.delta) >= self.budget.epsilon:
-                    raise BudgetExceeded(self._exceeded()) from error
-                raise
-        run = TrainingRun(self.noise_multiplier, steps=0, **constants)
-        allowed = self._allowed(prior, run, planned)
-        allowed -= allowed % group
-        if planned and allowed == 0:
-            raise BudgetExceeded(self._exceeded())
-        return ActiveRun(prior, run, allowed, allowed < planned, per_epoch)
+        try:
+            self.lock()
+            prior = self.runs
+            run = TrainingRun(0.0, sampling, num_examples, planned)
+            if self.budget is not None:
+                _warn_of_delta(self.budget.delta, num_examples)
+            if self.noise_multiplier is None:
+                self.noise_multiplier = self._calibrate(prior, run)
+            run = dataclasses.replace(run, noise_multiplier=self.noise_multiplier, steps=0)
+            allowed = self._allowed(prior, run, planned)
+            allowed -= allowed % group
+            if planned and allowed == 0:
+                raise BudgetExceeded(self._exceeded())
+            return ActiveRun(prior, run, allowed, allowed < planned, per_epoch, self._writer)
+        except BaseException:
+            self.settle()
+            raise
+
+    def _calibrate(self, prior, run):
+        """The noise multiplier with which the run spends what is left of the budget."""
+        if run.steps == 0:
+            raise ValueError("`epochs` must be above `initial_epoch`: no step is planned.")
+        budget = self.budget
+        spent = self.epsilon(prior, budget.delta) if prior else 0.0
+        # Gaussian noise grows as one over the root of what is left, and calibration leaves 0.05 %
+        # at most: a share so small is what a run left over, and no run of its own.
+        if spent > (1 - _USED_UP) * budget.epsilon:
+            raise BudgetExceeded(
+                f"The budget (ε = {budget.epsilon:g}, δ = {budget.delta:g}) is used up: ε = "
+                f"{spent:.4f} is spent in {sum(r.steps for r in prior)} steps, so less than "
+                f"{_USED_UP:.0%} is left, and the noise for that would drown what a step learns. "
+                "Nothing has run. Give a larger budget; or a `noise_multiplier`, with which to "
+                "take as many steps as are left."
+            )
+        noise_multiplier = accountants.calibrate_noise_multiplier(
+            epsilon=budget.epsilon,
+            delta=self._accounted_delta(),
+            sampling=run.sampling,
+            num_examples=run.num_examples,
+            steps=run.steps,
+            prior=prior,
+        )
+        if noise_multiplier > (most := _most_signal(run)):
+            raise ValueError(
+                f"The budget (ε = {budget.epsilon:g}, δ = {budget.delta:g}) is too small for "
+                f"{run.steps} steps of {run.sampling!r}: its noise multiplier would be "
+                f"{noise_multiplier:.4g}, and above {most:.4g} the noise of all steps together "
+                "exceeds what they can add up to if every example agrees. Give a larger budget, "
+                "larger batches or more epochs; or this `noise_multiplier`, to train all the same."
+            )
+        return noise_multiplier
 
     def follow(self, runs: Sequence[TrainingRun]) -> None:
         """Counts what another process has spent, which keeps the ledger: a ledger has one writer.
@@ -159,10 +223,9 @@ class Spending:
         """Opens a planned run."""
         self.run = run  # first: an interrupt while the ledger opens leaves something to close
         try:
-            run.open(self.ledger)
+            run.open()
         except BaseException:
-            self.run = None
-            run.close()
+            self.settle()
             raise
 
     def _allowed(self, prior, run, planned):
@@ -209,12 +272,19 @@ class Spending:
         self.run.pay(steps)
 
     def settle(self) -> None:
-        """Closes the run, if one is open."""
-        if self.run is not None:
-            run, self.run = self.run, None
-            run.close()
-            if run.paid and self.ledger is None:
-                self._ended.append(run.spent)
+        """Closes the run, if one is open, and lets others write the ledger."""
+        run, self.run = self.run, None
+        writer, self._writer = self._writer, None
+        try:
+            if run is not None:
+                if run.paid and self.ledger is None:
+                    self._ended.append(run.spent)
+                elif run.paid:
+                    self._own[run.name] = run.paid
+                run.close()
+        finally:
+            if writer is not None:
+                writer.close()
 
     def epsilon_at_epoch_end(self) -> float:
         """Epsilon at the end of the epoch that is running: exact there, an upper bound before;
@@ -243,7 +313,7 @@ class Spending:
 class ActiveRun:
     """A run of steps that is paid for one by one."""
 
-    def __init__(self, earlier, constants, allowed, limited, per_epoch):
+    def __init__(self, earlier, constants, allowed, limited, per_epoch, writer):
         self.earlier = earlier
         self.constants = constants
         self.allowed = allowed  # steps that may be paid for
@@ -251,16 +321,16 @@ class ActiveRun:
         self.per_epoch = per_epoch
         self.paid = 0
         self.shown = {}
+        self._writer = writer  # of the ledger that this was planned on, or None
         self._entry = None
 
-    def open(self, ledger):
-        if ledger is not None:
-            self._entry = ledger.open_run(
-                noise_multiplier=self.constants.noise_multiplier,
-                sampling=self.constants.sampling,
-                num_examples=self.constants.num_examples,
-                max_steps=self.allowed,
-            )
+    def open(self):
+        if self._writer is not None:
+            self._entry = self._writer.open_run(self.constants, max_steps=self.allowed)
+
+    @property
+    def name(self):
+        return self._entry.run_id
 
     @property
     def spent(self):
@@ -274,6 +344,8 @@ class ActiveRun:
     def close(self):
         if self._entry is not None:
             self._entry.close()
+        elif self._writer is not None:
+            self._writer.close()
 
 
 def certificates(network: keras.Model) -> int:
@@ -283,6 +355,29 @@ def certificates(network: keras.Model) -> int:
         for v in network.trainable_variables
         if isinstance(v.constraint, Projection)
     )
+
+
+def _most_signal(run):
+    """The noise multiplier above which a run learns nothing, whatever the data.
+
+    A step adds at most the expected batch, in units of one example's bound, to the direction in
+    which all examples pull; the noise there is the multiplier. Over the steps the one grows with
+    their number, the other with its root. A whole run that is one release is a sum over all
+    examples, each of which moves it by 1.
+    """
+    if run.sampling.whole_run:
+        return run.num_examples
+    return run.sampling.expected_batch_size(run.num_examples) * math.sqrt(run.steps)
+
+
+def _warn_of_delta(delta, num_examples):
+    if delta * num_examples > 1:
+        warnings.warn(
+            f"δ = {delta:g} is above 1 / {num_examples}, one over the number of examples: even a "
+            "mechanism that publishes one random example in full has a δ of that size. Choose it "
+            "well below.",
+            stacklevel=3,
+        )
 
 
 def _check_noise(noise_multiplier, budget):

@@ -108,7 +108,7 @@ def test_ledger(capsys, tmp_path):
     # A run that has died is charged with what it reserved, and that is said.
     run = Ledger(path).open_run(noise_multiplier=9.0, sampling=FullBatch(), num_examples=1000)
     run.pay()
-    run._release()
+    run._writer.close()
     assert "not settled" in command(capsys, "ledger", path)[1]
     assert as_json(capsys, "ledger", path)["runs"][2]["steps"] == 64
 

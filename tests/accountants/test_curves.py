@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from accountants import RandomAllocation, TrainingRun, curves, epsilon
+from accountants import PoissonSampling, RandomAllocation, TrainingRun, curves, epsilon
 
 
 def test_the_general_reduction_for_groups():
@@ -23,3 +23,21 @@ def test_the_general_reduction_for_groups():
     assert one * 2 < epsilon(runs=[run], delta=1e-5, group_size=2)
     with pytest.raises(ValueError, match="group_size"):
         epsilon(runs=[run], delta=1e-5, group_size=0)
+
+
+def test_runs_added_one_by_one_are_composed_once(monkeypatch):
+    """As the command shows a ledger: the epsilon after each run."""
+    runs = [TrainingRun(2.0 + 0.1 * i, PoissonSampling(10), 1000, 20) for i in range(12)]
+    monkeypatch.setattr(curves, "_LAST_COMPOSED", {})
+    curves._composed_pld.cache_clear()
+    released, real = [], curves._released
+    monkeypatch.setattr(curves, "_released", lambda *args: (released.append(args), real(*args))[1])
+    found = [epsilon(runs=runs[:end], delta=1e-5) for end in range(1, 13)]
+    assert len(released) <= 2 * 12
+    for end in (1, 5, 12, 3):
+        curves._LAST_COMPOSED.clear()
+        curves._composed_pld.cache_clear()
+        assert epsilon(runs=runs[:end], delta=1e-5) == found[end - 1]
+    # Others in between, that begin otherwise.
+    assert epsilon(runs=runs[5:], delta=1e-5) == epsilon(runs=runs[5:], delta=1e-5)
+    assert epsilon(runs=runs, delta=1e-5) == found[-1]

@@ -51,11 +51,19 @@ def test_a_file_trains_a_private_model(folder, capsys):
     assert (folder / "report.html").exists() and (folder / "spent.ledger").exists()
     network = keras.saving.load_model(folder / "private.keras", compile=False)
     assert network.output_shape == (None, 3)
-    # The ledger remembers: a second run has its noise from what is left, until nothing is.
+
+
+def test_a_used_up_budget_leaves_what_was_trained(folder, capsys):
+    assert run(capsys, "train", folder / "run.yaml")[0] == 0
+    written = {path: path.read_bytes() for path in folder.iterdir()}
+    code, said = run(capsys, "train", folder / "run.yaml")
+    assert code == 1 and "used up" in said.err and "noise_multiplier" in said.err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == written
+    # What a larger budget leaves is calibrated to.
+    (folder / "run.yaml").write_text(CONFIG.replace("epsilon: 3", "epsilon: 6"))
     code, said = run(capsys, "train", folder / "run.yaml", "--json")
-    again = json.loads(said.out)
-    assert code == 0 and again["noise_multiplier"] > 5 * result["noise_multiplier"]
-    assert again["epsilon"] <= 3.0 and again["steps"] == 16
+    result = json.loads(said.out)
+    assert code == 0 and 5.9 < result["epsilon"] <= 6.0 and result["steps"] == 16
 
 
 def test_a_spent_budget_is_told(folder, capsys):
