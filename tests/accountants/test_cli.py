@@ -1,13 +1,16 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 from accountants import (
+    FixedSize,
     FullBatch,
     Ledger,
     PoissonSampling,
+    ShuffledEpochs,
     TruncatedPoisson,
     calibrate_noise_multiplier,
     cli,
@@ -80,7 +83,7 @@ def test_calibrate(capsys):
 def test_ledger(capsys, tmp_path):
     path = str(tmp_path / "spent.ledger")
     code, out, _ = command(capsys, "ledger", path)
-    assert code == 0 and "no runs" in out
+    assert code == 0 and f"no runs: {path} does not exist" in out
     for noise_multiplier in (1.5, 3.0):
         with Ledger(path).open_run(
             noise_multiplier=noise_multiplier, sampling=PoissonSampling(10), num_examples=1000
@@ -111,6 +114,57 @@ def test_ledger(capsys, tmp_path):
     run._writer.close()
     assert "not settled" in command(capsys, "ledger", path)[1]
     assert as_json(capsys, "ledger", path)["runs"][2]["steps"] == 64
+
+
+def test_a_ledger_and_its_command_say_the_same(capsys, tmp_path):
+    path = str(tmp_path / "spent.ledger")
+    # The schemes of runs that took no step have other relations, which do not matter.
+    for sampling, steps in [(FixedSize(10), 0), (PoissonSampling(10), 30), (ShuffledEpochs(10), 0)]:
+        with Ledger(path).open_run(
+            noise_multiplier=1.5, sampling=sampling, num_examples=1000
+        ) as run:
+            if steps:
+                run.pay(steps)
+        found = as_json(capsys, "ledger", path, "--delta=1e-6", "--epsilon=5")
+        spent = Ledger(path).epsilon(1e-6)
+        assert (found["epsilon"], found["relation"]) == (spent, spent.relation)
+        assert found["budget"]["more_steps_like_the_last_run"] > 0
+    assert spent.relation == "add_or_remove_one"
+    asked = as_json(capsys, "ledger", path, "--delta=1e-6", "--relation=replace_one")
+    assert asked["epsilon"] == Ledger(path).epsilon(1e-6, relation="replace_one") > spent
+
+
+def test_verify_and_repair(capsys, tmp_path):
+    path = str(tmp_path / "spent.ledger")
+    for action in ("verify", "repair"):
+        code, out, err = command(capsys, "ledger", action, path)
+        assert code == 1 and not out and f"{path} does not exist" in err
+    with Ledger(path).open_run(
+        noise_multiplier=1.5, sampling=PoissonSampling(10), num_examples=1000
+    ) as run:
+        run.pay(20)
+    code, out, _ = command(capsys, "ledger", "verify", path)
+    assert code == 0 and out == f"{path}: every line is sound; 1 runs, 20 steps.\n"
+    assert "nothing to repair" in command(capsys, "ledger", "repair", path)[1]
+    run = Ledger(path).open_run(noise_multiplier=9.0, sampling=FullBatch(), num_examples=1000)
+    run.pay()
+    run._writer.close()
+    with open(path, "ab") as file:
+        file.write(b'{"type": "res')
+    found = as_json(capsys, "ledger", "verify", path)
+    assert found["runs"] == 2 and found["not_settled"] == 1
+    assert found["steps"] == 20 + 64 + 64 and found["torn_steps"] == 64
+    assert "charged with 64 steps" in command(capsys, "ledger", "verify", path)[1]
+    repaired = as_json(capsys, "ledger", "repair", path)["repaired"]
+    assert repaired["line"] == 7 and repaired["steps"] == 64 and os.path.exists(repaired["backup"])
+    assert as_json(capsys, "ledger", "verify", path)["torn_steps"] is None
+    with open(path, "r+b") as file:
+        file.seek(200)
+        file.write(b"?")
+    for action in ("verify", "repair"):
+        code, out, err = command(capsys, "ledger", action, path)
+        assert code == 1 and not out and f"{path}, line 2" in err
+    assert command(capsys, "ledger", "verify", path, "--epsilon=3")[0] == 2
 
 
 def test_a_broken_ledger(capsys, tmp_path):
@@ -145,6 +199,8 @@ def test_a_broken_ledger(capsys, tmp_path):
         (["calibrate", "--epsilon=3", "--solve_for=magic"], "solve_for"),
         (["ledger"], "PATH"),
         (["ledger", "a", "b"], "PATH"),
+        (["ledger", "verify"], "PATH"),
+        (["ledger", "repair", "a", "b"], "PATH"),
         (["ledger", "nowhere", "--epsilon=-1"], "epsilon"),
     ],
 )
