@@ -110,6 +110,7 @@ def train(config: Mapping[str, Any], verbose: bool = True) -> dict[str, Any]:
     """
     data, privacy, training = config["data"], config["privacy"], config["training"]
     output = config.get("output", {})
+    _check_output(output, privacy.get("ledger"))
     x, y = _load(_needed(data, "train", "data"), data.get("x", "x"), data.get("y", "y"))
     test = None
     if "test" in data or "test_x" in data:
@@ -160,6 +161,17 @@ def train(config: Mapping[str, Any], verbose: bool = True) -> dict[str, Any]:
     if "result" in output:
         pathlib.Path(output["result"]).write_text(json.dumps(result) + "\n")
     return result
+
+
+def _check_output(output, ledger):
+    """Refuses, before anything is spent, files that cannot be written, or that are the ledger."""
+    for name, path in output.items():
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise ValueError(f"`{name}` in section 'output': the folder of {path} does not exist.")
+        if name == "model" and not path.endswith((".keras", ".h5", ".hdf5")):
+            raise ValueError(f"`model` in section 'output' must end in .keras; got {path}.")
+        if ledger is not None and os.path.realpath(path) == os.path.realpath(ledger):
+            raise ValueError(f"`{name}` in section 'output' would overwrite the ledger, {path}.")
 
 
 def _needed(values, name, section):

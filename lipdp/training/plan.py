@@ -7,6 +7,7 @@ whatever cannot be trained on fails here. The steps only read.
 import dataclasses
 import functools
 import math
+import warnings
 from typing import Any
 
 import keras
@@ -18,6 +19,7 @@ from accountants.validation import check_integer
 from lipdp import losses
 from lipdp.bounds.projections import Projection
 from lipdp.data.batches import DrawnBatches, check_weights, padding_multiple
+from lipdp.data.repeats import repeats
 from lipdp.data.sources import Arrays, Stream, open_source
 from lipdp.devices import Devices, broadcast_from_chief, digest, require_same_run
 from lipdp.inspection.check import check_trainable
@@ -27,6 +29,10 @@ from lipdp.training.spending import ActiveRun
 from lipdp.training.steps.private_step import PrivateStep, StepConstants
 
 __all__ = ["Plan", "make_plan", "project", "run_fingerprint", "step_of"]
+
+
+# A row that occurs so often is asked about.
+_MANY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +209,23 @@ def _open_data(model, x, y, sample_weight, class_weight, devices):
             "processes: each would have to read all of a stream."
         )
     model.sampling.validate(len(examples))
+    _warn_of_repeats(examples)
     return examples, check_weights(sample_weight, class_weight, examples, model.max_sample_weight)
+
+
+def _warn_of_repeats(examples):
+    """Asks about a row that occurs often, of arrays in memory: others would have to be read."""
+    if not isinstance(examples, Arrays):
+        return
+    arrays = [*keras.tree.flatten(examples.x), examples.y]
+    if not any(isinstance(a, np.memmap) for a in arrays) and repeats(arrays, _MANY):
+        warnings.warn(
+            f"Some row of `x` and `y` occurs {_MANY} times or more, and ε is for one row. Where "
+            "such rows are one person's, that person's ε is the one of a group: "
+            "accountants.epsilon(..., group_size=k). This message tells of the data and is not "
+            "private: keep it where the data are.",
+            stacklevel=2,
+        )
 
 
 def _steps_per_epoch(sampling, examples, asked, steps_per_call):

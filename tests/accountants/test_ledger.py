@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import pytest
@@ -23,6 +24,7 @@ from accountants import (
     ShuffledEpochs,
     TrainingRun,
     epsilon,
+    ledger,
 )
 
 MECHANISM = {"noise_multiplier": 1.5, "sampling": PoissonSampling(10), "num_examples": 100}
@@ -106,7 +108,6 @@ def test_fsync_comes_before_the_step(path, monkeypatch):
 def test_a_failing_disk_releases_no_step(path, monkeypatch, fault):
     run = Ledger(path).open_run(**MECHANISM, reserve=4)
     run.pay(4)
-    from accountants import ledger as module
 
     def broken(file, data):
         if fault == "write":
@@ -115,7 +116,7 @@ def test_a_failing_disk_releases_no_step(path, monkeypatch, fault):
             file.write(data)
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "_write", broken)
+    monkeypatch.setattr(ledger, "_write", broken)
     with pytest.raises(OSError, match="space"):
         run.pay()
     monkeypatch.undo()
@@ -608,6 +609,25 @@ def test_a_file_that_is_changed_is_noticed(path, change, moment):
         assert Ledger(path).steps == 11
 
 
+def test_a_change_within_a_tick_is_noticed(path):
+    """Of the clock of the file system, which then gives no other time."""
+    real = os.stat
+
+    def coarse(path):
+        found = real(path)
+        same = {name: getattr(found, name) for name in ("st_dev", "st_ino", "st_size")}
+        return types.SimpleNamespace(**same, st_mtime_ns=0, st_ctime_ns=0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        run = Ledger(path).open_run(**MECHANISM)
+        patch.setattr(os, "stat", coarse)
+        run.pay(2)
+        run.pay()
+        flip(path)
+        with pytest.raises(LedgerError, match="changed"):
+            run.pay()
+
+
 def test_a_folder_that_is_removed_is_noticed(path):
     folder = os.path.join(os.path.dirname(path), "folder")
     os.mkdir(folder)
@@ -632,16 +652,14 @@ def test_what_does_not_change_a_file_does_not_stop_a_run(path, harmless):
 
 def test_a_payment_looks_at_the_file_once(path, monkeypatch):
     """The content is read again where the time stamps cannot tell."""
-    from accountants import ledger as module
-
     looks, reads = [], []
-    real_stat, real_whole = os.stat, module._whole
+    real_stat, real_whole = os.stat, ledger._whole
     run = Ledger(path).open_run(**MECHANISM, reserve=100)
     run.pay()
-    time.sleep(2 * module._TICK)
+    time.sleep(2 * ledger._TICK)
     run.pay()
     monkeypatch.setattr(os, "stat", lambda p: (looks.append(p), real_stat(p))[1])
-    monkeypatch.setattr(module, "_whole", lambda f: (reads.append(f), real_whole(f))[1])
+    monkeypatch.setattr(ledger, "_whole", lambda f: (reads.append(f), real_whole(f))[1])
     for _ in range(50):
         run.pay()
     assert looks == [path] * 50 and reads == []
@@ -733,13 +751,11 @@ def test_a_place_where_nothing_can_be_written(path, monkeypatch):
 
 
 def test_a_ledger_is_made_whole_or_not_at_all(path, monkeypatch):
-    from accountants import ledger as module
-
     def broken(file, data):
         file.write(data[:11])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_write", broken)
+    monkeypatch.setattr(ledger, "_write", broken)
     with pytest.raises(LedgerError, match="No space"):
         Ledger(path).lock()
     assert os.listdir(os.path.dirname(path)) == []
@@ -755,12 +771,10 @@ RESERVE = {"type": "reserve", "steps": 8}
 
 def forge(path, *records):
     """A ledger whose checks are right, whatever it says."""
-    from accountants import ledger as module
-
-    data, check = module._HEADER, module._HEADER_CHECK
+    data, check = ledger._HEADER, ledger._HEADER_CHECK
     for record in records:
         text = record if isinstance(record, bytes) else json.dumps(record).encode()
-        check = module._checksum(check, text)
+        check = ledger._checksum(check, text)
         data += text + b" " + check.encode() + b"\n"
     with open(path, "wb") as file:
         file.write(data)
@@ -818,16 +832,14 @@ def test_forged_lines_are_named(path, kind):
 
 def test_forged_seals_are_named(path):
     """Of a torn line no less may be counted than it can have said."""
-    from accountants import ledger as module
-
     for steps in (-1, 7, 8.5, 8):
         forge(path, OPEN)
         torn = b'{"type": "rese'
         record = {"type": "torn", "time": OPEN["time"], "steps": steps}
         with open(path, "r+b") as file:
             check = file.read().split()[-1].decode()
-            line, _ = module._encode(record | {"sha256": module._digest(torn)}, check)
-            file.write(torn + module._SEAL + line)
+            line, _ = ledger._encode(record | {"sha256": ledger._digest(torn)}, check)
+            file.write(torn + ledger._SEAL + line)
         if steps == 8:
             assert Ledger(path).steps == 8
         else:
@@ -893,6 +905,110 @@ def test_repair_where_it_cannot(path, history):
     assert not os.path.exists(f"{path}.too")
 
 
+# --- each check matters: without it, these tests fail ---------------------------------------------
+
+
+def without(patch, target, name, value=lambda *args, **kwargs: None):
+    patch.setattr(target, name, value)
+
+
+def without_lock(patch):
+    import fcntl
+
+    without(patch, fcntl, "flock")
+
+
+def without_look(patch):
+    without(patch, ledger.LedgerWriter, "check_unchanged")
+
+
+def without_tick(patch):
+    """Size and time stamps alone, trusted at once."""
+    without(patch, ledger, "_TICK", -1.0)
+
+
+def without_identity(patch):
+    without(patch, ledger, "_identity", lambda found: None)
+
+
+def without_hook(patch):
+    class Nothing(set):
+        def add(self, writer):
+            pass
+
+    without(patch, ledger, "_WRITERS", Nothing())
+
+
+def without_order(patch):
+    """The file is read before it is locked."""
+    read = ledger._whole
+
+    def before(path):
+        with open(path, "rb", buffering=0) as file:
+            content = read(file)
+        pay(path, 1)
+        return content
+
+    opened = ledger._open_locked
+    stale = []
+    without(patch, ledger, "_open_locked", lambda p: (stale.append(before(p)), opened(p))[1])
+    without(patch, ledger, "_whole", lambda file: stale.pop() if stale else read(file))
+
+
+def stale_read(path):
+    pay(path, 5)
+    with Ledger(path).lock() as writer:
+        assert sum(run.steps for run in writer.runs) == Ledger(path).steps
+
+
+def without_reservation_limit(patch):
+    without(patch, ledger._Entry, "torn_steps", lambda self: 10**9)
+
+
+def without_integers(patch):
+    without(patch, ledger, "check_integer", lambda value, *args: value)
+
+
+def without_names(patch):
+    apply = ledger._State.apply
+    without(patch, ledger._State, "apply", lambda s, *args: (s.names.clear(), apply(s, *args)))
+
+
+def without_whole_files(patch):
+    patch.setattr(ledger.os, "link", lambda draft, path: open(path, "wb").close())
+
+
+def seen(change, moment="within a reservation"):
+    return lambda path: test_a_file_that_is_changed_is_noticed(path, change, moment)
+
+
+def forged(kind):
+    return lambda path: test_forged_lines_are_named(path, kind)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "test"),
+    [
+        (without_lock, test_what_was_read_is_what_is_paid_on),
+        (without_order, stale_read),
+        (without_hook, test_a_forked_child_does_not_keep_the_lock),
+        *((without_look, seen(change)) for change in CHANGES),
+        (without_tick, test_a_change_within_a_tick_is_noticed),
+        (without_identity, seen(replace_by_a_copy)),
+        (without_reservation_limit, forged("more than reserved at once")),
+        (without_reservation_limit, forged("more than the most")),
+        (without_integers, forged("negative steps")),
+        (without_integers, forged("negative settlement")),
+        (without_names, forged("a run twice")),
+        (without_whole_files, lambda path: pay(path, 1)),
+    ],
+)
+def test_mutants_are_caught(path, monkeypatch, mutant, test):
+    mutant(monkeypatch)
+    with pytest.raises((AssertionError, LedgerError, OSError, ValueError, pytest.fail.Exception)):
+        test(path)
+
+
 # --- interrupts -----------------------------------------------------------------------------------
 
 
@@ -903,11 +1019,9 @@ class Interrupter:
         self.left = lines
 
     def __call__(self, frame, event, argument):
-        from accountants import ledger as module
-
-        if frame.f_code.co_filename != module.__file__:
+        if frame.f_code.co_filename != ledger.__file__:
             return None
-        source = linecache.getline(module.__file__, frame.f_lineno).strip()
+        source = linecache.getline(ledger.__file__, frame.f_lineno).strip()
         # Where an interrupt is looked at in truth: not between a call and what guards it.
         if event == "line" and source not in ("try:", "finally:"):
             self.left -= 1
@@ -916,7 +1030,8 @@ class Interrupter:
         return self
 
 
-def test_interrupts_at_any_instant(path):
+def test_interrupts_at_any_instant(path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # some thousands of them
     lines, kept = 0, True
     while kept:
         lines += 1

@@ -101,6 +101,10 @@ def test_the_settings_arrive(folder):
         ("temperature: 2", "temprature: 2", "temprature"),
         ("network: {", "network: [", "not a YAML"),
         ("privacy: {epsilon: 3", "privacy: {epsilon: -3", "epsilon"),
+        ("model: private.keras", "model: no/private.keras", "folder"),
+        ("model: private.keras", "model: private", ".keras"),
+        ("report: report.html", "report: no/report.html", "folder"),
+        ("result: result.json", "result: ./spent.ledger", "overwrite the ledger"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_spent(folder, capsys, old, new, message):
