@@ -102,11 +102,15 @@ class Spending:
         probability p in all. Then the release is (ε, δ' + (1 + e^ε)·p)-private.
         """
         failure = norms.FAILURE_PROBABILITY * self._certificates() * sum(r.steps for r in runs)
-        reserve = _RESERVE * delta if failure else 0.0
-        epsilon = accountants.epsilon(runs=runs, delta=delta - reserve)
-        if failure and (epsilon > 500 or (1 + math.exp(epsilon)) * failure > reserve):
-            return math.inf
-        return epsilon
+        if not failure:
+            return accountants.epsilon(runs=runs, delta=delta)
+        most = _RESERVE * delta
+        # An ordinary ε needs far less than is set aside, and is all but the ledger's.
+        for reserve in (min(1e3 * failure, most), most):
+            epsilon = accountants.epsilon(runs=runs, delta=delta - reserve)
+            if epsilon < 500 and (1 + math.exp(epsilon)) * failure <= reserve:
+                return epsilon
+        return math.inf
 
     def spent(self, delta: float | None, sampling: Sampling) -> Spent:
         """What was spent at a delta, by default the budget's; `sampling` names the relation of

@@ -274,6 +274,22 @@ def test_model_ledger_and_command_say_the_same(path, capsys):
     assert said.steps == Ledger(path).steps == told["steps"] == 8
 
 
+def test_certificates_are_paid_for_out_of_delta(path):
+    use(spending(path, None, 0.8))
+    plain = spending(path, None, 1.0).spent(1e-5, SAMPLING)
+
+    def with_certificates(count):
+        return Spending(None, 1.0, path, lambda: count).spent(1e-5, SAMPLING).epsilon
+
+    assert plain.epsilon < with_certificates(10) < plain.epsilon * (1 + 1e-8)
+    # So many that the larger share is needed, and more than that.
+    failure = 400 * 1e-20
+    needed = (1 + np.exp(plain.epsilon)) * failure
+    many = with_certificates(int(0.9e-8 / needed))
+    assert plain.epsilon * (1 + 1e-8) < many < plain.epsilon * (1 + 1e-3)
+    assert with_certificates(int(1.1e-8 / needed)) == np.inf
+
+
 # --- warnings -------------------------------------------------------------------------------------
 
 
