@@ -21,6 +21,7 @@ __all__ = [
     "clamp_weights",
     "clip_rows",
     "scale_rows",
+    "split_noise",
 ]
 
 
@@ -64,21 +65,17 @@ def clamp_weights(weights: Any, largest: float) -> Any:
     return ops.where(ops.isfinite(weights), ops.clip(weights, 0.0, largest), 0.0)
 
 
-def scale_rows(rows: Any, weights: Any, largest: float) -> Any:
-    """Multiplies each example's row by its weight, clamped to `[0, largest]`.
-
-    A row of norm at most `C` then has one of at most `largest·C`, whatever the weights are.
+def scale_rows(rows: Any, factors: Any) -> Any:
+    """Multiplies each example's row by its factor.
 
     Args:
         rows: `(batch, ...)`.
-        weights: `(batch,)`.
-        largest: the declared maximum.
+        factors: `(batch,)`.
 
-    >>> [float(v) for v in scale_rows(ops.ones((3, 1)), ops.array([0.5, 9.0, 1.0]), 2.0)[:, 0]]
+    >>> [float(v) for v in scale_rows(ops.ones((3, 1)), ops.array([0.5, 2.0, 1.0]))[:, 0]]
     [0.5, 2.0, 1.0]
     """
-    weights = clamp_weights(ops.cast(weights, rows.dtype), largest)
-    return rows * ops.reshape(weights, (-1,) + (1,) * (len(rows.shape) - 1))
+    return rows * ops.reshape(factors, (-1,) + (1,) * (len(rows.shape) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,24 +117,35 @@ class AdaptiveClip:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite; got {value!r}.")
 
-    def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
-        """(multiplier of the gradient, multiplier of the count) whose joint one is given.
 
-        Raises:
-            ValueError: the count's noise alone uses up the budget.
-        """
-        if noise_multiplier == 0:
-            return 0.0, 0.0
-        count = self.count_noise_multiplier
-        if count is None:
-            count = max(expected_batch_size / 10, 5 * noise_multiplier)
-        if count <= noise_multiplier:
-            raise ValueError(
-                f"`count_noise_multiplier` must be above the noise multiplier "
-                f"{noise_multiplier:.4g}, or nothing is left for the gradient; got {count:.4g}."
-            )
-        # (σ⁻² − c⁻²)^(−1/2), written so that it rounds well.
-        return noise_multiplier / math.sqrt(1 - (noise_multiplier / count) ** 2), count
+def split_noise(
+    noise_multiplier: float, batch_size: float, count_noise_multiplier: float | None
+) -> tuple[float, float]:
+    """(multiplier of the gradient, multiplier of the count) whose joint one is given.
+
+    Args:
+        noise_multiplier: the joint one.
+        batch_size: the expected one, beside which the noise of the count should be small.
+        count_noise_multiplier: of the count; by default `max(batch_size/10, 5·noise_multiplier)`.
+
+    Raises:
+        ValueError: the count's noise alone uses up the budget.
+
+    >>> [round(v, 3) for v in split_noise(1.0, 256, None)]
+    [1.001, 25.6]
+    """
+    if noise_multiplier == 0:
+        return 0.0, 0.0
+    count = count_noise_multiplier
+    if count is None:
+        count = max(batch_size / 10, 5 * noise_multiplier)
+    if count <= noise_multiplier:
+        raise ValueError(
+            f"`count_noise_multiplier` must be above the noise multiplier "
+            f"{noise_multiplier:.4g}, or nothing is left for the gradient; got {count:.4g}."
+        )
+    # (σ⁻² − c⁻²)^(−1/2), written so that it rounds well.
+    return noise_multiplier / math.sqrt(1 - (noise_multiplier / count) ** 2), count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +163,8 @@ class FixedClip:
     norm: float
     loss_gradient_bound: float
 
-    #: Whether a step counts the rows within the clip.
-    counted = False
+    #: How many fractions of rows within the clip a step counts.
+    counts = 0
 
     def current(self) -> float:
         """The norm to which rows are clipped."""
@@ -181,7 +189,7 @@ class TrackedClip:
     loss_gradient_bound: float
     variable: keras.Variable
 
-    counted = True
+    counts = 1
 
     def current(self) -> Any:
         """The norm to which rows are clipped, a scalar tensor."""
@@ -195,8 +203,9 @@ class TrackedClip:
         self.variable.assign(ops.clip(moved, 1e-12, min(self.loss_gradient_bound, 1e30)))
 
     def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
-        """As `AdaptiveClip.split`."""
-        return self.settings.split(noise_multiplier, expected_batch_size)
+        """As `split_noise`."""
+        count = self.settings.count_noise_multiplier
+        return split_noise(noise_multiplier, expected_batch_size, count)
 
 
 def check_clip(clip: Any) -> "float | AdaptiveClip | None":
@@ -205,7 +214,8 @@ def check_clip(clip: Any) -> "float | AdaptiveClip | None":
     Raises:
         TypeError, ValueError: anything else.
     """
-    if clip is None or isinstance(clip, AdaptiveClip):
+    from lipdp.training.per_layer import PerLayerClip
+    if clip is None or isinstance(clip, (AdaptiveClip, PerLayerClip)):
         return clip
     try:
         return check_number(clip, "clip")

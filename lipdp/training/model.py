@@ -25,8 +25,10 @@ from lipdp.noise import SecureNoise, make_noise, resolve_allocation
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
+from lipdp.local.calls import layer_units
 from lipdp.training.attained import attained_gradients
 from lipdp.training.clipping import AdaptiveClip, FixedClip, TrackedClip, check_clip
+from lipdp.training.per_layer import LayerThresholds, PerLayerClip
 from lipdp.training.plan import Plan, make_plan, project, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
@@ -128,7 +130,7 @@ class PrivateModel(keras.Model):
         noise_multiplier: float | None = None,
         sampling: Sampling | None = None,
         noise: Any = "gaussian",
-        clip: float | AdaptiveClip | None = None,
+        clip: float | AdaptiveClip | PerLayerClip | None = None,
         augmentation: Augmentation | None = None,
         physical_batch_size: int | None = None,
         allocation: str | Mapping[str, float] = "global",
@@ -170,7 +172,11 @@ class PrivateModel(keras.Model):
             physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
 
-        check_trainable(network)
+        self.units = None  # layers that clip their own gradients
+        if isinstance(self.clip, PerLayerClip):
+            self.units = layer_units(network)
+        else:
+            check_trainable(network)
         resolve_allocation(allocation, network.trainable_variables)
         self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         self.network = network
@@ -626,6 +632,17 @@ class PrivateModel(keras.Model):
 
     def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip:
         """The clip's state: that of an earlier `compile` goes on."""
+        if self.units is not None:
+            if self.clip_state is not None:
+                return self.clip_state
+            variable = self.add_weight(
+                shape=(len(self.units.units),),
+                initializer=keras.initializers.Constant(self.clip.threshold or self.clip.initial),
+                trainable=False,
+                name="thresholds",
+                aggregation="only_first_replica",
+            )
+            return LayerThresholds(self.clip, variable)
         if not isinstance(self.clip, AdaptiveClip):
             norm = math.inf if self.clip is None else self.clip
             return FixedClip(norm, loss_gradient_bound)

@@ -82,7 +82,8 @@ def make_plan(
 
     examples, weights = _open_data(model, x, y, sample_weight, class_weight, devices)
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
-    check_trainable(model.network)
+    if model.units is None:
+        check_trainable(model.network)
     if devices.processes > 1:
         _follow_chief(model.spending, all_gather, devices)
 
@@ -138,6 +139,7 @@ def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
         optimizer=model.optimizer,
         loss=model.private_loss,
         clip=model.clip_state,
+        units=model.units,
         noise=model.noise,
         allocation=allocation if isinstance(allocation, str) else tuple(allocation),
         sample_weight_bound=model.sample_weight_bound,
@@ -168,7 +170,7 @@ def run_fingerprint(
     inputs, targets = examples.take(some, len(some))
     optimizer = {k: v for k, v in step.optimizer.get_config().items() if k != "name"}
     settings = (
-        step.clip.loss_gradient_bound,
+        getattr(step.clip, "loss_gradient_bound", None),
         model.clip,
         model.allocation,
         step.sample_weight_bound,
@@ -237,7 +239,7 @@ def _constants(model, examples, noise_constants):
     return StepConstants(
         noise_multiplier=model.noise_multiplier,
         gradient_noise_multiplier=noise.multiplier(gradient, weights),
-        count_noise_multiplier=noise.multiplier(count, 1) if clip.counted else 0.0,
+        count_noise_multiplier=noise.multiplier(count, clip.counts) if clip.counts else 0.0,
         expected_batch_size=divisor,
         noise_constants=noise_constants,
     )
