@@ -1,1 +1,1 @@
-"""Gradients of single examples, layer by layer: their norms and clipped sums in one backward pass."""
+"""Gradients of single examples, layer by layer."""
