@@ -92,8 +92,8 @@ def per_row(function: Callable[..., list[Tensor]], rows: Sequence[Tensor]) -> li
         function: maps a row of each tensor to a list of tensors.
         rows: tensors `(batch, ...)`.
 
-    >>> (total,) = per_row(lambda x: [keras.ops.sum(x)], [keras.ops.array([[1.0, 2.0], [3.0, 4.0]])])
-    >>> [float(v) for v in total]
-    [3.0, 7.0]
+    >>> (doubled,) = per_row(lambda x: [2 * x], [keras.ops.array([1.0, 2.0])])
+    >>> [float(v) for v in doubled]
+    [2.0, 4.0]
     """
     return _per_row(function, list(rows))

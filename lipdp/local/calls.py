@@ -3,14 +3,14 @@
 import contextlib
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from lipdp.local.products import Tensor
+from lipdp.local.rows import UnitCall, check_rows_apart, over_batch
 from lipdp.local.units import Unit, find_units
 
 __all__ = ["Call", "LayerUnits", "layer_units"]
@@ -37,14 +37,14 @@ class LayerUnits:
 
     Attributes:
         units: the layers that clip their own gradients.
-        batched: for each call of a unit, in the order of the forward pass, whether its input has a
-            row an example. Where it has none, each example gets a copy, so that its own cotangent
-            can be told.
+        order: the units' calls in a forward pass, as `check_rows_apart` found them. Where one is
+            not batched, each example gets a copy of its input, so that its own cotangent can be
+            told.
         variables: the trainable weights of the network.
     """
 
     units: tuple[Unit, ...]
-    batched: tuple[bool, ...]
+    order: tuple[UnitCall, ...]
     variables: tuple[keras.Variable, ...]
 
     def groups(self) -> list[list[int]]:
@@ -65,24 +65,31 @@ class LayerUnits:
 
         Yields:
             The calls so far.
+
+        Raises:
+            RuntimeError: a call that was not found when the network was checked.
         """
         calls = []
 
         def call_of(number, original, *args, **kwargs):
-            if len(calls) == len(self.batched):
+            unit = self.units[number]
+            expected = self.order[len(calls)] if len(calls) < len(self.order) else None
+            if expected is None or expected.layer is not unit.layer:
                 raise RuntimeError(
-                    f"Layer {self.units[number].layer.name!r} is called more often than when the "
-                    "network was checked: what its `call` does must not change."
+                    f"Layer {unit.layer.name!r} is called where it was not when the network was "
+                    "checked: which layers a network calls must not change. The step has not run."
                 )
-            if not self.batched[len(calls)]:
-                args = (_for_each(args[0], batch_size), *args[1:])
+            if not expected.batched:
+                args, kwargs = tree.map_structure(
+                    lambda v: over_batch(v, batch_size) if ops.is_tensor(v) else v, (args, kwargs)
+                )
 
             def tapped(value, saved, static=None):
                 index = len(calls)
                 calls.append(Call(number, saved, static))
                 return tap(index, value)
 
-            return self.units[number].run(original, tapped, args, kwargs)
+            return unit.run(original, tapped, args, kwargs)
 
         with contextlib.ExitStack() as stack:
             for number, unit in enumerate(self.units):
@@ -143,18 +150,23 @@ class LayerUnits:
         return [found[id(v)] for v in self.variables], ops.stack(within, axis=-1)
 
 
+def layer_units(network: keras.Model) -> LayerUnits:
+    """The units of a network, once it is proven that its rows stay apart.
+
+    Raises:
+        UnknownLayerError: rows may be mixed, or a weight has no unit of its own.
+        ValueError: the network is not built, or has a fixed batch size.
+
+    >>> network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> [unit.layer.name for unit in layer_units(network).units] == [network.layers[0].name]
+    True
+    """
+    units = find_units(network)
+    order = check_rows_apart(network, [unit.layer for unit in units])
+    return LayerUnits(tuple(units), tuple(order), tuple(network.trainable_variables))
+
+
 def _restore(own, call):
     del own["call"]
     if call is not None:
         own["call"] = call
-
-
-def _for_each(value, batch_size):
-    value = ops.convert_to_tensor(value)
-    return ops.broadcast_to(value, (batch_size, *value.shape))
-
-
-def layer_units(network: keras.Model) -> LayerUnits:
-    """The units of a network whose rows stay apart."""
-    units = find_units(network)
-    return LayerUnits(tuple(units), (True,) * 200, tuple(network.trainable_variables))

@@ -8,7 +8,7 @@ and tells, from what that part read and from those cotangents, the norm of each 
 import abc
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -48,12 +48,10 @@ class Unit(abc.ABC):
         """
         with _without_activation(self.layer) as activation:
             value = call(*args, **kwargs)
-        return activation(tap(value, [args[0]]))
+        return activation(tap(value, [_first(args, kwargs)]))
 
     @abc.abstractmethod
-    def measure(
-        self, saved: list[Tensor], g: Tensor, static: Any = None
-    ) -> tuple[Tensor, Pull]:
+    def measure(self, saved: list[Tensor], g: Tensor, static: Any = None) -> tuple[Tensor, Pull]:
         """Squares of the norms of the examples' gradients, `(batch,)`, and the function that gives
         the sum of the gradients times a factor each, in the order of `variables`.
         """
@@ -117,7 +115,7 @@ class ConvUnit(_Weighted):
                 f"Layer {layer.name!r} reads maps of unknown size; give keras.Input all sizes."
             )
         parts = taps(x, layer.kernel_size, layer.strides, layer.padding, layer.dilation_rate)
-        positions, channels = parts[0].shape[1] , x.shape[-1] // groups
+        positions, channels = parts[0].shape[1], x.shape[-1] // groups
         c = layer.filters // groups
         g = ops.reshape(g, (-1, positions, groups, c))
         parts = [ops.reshape(part, (-1, positions, groups, channels)) for part in parts]
@@ -147,7 +145,9 @@ class ConvUnit(_Weighted):
 
         def joined(factors):
             found = pull(factors)
-            kernel = ops.reshape(ops.stack(found[:count]), self.layer.kernel.shape) if count else None
+            kernel = (
+                ops.reshape(ops.stack(found[:count]), self.layer.kernel.shape) if count else None
+            )
             return [v for v in (kernel, *found[count:]) if v is not None]
 
         return squares, joined
@@ -229,7 +229,7 @@ class EmbeddingUnit(Unit):
     LONGEST = 1024  # positions, whose Gram matrix is formed
 
     def run(self, call, tap, args, kwargs):
-        return tap(call(*args, **kwargs), [args[0]])
+        return tap(call(*args, **kwargs), [_first(args, kwargs)])
 
     @classmethod
     def fits(cls, layer):
@@ -309,8 +309,10 @@ class AffineUnit(Unit):
         gradients = []
         for variable in self.variables:
             scale = variable.path.rsplit("/", 1)[-1] in ("gamma", "scale")
-            rows = ops.sum(saved[0] * g if scale else g, axis=away) if away else (
-                saved[0] * g if scale else g
+            rows = (
+                ops.sum(saved[0] * g if scale else g, axis=away)
+                if away
+                else (saved[0] * g if scale else g)
             )
             gradients.append(ops.reshape(rows, (-1, *variable.shape)))
         return entrywise(gradients)
@@ -437,6 +439,10 @@ def _without_activation(layer) -> Iterator[Callable]:
         yield activation if activation is not None else lambda value: value
     finally:
         vars(layer)["activation"] = activation
+
+
+def _first(args, kwargs):
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _positions(value):

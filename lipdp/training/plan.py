@@ -135,7 +135,7 @@ def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
     """What the steps of a compiled model read, as it is configured now."""
     allocation = resolve_allocation(model.allocation, model.network.trainable_variables)
     return PrivateStep(
-        network=model.network,
+        network=model.graph,
         optimizer=model.optimizer,
         loss=model.private_loss,
         clip=model.clip_state,
@@ -170,7 +170,7 @@ def run_fingerprint(
     inputs, targets = examples.take(some, len(some))
     optimizer = {k: v for k, v in step.optimizer.get_config().items() if k != "name"}
     settings = (
-        getattr(step.clip, "loss_gradient_bound", None),
+        step.clip.loss_gradient_bound,
         model.clip,
         model.allocation,
         step.sample_weight_bound,
@@ -195,9 +195,9 @@ def run_fingerprint(
 def _open_data(model, x, y, sample_weight, class_weight, devices):
     """The source of the examples, and the weight of each."""
     in_order = model.sampling.batch_size if model.sampling.streamable else None
-    examples = open_source(x, y, model.network, stream=in_order)
+    examples = open_source(x, y, model.graph, stream=in_order)
     if isinstance(examples, Arrays):
-        losses.check_targets(model.private_loss, examples.y, model.network.output_shape[1:])
+        losses.check_targets(model.private_loss, examples.y, model.graph.output_shape[1:])
     if isinstance(examples, Stream) and devices.processes > 1:
         raise ValueError(
             "`x` must be arrays, or records of which any can be read, for training in several "

@@ -23,8 +23,14 @@ from lipdp.data.augmentation import Augmentation
 from lipdp.local.calls import LayerUnits
 from lipdp.noise import GaussianNoise, standard_deviations
 from lipdp.noise.gaussian_rng import standard_normal
-from lipdp.training.clipping import FixedClip, TrackedClip, clamp_weights, clip_rows, scale_rows
-from lipdp.training.per_layer import LayerThresholds
+from lipdp.training.clipping import (
+    FixedClip,
+    LayerThresholds,
+    TrackedClip,
+    clamp_weights,
+    clip_rows,
+    scale_rows,
+)
 from lipdp.training.steps.backend import Backend
 
 
@@ -155,26 +161,19 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
         constants.gradient_noise_multiplier,
         step.allocation,
     )
-    stds = [None] * len(variables)
-    for std, (_, group) in zip(stds_of_groups, groups, strict=True):
+    stds, units = [None] * len(variables), [None] * len(variables)
+    for std, (bound, group) in zip(stds_of_groups, groups, strict=True):
         for i in group:
-            stds[i] = std
+            stds[i], units[i] = std, bound
     if step.clip.counts:
         stds = [*stds, 0.5 * math.sqrt(step.clip.counts) * constants.count_noise_multiplier]
     if any(ops.is_tensor(std) for std in stds):
         stds = _synchronise(stds)
     noisy = step.noise.add(backend, features, sums, stds)
     updates = []
-    if step.units is not None:
-        C = step.clip.current()
-        scales = [None] * len(variables)
-        for i, group in enumerate(step.units.groups()):
-            for j in group:
-                scales[j] = C[i] if step.clip.settings.mode == "each" else ops.sqrt(ops.sum(ops.square(C)))
-    for variable, total in zip(variables, noisy[: len(variables)], strict=True):
-        update = total * (1.0 / divisor)
-        if step.units is not None and step.clip.settings.mode != "raw":
-            update = update / scales[len(updates)]
+    for variable, total, unit in zip(variables, noisy[: len(variables)], units, strict=True):
+        # A layer's own threshold is its unit, so that its updates do not depend on it.
+        update = total * (1.0 / divisor) if step.units is None else total / (divisor * unit)
         if variable.regularizer is not None:
             # A penalty on the weights depends on no data: it comes after the noise.
             update = update + gradient(variable.regularizer, variable.value)[1]
