@@ -23,8 +23,9 @@ if TYPE_CHECKING:  # at run time these are imported when they are first used
     from lipdp.data.augmentation import Augmentation
     from lipdp.inspection.check import check
     from lipdp.inspection.repair import repair
+    from lipdp.local.rows import keeps_rows_apart
     from lipdp.noise import BandedNoise, ToeplitzNoise
-    from lipdp.training.clipping import AdaptiveClip
+    from lipdp.training.clipping import AdaptiveClip, PerLayerClip
     from lipdp.training.model import PrivateModel
     from lipdp.training.spending import BudgetExceeded, Spent
 
@@ -38,6 +39,7 @@ __all__ = [
     "FixedEpochs",
     "FixedSize",
     "FullBatch",
+    "PerLayerClip",
     "PoissonSampling",
     "PrivateModel",
     "RandomAllocation",
@@ -50,6 +52,7 @@ __all__ = [
     "bounds",
     "check",
     "gradient_bounds",
+    "keeps_rows_apart",
     "layers",
     "losses",
     "metrics",
@@ -64,12 +67,14 @@ _HOMES = {
     "Augmentation": "lipdp.data.augmentation",
     "BandedNoise": "lipdp.noise",
     "BudgetExceeded": "lipdp.training.spending",
+    "PerLayerClip": "lipdp.training.clipping",
     "PrivateModel": "lipdp.training.model",
     "Spent": "lipdp.training.spending",
     "ToeplitzNoise": "lipdp.noise",
     "UnknownLayerError": "lipdp.bounds",
     "check": "lipdp.inspection.check",
     "gradient_bounds": "lipdp.bounds",
+    "keeps_rows_apart": "lipdp.local.rows",
     "repair": "lipdp.inspection.repair",
 }
 

@@ -27,6 +27,9 @@ if keras.backend.backend() == "tensorflow":
 
     compiled = functools.partial(tf.function, autograph=False)
 
+    def _per_row(function, rows):
+        return tf.vectorized_map(lambda row: function(*row), tuple(rows))
+
 elif keras.backend.backend() == "jax":
     import jax
 
@@ -35,6 +38,9 @@ elif keras.backend.backend() == "jax":
         return values, list(pull(cotangents_of(values)))
 
     compiled = jax.jit
+
+    def _per_row(function, rows):
+        return jax.vmap(function)(*rows)
 
 else:
     raise ImportError(
@@ -77,3 +83,17 @@ def gradient(function: Callable[[Tensor], Tensor], value: Tensor) -> tuple[Tenso
         lambda x: [function(x)], [value], lambda values: [keras.ops.ones_like(values[0])]
     )
     return result, slope
+
+
+def per_row(function: Callable[..., list[Tensor]], rows: Sequence[Tensor]) -> list[Tensor]:
+    """`function` of each row by itself, and the results joined: no row can see another.
+
+    Args:
+        function: maps a row of each tensor to a list of tensors.
+        rows: tensors `(batch, ...)`.
+
+    >>> (doubled,) = per_row(lambda x: [2 * x], [keras.ops.array([1.0, 2.0])])
+    >>> [float(v) for v in doubled]
+    [2.0, 4.0]
+    """
+    return _per_row(function, list(rows))

@@ -255,7 +255,12 @@ def _data_of(node, slots):
     return tensors
 
 
-def _check_layer(layer):
+def check_losses(layer: keras.layers.Layer) -> None:
+    """Refuses a layer with a loss of its own.
+
+    Raises:
+        UnknownLayerError: it has an activity regulariser, or called `add_loss`.
+    """
     if getattr(layer, "activity_regularizer", None) is not None:
         raise UnknownLayerError(
             f"Layer {layer.name!r} has an activity regulariser: its gradient bypasses the clip "
@@ -263,10 +268,19 @@ def _check_layer(layer):
         )
     # Keras keeps the first; of a call that leaves no trace, the second.
     if getattr(layer, "_losses", None) or getattr(layer, "_loss_ids", None):
-        raise UnknownLayerError(
-            f"Layer {layer.name!r} called `add_loss`: its gradient bypasses the clip of the loss "
-            "gradient, so it has no bound. Put the term into the compiled loss."
-        )
+        raise added_loss(layer)
+
+
+def added_loss(layer: keras.layers.Layer) -> UnknownLayerError:
+    """The refusal of a layer that calls `add_loss`."""
+    return UnknownLayerError(
+        f"Layer {layer.name!r} called `add_loss`: its gradient bypasses the clip of the loss "
+        "gradient, so it has no bound. Put the term into the compiled loss."
+    )
+
+
+def _check_layer(layer):
+    check_losses(layer)
     dtype = getattr(layer, "compute_dtype", None)
     if dtype is not None and dtype not in ("float32", "float64"):
         raise UnknownLayerError(

@@ -4,15 +4,24 @@ import dataclasses
 import math
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from lipdp.bounds import UnknownLayerError, gradient_bounds
 from lipdp.bounds.projections import Projection
 from lipdp.bounds.rule import as_float
 from lipdp.bounds.walk import rule_of, trace
+from lipdp.local.calls import LayerUnits, layer_units
 from lipdp.rich_text import RichText
 
-__all__ = ["Check", "LayerCheck", "check", "check_trainable", "final_activation"]
+__all__ = [
+    "Check",
+    "LayerCheck",
+    "as_graph",
+    "check",
+    "check_trainable",
+    "check_units",
+    "final_activation",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +200,56 @@ def check_trainable(network: keras.Model) -> None:
         raise ValueError(problem)
 
 
+def check_units(network: keras.Model) -> LayerUnits:
+    """The layers of a network that can each clip its own gradient, in the order of their calls.
+
+    Raises:
+        UnknownLayerError: rows may be mixed, or a weight has no layer of its own.
+        ValueError: it is not built, has no trainable weights, or computes in anything but float32.
+    """
+    units = layer_units(network)
+    if not network.trainable_variables:
+        raise ValueError(f"`network` {network.name!r} has no trainable weights.")
+    for problem in _imprecise(network):
+        raise ValueError(problem)
+    return units
+
+
+def as_graph(network: keras.Model) -> keras.Model:
+    """The network as a functional model, which tells its inputs and outputs; it shares all weights.
+
+    Raises:
+        ValueError: a subclassed model that is not built.
+
+    >>> class Twice(keras.Model):
+    ...     def call(self, x):
+    ...         return 2 * x
+    >>> network = Twice()
+    >>> _ = network(ops.ones((1, 3)))
+    >>> as_graph(network).output_shape
+    (None, 3)
+    """
+    if hasattr(network, "inputs") and network.inputs:
+        return network
+    shapes = network._build_shapes_dict if network.built else None
+    if not shapes:
+        raise ValueError(
+            f"Network {network.name!r} is not built, so its inputs are not known: call it on a "
+            "batch, or build(input_shape), first."
+        )
+    inputs = [
+        tree.map_shape_structure(lambda shape: keras.Input(shape[1:]), shape)
+        for shape in shapes.values()
+    ]
+    return keras.Model(inputs if len(inputs) > 1 else inputs[0], network(*inputs))
+
+
 def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
     """The layer that makes the output, also where it is the last of a model within the model, and
     the name of its activation in small letters: its own name where it has none.
     """
     last = network.outputs[0]._keras_history.operation
-    if isinstance(last, keras.Model):
+    if isinstance(last, keras.Model) and getattr(last, "outputs", None):
         return final_activation(last)
     name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
     return last, name.lower()

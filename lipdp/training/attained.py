@@ -29,9 +29,9 @@ def attained_gradients(model, x: Any, y: Any, verbose: bool = True) -> tuple[Att
     Raises:
         TypeError, ValueError: the sample does not fit the network.
     """
-    source = open_source(x, y, model.network)
+    source = open_source(x, y, model.graph)
     if isinstance(source, Arrays):
-        losses.check_targets(model.private_loss, source.y, model.network.output_shape[1:])
+        losses.check_targets(model.private_loss, source.y, model.graph.output_shape[1:])
     variables = model.network.trainable_variables
     clip = model.current_clip()
     norms, totals = [], None

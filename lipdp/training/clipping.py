@@ -1,7 +1,8 @@
-"""Clip of the loss gradient: the rows of a (batch × outputs) array, nothing per weight.
+"""Clips: to which norms gradients are cut in a step.
 
-`clip_rows` clips; `FixedClip` and `TrackedClip` say to which norm in a step. Both know the loss'
-own bound, beyond which nothing needs to be clipped.
+`FixedClip` and `TrackedClip` are for the loss gradient, the rows of a (batch × outputs) array that
+`clip_rows` clips; both know the loss' own bound, beyond which nothing needs to be clipped.
+`LayerThresholds` are for layers that each clip their own gradients.
 """
 
 import dataclasses
@@ -16,11 +17,14 @@ from accountants.validation import check_number
 __all__ = [
     "AdaptiveClip",
     "FixedClip",
+    "LayerThresholds",
+    "PerLayerClip",
     "TrackedClip",
     "check_clip",
     "clamp_weights",
     "clip_rows",
     "scale_rows",
+    "split_noise",
 ]
 
 
@@ -64,21 +68,17 @@ def clamp_weights(weights: Any, largest: float) -> Any:
     return ops.where(ops.isfinite(weights), ops.clip(weights, 0.0, largest), 0.0)
 
 
-def scale_rows(rows: Any, weights: Any, largest: float) -> Any:
-    """Multiplies each example's row by its weight, clamped to `[0, largest]`.
-
-    A row of norm at most `C` then has one of at most `largest·C`, whatever the weights are.
+def scale_rows(rows: Any, factors: Any) -> Any:
+    """Multiplies each example's row by its factor.
 
     Args:
         rows: `(batch, ...)`.
-        weights: `(batch,)`.
-        largest: the declared maximum.
+        factors: `(batch,)`.
 
-    >>> [float(v) for v in scale_rows(ops.ones((3, 1)), ops.array([0.5, 9.0, 1.0]), 2.0)[:, 0]]
+    >>> [float(v) for v in scale_rows(ops.ones((3, 1)), ops.array([0.5, 2.0, 1.0]))[:, 0]]
     [0.5, 2.0, 1.0]
     """
-    weights = clamp_weights(ops.cast(weights, rows.dtype), largest)
-    return rows * ops.reshape(weights, (-1,) + (1,) * (len(rows.shape) - 1))
+    return rows * ops.reshape(factors, (-1,) + (1,) * (len(rows.shape) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,9 @@ class AdaptiveClip:
     learning_rate: float = 0.2
     count_noise_multiplier: float | None = None
 
+    #: Whether each step releases counts.
+    adaptive = True
+
     def __post_init__(self):
         if not 0 < self.quantile < 1:
             raise ValueError(f"`quantile` must lie strictly in (0, 1); got {self.quantile!r}.")
@@ -120,24 +123,35 @@ class AdaptiveClip:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite; got {value!r}.")
 
-    def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
-        """(multiplier of the gradient, multiplier of the count) whose joint one is given.
 
-        Raises:
-            ValueError: the count's noise alone uses up the budget.
-        """
-        if noise_multiplier == 0:
-            return 0.0, 0.0
-        count = self.count_noise_multiplier
-        if count is None:
-            count = max(expected_batch_size / 10, 5 * noise_multiplier)
-        if count <= noise_multiplier:
-            raise ValueError(
-                f"`count_noise_multiplier` must be above the noise multiplier "
-                f"{noise_multiplier:.4g}, or nothing is left for the gradient; got {count:.4g}."
-            )
-        # (σ⁻² − c⁻²)^(−1/2), written so that it rounds well.
-        return noise_multiplier / math.sqrt(1 - (noise_multiplier / count) ** 2), count
+def split_noise(
+    noise_multiplier: float, batch_size: float, count_noise_multiplier: float | None
+) -> tuple[float, float]:
+    """(multiplier of the gradient, multiplier of the count) whose joint one is given.
+
+    Args:
+        noise_multiplier: the joint one.
+        batch_size: the expected one, beside which the noise of the count should be small.
+        count_noise_multiplier: of the count; by default `max(batch_size/10, 5·noise_multiplier)`.
+
+    Raises:
+        ValueError: the count's noise alone uses up the budget.
+
+    >>> [round(v, 3) for v in split_noise(1.0, 256, None)]
+    [1.001, 25.6]
+    """
+    if noise_multiplier == 0:
+        return 0.0, 0.0
+    count = count_noise_multiplier
+    if count is None:
+        count = max(batch_size / 10, 5 * noise_multiplier)
+    if count <= noise_multiplier:
+        raise ValueError(
+            f"`count_noise_multiplier` must be above the noise multiplier "
+            f"{noise_multiplier:.4g}, or nothing is left for the gradient; got {count:.4g}."
+        )
+    # (σ⁻² − c⁻²)^(−1/2), written so that it rounds well.
+    return noise_multiplier / math.sqrt(1 - (noise_multiplier / count) ** 2), count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,8 +169,8 @@ class FixedClip:
     norm: float
     loss_gradient_bound: float
 
-    #: Whether a step counts the rows within the clip.
-    counted = False
+    #: How many fractions of rows within the clip a step counts.
+    counts = 0
 
     def current(self) -> float:
         """The norm to which rows are clipped."""
@@ -181,7 +195,7 @@ class TrackedClip:
     loss_gradient_bound: float
     variable: keras.Variable
 
-    counted = True
+    counts = 1
 
     def current(self) -> Any:
         """The norm to which rows are clipped, a scalar tensor."""
@@ -195,21 +209,120 @@ class TrackedClip:
         self.variable.assign(ops.clip(moved, 1e-12, min(self.loss_gradient_bound, 1e30)))
 
     def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
-        """As `AdaptiveClip.split`."""
-        return self.settings.split(noise_multiplier, expected_batch_size)
+        """As `split_noise`."""
+        count = self.settings.count_noise_multiplier
+        return split_noise(noise_multiplier, expected_batch_size, count)
 
 
-def check_clip(clip: Any) -> "float | AdaptiveClip | None":
-    """What `PrivateModel(clip=)` accepts: None, a number above 0, or an `AdaptiveClip`.
+@dataclasses.dataclass(frozen=True)
+class PerLayerClip:
+    """Each layer clips its own gradient, example by example, as the backward pass comes by.
+
+    Any Keras network whose examples stay apart is trained as it is: no bounds on its layers are
+    needed, and no gradient of a single example is kept. A layer with weights adds to the sum of its
+    gradients at most its threshold for each example, so its sensitivity is the threshold.
+
+    By default thresholds follow a quantile of the norms of each layer's gradients. Each step also
+    releases, for each layer, the noisy fraction `b` of the batch's gradients within the threshold,
+    and moves `C ← C·exp(−learning_rate·(b − quantile))`. One example moves the `L` centred counts
+    by `√L/2` in norm, and the noise is split as for `AdaptiveClip` (Andrew et al., "Differentially
+    Private Learning with Adaptive Clipping", NeurIPS 2021; thresholds for each layer: He et al.,
+    "Exploring the Limits of Differentially Private Deep Learning with Group-wise Clipping", ICLR
+    2023).
+
+    The noisy gradient of each layer is divided by its threshold before the optimizer sees it. It
+    is as long for a threshold of 10 as for one of 0.001, and the learning rate need not know them.
+
+    Args:
+        threshold: for fixed thresholds a number for all layers; None for adaptive ones.
+        quantile: fraction of an expected batch that should pass unclipped.
+        initial: threshold of the first step. One that is too small does no harm: all gradients are
+            cut to one norm until it has grown.
+        learning_rate: speed in log space.
+        count_noise_multiplier: noise of the counts in units of their sensitivity; by default
+            `max(expected batch size / 10√L, 5·σ)`, which costs 2 % of gradient noise at most.
+
+    Raises:
+        TypeError, ValueError: not a number, or out of range.
+
+    >>> PerLayerClip(quantile=0.7).adaptive, PerLayerClip(threshold=1.0).adaptive
+    (True, False)
+    """
+
+    threshold: float | None = None
+    quantile: float = 0.5
+    initial: float = 0.05
+    learning_rate: float = 0.2
+    count_noise_multiplier: float | None = None
+
+    def __post_init__(self):
+        if not 0 < check_number(self.quantile, "quantile") < 1:
+            raise ValueError(f"`quantile` must lie strictly in (0, 1); got {self.quantile!r}.")
+        for name in ("threshold", "initial", "learning_rate", "count_noise_multiplier"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(value, name)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether each step releases counts."""
+        return self.threshold is None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerThresholds:
+    """The thresholds of one model with a `PerLayerClip`: their state is a Keras variable.
+
+    Args:
+        settings: the `PerLayerClip`.
+        variable: `(layers,)`, the thresholds; the model owns it, so that checkpoints hold it.
+    """
+
+    settings: PerLayerClip
+    variable: keras.Variable
+
+    #: Nothing is known of the loss.
+    loss_gradient_bound = math.inf
+
+    @property
+    def counts(self) -> int:
+        """How many fractions of rows within the thresholds a step counts."""
+        return self.variable.shape[0] if self.settings.adaptive else 0
+
+    def current(self) -> Any:
+        """The thresholds, a tensor `(layers,)`."""
+        if not self.settings.adaptive:  # whatever the variable was set to
+            return ops.full(self.variable.shape, self.settings.threshold, "float32")
+        return ops.clip(self.variable.value, *self.RANGE)
+
+    def update(self, fractions: Any) -> None:
+        """Moves towards the quantile, from the noisy fractions of rows within the thresholds."""
+        move = self.settings.learning_rate * (fractions - self.settings.quantile)
+        self.variable.assign(ops.clip(self.variable * ops.exp(-move), *self.RANGE))
+
+    def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
+        """(multiplier of the gradients, multiplier of the counts), as `split_noise`."""
+        if not self.counts:
+            return noise_multiplier, 0.0
+        batch_size = expected_batch_size / math.sqrt(self.counts)
+        return split_noise(noise_multiplier, batch_size, self.settings.count_noise_multiplier)
+
+    #: Beyond which squares of norms are no longer numbers of float32.
+    RANGE = (1e-9, 1e15)
+
+
+def check_clip(clip: Any) -> "float | AdaptiveClip | PerLayerClip | None":
+    """What `PrivateModel(clip=)` accepts: None, a number above 0, `AdaptiveClip`, `PerLayerClip`.
 
     Raises:
         TypeError, ValueError: anything else.
     """
-    if clip is None or isinstance(clip, AdaptiveClip):
+    if clip is None or isinstance(clip, (AdaptiveClip, PerLayerClip)):
         return clip
     try:
         return check_number(clip, "clip")
     except (TypeError, ValueError) as error:
         raise type(error)(
-            f"`clip` must be a number above 0 and finite, or lipdp.AdaptiveClip(...); got {clip!r}."
+            "`clip` must be a number above 0 and finite, lipdp.AdaptiveClip(...) or "
+            f"lipdp.PerLayerClip(...); got {clip!r}."
         ) from None

@@ -20,13 +20,20 @@ from lipdp import losses
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.devices import SINGLE_DEVICE
-from lipdp.inspection.check import check_trainable, final_activation
+from lipdp.inspection.check import as_graph, check_trainable, check_units, final_activation
 from lipdp.noise import SecureNoise, make_noise, resolve_allocation
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
 from lipdp.training.attained import attained_gradients
-from lipdp.training.clipping import AdaptiveClip, FixedClip, TrackedClip, check_clip
+from lipdp.training.clipping import (
+    AdaptiveClip,
+    FixedClip,
+    LayerThresholds,
+    PerLayerClip,
+    TrackedClip,
+    check_clip,
+)
 from lipdp.training.plan import Plan, make_plan, project, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
@@ -128,7 +135,7 @@ class PrivateModel(keras.Model):
         noise_multiplier: float | None = None,
         sampling: Sampling | None = None,
         noise: Any = "gaussian",
-        clip: float | AdaptiveClip | None = None,
+        clip: float | AdaptiveClip | PerLayerClip | None = None,
         augmentation: Augmentation | None = None,
         physical_batch_size: int | None = None,
         allocation: str | Mapping[str, float] = "global",
@@ -153,10 +160,11 @@ class PrivateModel(keras.Model):
                 f"noise='secure' cannot be repeated: leave `seed` out; got seed={seed!r}."
             )
         self.clip = check_clip(clip)
-        if self.noise.correlated and isinstance(clip, AdaptiveClip):
+        if self.noise.correlated and getattr(clip, "adaptive", False):
             raise ValueError(
-                "`clip` must be a number with correlated noise: what AdaptiveClip counts in each "
-                f"step would need noise of its own; got {clip!r}."
+                "`clip` must be fixed with correlated noise, a number or "
+                "lipdp.PerLayerClip(threshold=...): what an adaptive one counts in each step would "
+                f"need noise of its own; got {clip!r}."
             )
         if augmentation is not None and not isinstance(augmentation, Augmentation):
             raise TypeError(
@@ -170,7 +178,13 @@ class PrivateModel(keras.Model):
             physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
 
-        check_trainable(network)
+        self.graph = network  # the same weights, with inputs and outputs that are known
+        self.units = None  # layers that clip their own gradients
+        if isinstance(clip, PerLayerClip):
+            self.graph = as_graph(network)
+            self.units = check_units(network)
+        else:
+            check_trainable(network)
         resolve_allocation(allocation, network.trainable_variables)
         self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         self.network = network
@@ -243,8 +257,10 @@ class PrivateModel(keras.Model):
         """
         if self.spending.run is not None:
             raise RuntimeError("This model is training: end the run before compile(...).")
+        if self.units is not None:
+            self.units = check_units(self.network)  # of the weights that are trained now
         loss = losses.get(loss)
-        _check_head(self.network, loss)
+        _check_head(self.graph, loss)
         if max_sample_weight is not None:
             max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
         optimizer = keras.optimizers.get(optimizer)
@@ -253,7 +269,7 @@ class PrivateModel(keras.Model):
             raise ValueError(
                 "`optimizer` must not scale losses: the noise would be divided by its scale."
             )
-        bound = losses.gradient_bound(loss, self.network.output_shape[1:])
+        bound = losses.gradient_bound(loss, self.graph.output_shape[1:])
         if math.isinf(bound) and self.clip is None:
             name = getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__))
             raise ValueError(
@@ -629,8 +645,20 @@ class PrivateModel(keras.Model):
                 # Metrics have variables, and on several devices none are made within a step.
                 self._symbolic_build(data_batch=plan.batches.blank().as_data())
 
-    def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip:
+    def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip | LayerThresholds:
         """The clip's state: that of an earlier `compile` goes on."""
+        if self.units is not None:
+            shape = (len(self.units.units),)
+            if self.clip_state is not None and self.clip_state.variable.shape == shape:
+                return self.clip_state
+            variable = self.add_weight(
+                shape=shape,
+                initializer=keras.initializers.Constant(self.clip.threshold or self.clip.initial),
+                trainable=False,
+                name="thresholds",
+                aggregation="only_first_replica",
+            )
+            return LayerThresholds(self.clip, variable)
         if not isinstance(self.clip, AdaptiveClip):
             norm = math.inf if self.clip is None else self.clip
             return FixedClip(norm, loss_gradient_bound)

@@ -89,7 +89,8 @@ def make_plan(
 
     examples, weights = _open_data(model, x, y, sample_weight, class_weight, devices)
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
-    check_trainable(model.network)
+    if model.units is None:
+        check_trainable(model.network)
     if devices.processes > 1:
         _follow_chief(model.spending, all_gather, devices)
 
@@ -141,10 +142,11 @@ def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
     """What the steps of a compiled model read, as it is configured now."""
     allocation = resolve_allocation(model.allocation, model.network.trainable_variables)
     return PrivateStep(
-        network=model.network,
+        network=model.graph,
         optimizer=model.optimizer,
         loss=model.private_loss,
         clip=model.clip_state,
+        units=model.units,
         noise=model.noise,
         allocation=allocation if isinstance(allocation, str) else tuple(allocation),
         sample_weight_bound=model.sample_weight_bound,
@@ -200,9 +202,9 @@ def run_fingerprint(
 def _open_data(model, x, y, sample_weight, class_weight, devices):
     """The source of the examples, and the weight of each."""
     in_order = model.sampling.batch_size if model.sampling.streamable else None
-    examples = open_source(x, y, model.network, stream=in_order)
+    examples = open_source(x, y, model.graph, stream=in_order)
     if isinstance(examples, Arrays):
-        losses.check_targets(model.private_loss, examples.y, model.network.output_shape[1:])
+        losses.check_targets(model.private_loss, examples.y, model.graph.output_shape[1:])
     if isinstance(examples, Stream) and devices.processes > 1:
         raise ValueError(
             "`x` must be arrays, or records of which any can be read, for training in several "
@@ -262,7 +264,7 @@ def _constants(model, examples, noise_constants):
     return StepConstants(
         noise_multiplier=model.noise_multiplier,
         gradient_noise_multiplier=noise.multiplier(gradient, weights),
-        count_noise_multiplier=noise.multiplier(count, 1) if clip.counted else 0.0,
+        count_noise_multiplier=noise.multiplier(count, clip.counts) if clip.counts else 0.0,
         expected_batch_size=divisor,
         noise_constants=noise_constants,
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.devices import Devices
+from lipdp.local.calls import Call, LayerUnits
 
 __all__ = ["Backend"]
 
@@ -31,6 +32,14 @@ class Backend(abc.ABC):
     ) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
         """Outputs of the network in training mode, and `cotangent -> gradients of its weights`:
         a dense tensor of the weight's shape for each trainable one, zeros where nothing reaches it.
+        """
+
+    @abc.abstractmethod
+    def pull_back_to_calls(
+        self, network: keras.Model, x: Any, units: LayerUnits
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[list[Call], list[Tensor]]]]:
+        """Outputs of the network in training mode, and `cotangent -> calls and their cotangents`:
+        of the units, in the order of the calls. No gradient of a weight is formed.
         """
 
     @abc.abstractmethod

@@ -1,6 +1,7 @@
 """The private step on JAX, where the variables' values are passed through."""
 
 import contextlib
+import dataclasses
 
 import jax
 import keras
@@ -28,6 +29,38 @@ class JaxBackend(JaxDevices):
         for variable, value in zip(network.non_trainable_variables, state, strict=True):
             variable.assign(value)
         return outputs, lambda cotangent: pull(cotangent)[0]
+
+    def pull_back_to_calls(self, network, x, units):
+        state = [v.value for v in network.non_trainable_variables]
+        values = [v.value for v in network.trainable_variables]
+        size = jax.tree.leaves(x)[0].shape[0]
+        found = []  # the calls of the last trace
+
+        def forward(tap):
+            with units.recorded(tap, size) as calls:
+                outputs, new = network.stateless_call(values, state, x, training=True)
+            found[:] = calls
+            return outputs, (new, [call.saved for call in calls])
+
+        def shapes():
+            like = []
+
+            def tap(number, value):
+                like.append(value)
+                return value
+
+            forward(tap)
+            return like
+
+        # What is added to a value has its cotangent; it is zero, and costs nothing.
+        zeros = [jax.numpy.zeros(v.shape, v.dtype) for v in jax.eval_shape(shapes)]
+        outputs, pull, (state, saved) = jax.vjp(
+            lambda zeros: forward(lambda number, value: value + zeros[number]), zeros, has_aux=True
+        )
+        for variable, value in zip(network.non_trainable_variables, state, strict=True):
+            variable.assign(value)
+        calls = [dataclasses.replace(c, saved=s) for c, s in zip(found, saved, strict=True)]
+        return outputs, lambda cotangent: (calls, pull(cotangent)[0])
 
     def accumulate(self, part, arrays, size):
         count = replicas()  # a piece has rows of each, which stay where they are

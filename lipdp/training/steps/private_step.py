@@ -18,10 +18,19 @@ from lipdp import losses
 from lipdp.autodiff import gradient
 from lipdp.bounds import gradient_bounds, norms
 from lipdp.bounds.projections import certified_by
+from lipdp.bounds.walk import ROUNDING
 from lipdp.data.augmentation import Augmentation
+from lipdp.local.calls import LayerUnits
 from lipdp.noise import GaussianNoise, standard_deviations
 from lipdp.noise.gaussian_rng import standard_normal
-from lipdp.training.clipping import FixedClip, TrackedClip, clamp_weights, clip_rows, scale_rows
+from lipdp.training.clipping import (
+    FixedClip,
+    LayerThresholds,
+    TrackedClip,
+    clamp_weights,
+    clip_rows,
+    scale_rows,
+)
 from lipdp.training.steps.backend import Backend
 
 
@@ -53,7 +62,8 @@ class PrivateStep:
         network: whose trainable weights are updated.
         optimizer: sees noisy gradients only.
         loss: of one example.
-        clip: says to which norm rows of the loss gradient are clipped.
+        clip: says to which norm rows of the loss gradient are clipped, or each unit's gradients.
+        units: layers that clip their own gradients, `LayerUnits`; None where bounds are certified.
         noise: added to the sums.
         allocation: how noise is shared over the weights, as `standard_deviations` takes it.
         sample_weight_bound: most that an example can weigh; bounds start at the clip times this.
@@ -66,7 +76,8 @@ class PrivateStep:
     network: keras.Model
     optimizer: keras.optimizers.Optimizer
     loss: losses.Loss
-    clip: FixedClip | TrackedClip
+    clip: FixedClip | TrackedClip | LayerThresholds
+    units: LayerUnits | None
     noise: GaussianNoise
     allocation: str | tuple[float, ...]
     sample_weight_bound: float
@@ -79,7 +90,7 @@ class PrivateStep:
     def entries(self) -> int:
         """How many numbers a release has: those of the trainable weights, and a count."""
         sizes = (math.prod(v.shape) for v in self.network.trainable_variables)
-        return sum(sizes) + self.clip.counted
+        return sum(sizes) + self.clip.counts
 
 
 def private_step(step: PrivateStep, data: tuple, backend: Backend) -> dict:
@@ -118,9 +129,10 @@ def read_batch(step: PrivateStep, data: tuple, backend: Backend) -> tuple[list, 
         sums, (outputs, values, within) = part(*rows)
     else:
         sums, (outputs, values, within) = backend.accumulate(part, rows, step.physical_batch_size)
-    if step.clip.counted:
-        # One example moves the sum of centred indicators by ½.
-        sums = [*sums, ops.sum(within - 0.5 * ops.cast(mask, within.dtype))]
+    if step.clip.counts:
+        # One example moves each sum of centred indicators by ½.
+        real = ops.reshape(ops.cast(mask, within.dtype), (-1,) + (1,) * (len(within.shape) - 1))
+        sums = [*sums, ops.sum(within - 0.5 * real, axis=0)]
     if weights is not None:
         weights = clamp_weights(weights, step.sample_weight_bound)
     # Over the rows of all devices: noise is added to that, once.
@@ -141,23 +153,27 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
     variables = network.trainable_variables
 
     # Read from the weights that the forward pass used, before they change.
-    bounds = gradient_bounds(
-        network, step.clip.current() * step.sample_weight_bound, as_tensors=True
-    )
-    stds = standard_deviations(
-        [bounds[v.path] for v in variables],
-        [math.prod(v.shape) for v in variables],
+    groups = sensitivities(step)
+    sizes = [math.prod(v.shape) for v in variables]
+    stds_of_groups = standard_deviations(
+        [bound for bound, _ in groups],
+        [sum(sizes[i] for i in group) for _, group in groups],
         constants.gradient_noise_multiplier,
         step.allocation,
     )
-    if step.clip.counted:
-        stds = [*stds, 0.5 * constants.count_noise_multiplier]
+    stds, units = [None] * len(variables), [None] * len(variables)
+    for std, (bound, group) in zip(stds_of_groups, groups, strict=True):
+        for i in group:
+            stds[i], units[i] = std, bound
+    if step.clip.counts:
+        stds = [*stds, 0.5 * math.sqrt(step.clip.counts) * constants.count_noise_multiplier]
     if any(ops.is_tensor(std) for std in stds):
         stds = _synchronise(stds)
     noisy = step.noise.add(backend, features, sums, stds)
     updates = []
-    for variable, total in zip(variables, noisy[: len(variables)], strict=True):
-        update = total * (1.0 / divisor)
+    for variable, total, unit in zip(variables, noisy[: len(variables)], units, strict=True):
+        # A layer's own threshold is its unit, so that its updates do not depend on it.
+        update = total * (1.0 / divisor) if step.units is None else total / (divisor * unit)
         if variable.regularizer is not None:
             # A penalty on the weights depends on no data: it comes after the noise.
             update = update + gradient(variable.regularizer, variable.value)[1]
@@ -174,8 +190,21 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
     with certified_by(certificate, backend.compiled):
         step.optimizer.apply(backend.on_first_replica(updates), variables)
 
-    if step.clip.counted:
+    if step.clip.counts:
         step.clip.update(noisy[-1] / divisor + 0.5)
+
+
+def sensitivities(step: PrivateStep) -> list[tuple[Any, list[int]]]:
+    """Groups of trainable weights, by their numbers, each with the most that one example can move
+    the sums of a group, in joint norm: a float or a scalar tensor.
+    """
+    if step.units is None:
+        bounds = gradient_bounds(
+            step.network, step.clip.current() * step.sample_weight_bound, as_tensors=True
+        )
+        return [(bounds[v.path], [i]) for i, v in enumerate(step.network.trainable_variables)]
+    thresholds = step.clip.current() * (step.sample_weight_bound * ROUNDING)
+    return [(thresholds[i], group) for i, group in enumerate(step.units.groups())]
 
 
 def gradient_sums(
@@ -190,19 +219,32 @@ def gradient_sums(
     targets = y
     if views is not None:
         x, targets, mask = views(x), views.repeated(y), views.repeated(mask)
-    outputs, pull_back = backend.pull_back(step.network, x)
-    values, gradients = gradient(lambda z: losses.per_example(step.loss, targets, z), outputs)
-    rows, within = clip_rows(gradients, clip, mask)
     if weights is not None:
-        # Behind the clip, which would undo them, and up to the maximum that the bounds start at.
         weights = weights if views is None else views.repeated(weights)
-        rows = scale_rows(rows, weights, step.sample_weight_bound)
+        weights = clamp_weights(ops.cast(weights, "float32"), step.sample_weight_bound)
+    # The mean of an example's views is within the bound, as each of them is.
+    share = 1.0 if views is None else 1.0 / views.views
+
+    def losses_of(outputs):
+        return gradient(lambda z: losses.per_example(step.loss, targets, z), outputs)
+
+    # Weights come behind the clip, which would undo them.
+    if step.units is None:
+        outputs, pull_back = backend.pull_back(step.network, x)
+        values, gradients = losses_of(outputs)
+        rows, within = clip_rows(gradients, clip, mask)
+        rows = rows if weights is None else scale_rows(rows, weights)
+        sums = pull_back(rows if views is None else rows * share)
+    else:
+        outputs, pull_back = backend.pull_back_to_calls(step.network, x, step.units)
+        values, gradients = losses_of(outputs)
+        factors = share * ops.cast(ops.greater(mask, 0), "float32")
+        factors = factors if weights is None else factors * weights
+        sums, within = step.units.clipped_sums(*pull_back(gradients), clip, factors, mask)
     if views is not None:
-        # The mean of an example's views is within the bound, as each of them is.
-        rows = rows * (1.0 / views.views)
         outputs = outputs[:: views.views]
         values, within = views.averaged(values), views.averaged(within)
-    return pull_back(rows), (outputs, values, within)
+    return sums, (outputs, values, within)
 
 
 def _synchronise(stds):

@@ -9,7 +9,7 @@ from keras import ops
 
 from lipdp import losses
 from lipdp.autodiff import gradient
-from lipdp.training.clipping import clip_rows, scale_rows
+from lipdp.training.clipping import clamp_weights, clip_rows, scale_rows
 from tests.lipdp.helpers import fastest, one_in
 
 K = keras.losses
@@ -616,7 +616,8 @@ def test_neither_mask_nor_weights_lengthen_a_row():
     clipped, within = clip_rows(rows, 1.0, np.array([50.0, 50.0, -50.0], "float32"))
     assert np.linalg.norm(ops.convert_to_numpy(clipped), axis=1).max() <= 1 + 1e-6
     np.testing.assert_array_equal(ops.convert_to_numpy(within), [0, 1, 0])
-    weighted = scale_rows(clipped, np.array([99.0, 0.5, math.inf], "float32"), 3.0)
+    factors = clamp_weights(np.array([99.0, 0.5, math.inf], "float32"), 3.0)
+    weighted = scale_rows(clipped, factors)
     np.testing.assert_allclose(
         np.linalg.norm(ops.convert_to_numpy(weighted), axis=1), [3.0, 0.25, 0.0], rtol=1e-6
     )

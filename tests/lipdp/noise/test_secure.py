@@ -17,6 +17,7 @@ from lipdp import noise as noises
 from lipdp.noise import discrete, secure
 from lipdp.noise.discrete import discrete_gaussian
 from lipdp.training import steps
+from lipdp.training.clipping import split_noise
 from tests.lipdp.helpers import data, dense_network, one_in, private, weights
 
 SCALE = noises.SecureNoise.scale
@@ -464,7 +465,8 @@ def test_the_count_of_an_adaptive_clip_has_discrete_noise_too():
     mechanism = model.step.constants
     joint = mechanism.gradient_noise_multiplier**-2 + mechanism.count_noise_multiplier**-2
     assert joint**-0.5 == pytest.approx(1.0, rel=1e-4)
-    split = zip(clip.split(1.0, BATCH), (4 * 3 + 3, 1), strict=True)
+    parts = split_noise(1.0, BATCH, clip.count_noise_multiplier)
+    split = zip(parts, (4 * 3 + 3, 1), strict=True)
     for multiplier, (accounted, entries) in zip(
         (mechanism.gradient_noise_multiplier, mechanism.count_noise_multiplier), split, strict=True
     ):

@@ -1,0 +1,172 @@
+"""What the units of a network are called with, and the sums of their clipped gradients."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from lipdp.local.products import Tensor
+from lipdp.local.rows import UnitCall, check_rows_apart, over_batch
+from lipdp.local.units import Unit, find_units
+
+__all__ = ["Call", "LayerUnits", "layer_units"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of one unit.
+
+    Attributes:
+        unit: its number.
+        saved: tensors that its `measure` needs.
+        static: what else it needs.
+    """
+
+    unit: int
+    saved: list[Tensor]
+    static: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerUnits:
+    """The units of a network, and how a forward pass calls them.
+
+    Attributes:
+        units: the layers that clip their own gradients.
+        order: the units' calls in a forward pass, as `check_rows_apart` found them. Where one is
+            not batched, each example gets a copy of its input, so that its own cotangent can be
+            told.
+        variables: the trainable weights of the network.
+    """
+
+    units: tuple[Unit, ...]
+    order: tuple[UnitCall, ...]
+    variables: tuple[keras.Variable, ...]
+
+    def groups(self) -> list[list[int]]:
+        """For each unit the numbers of its weights among the network's trainable ones."""
+        numbers = {id(v): i for i, v in enumerate(self.variables)}
+        return [[numbers[id(v)] for v in unit.variables] for unit in self.units]
+
+    @contextlib.contextmanager
+    def recorded(
+        self, tap: Callable[[int, Tensor], Tensor], batch_size: Any
+    ) -> Iterator[list[Call]]:
+        """While the scope lasts, units' calls are recorded, and their values go through `tap`.
+
+        Args:
+            tap: of the number of the call and a value: gives the value back, whose cotangent will
+                be asked for.
+            batch_size: rows of the batch.
+
+        Yields:
+            The calls so far.
+
+        Raises:
+            RuntimeError: a call that was not found when the network was checked.
+        """
+        calls = []
+
+        def call_of(number, original, *args, **kwargs):
+            unit = self.units[number]
+            expected = self.order[len(calls)] if len(calls) < len(self.order) else None
+            if expected is None or expected.layer is not unit.layer:
+                raise RuntimeError(
+                    f"Layer {unit.layer.name!r} is called where it was not when the network was "
+                    "checked: which layers a network calls must not change. The step has not run."
+                )
+            if not expected.batched:
+                args, kwargs = tree.map_structure(
+                    lambda v: over_batch(v, batch_size) if ops.is_tensor(v) else v, (args, kwargs)
+                )
+
+            def tapped(value, saved, static=None):
+                index = len(calls)
+                calls.append(Call(number, saved, static))
+                return tap(index, value)
+
+            return unit.run(original, tapped, args, kwargs)
+
+        with contextlib.ExitStack() as stack:
+            for number, unit in enumerate(self.units):
+                own = vars(unit.layer)
+                stack.callback(_restore, own, own.get("call"))
+                own["call"] = functools.partial(call_of, number, unit.layer.call)
+            yield calls
+
+    def clipped_sums(
+        self,
+        calls: Sequence[Call],
+        cotangents: Sequence[Tensor],
+        thresholds: Tensor,
+        factors: Tensor,
+        mask: Tensor,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Sums of the examples' gradients, those of each unit clipped to its threshold.
+
+        A unit that is called `k` times clips each call's part to the k-th of its threshold, so that
+        the norm of their sum is within it (triangle inequality). A gradient that is not finite
+        counts as zero.
+
+        Args:
+            calls: all of a forward pass.
+            cotangents: of their values.
+            thresholds: `(units,)`.
+            factors: `(batch,)`: what each example's clipped gradient is multiplied by.
+            mask: `(batch,)`, 1 for examples and 0 for padding, which takes no part.
+
+        Returns:
+            The sums, in the order of the network's trainable weights; and `(batch, units)`
+            indicators of gradients within the threshold (0 for padding).
+        """
+        uses = [sum(call.unit == number for call in calls) for number in range(len(self.units))]
+        sums, within = [None] * len(self.units), [None] * len(self.units)
+        real = ops.cast(ops.greater(mask, 0), "float32")
+        factors = ops.where(real > 0, factors, 0.0)
+        for call, g in zip(calls, cotangents, strict=True):
+            unit, number = self.units[call.unit], call.unit
+            squares, pull = unit.measure(call.saved, g, call.static)
+            finite = ops.isfinite(squares)
+            norms = ops.sqrt(ops.where(finite, squares, 0.0))
+            ratio = norms * (uses[number] / thresholds[number])
+            parts = pull(ops.where(finite, factors / ops.maximum(ratio, 1.0), 0.0))
+            inside = real * ops.cast(ops.logical_and(finite, ratio <= 1.0), "float32")
+            if sums[number] is None:
+                sums[number], within[number] = parts, inside
+            else:
+                sums[number] = [a + b for a, b in zip(sums[number], parts, strict=True)]
+                within[number] = within[number] * inside
+        for number, unit in enumerate(self.units):
+            if sums[number] is None:  # nothing of the network needs it
+                sums[number] = [ops.zeros(v.shape, v.dtype) for v in unit.variables]
+                within[number] = real
+        found = {}
+        for unit, parts in zip(self.units, sums, strict=True):
+            found |= {id(v): part for v, part in zip(unit.variables, parts, strict=True)}
+        return [found[id(v)] for v in self.variables], ops.stack(within, axis=-1)
+
+
+def layer_units(network: keras.Model) -> LayerUnits:
+    """The units of a network, once it is proven that its rows stay apart.
+
+    Raises:
+        UnknownLayerError: rows may be mixed, or a weight has no unit of its own.
+        ValueError: the network is not built, or has a fixed batch size.
+
+    >>> network = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> [unit.layer.name for unit in layer_units(network).units] == [network.layers[0].name]
+    True
+    """
+    units = find_units(network)
+    order = check_rows_apart(network, [unit.layer for unit in units])
+    return LayerUnits(tuple(units), tuple(order), tuple(network.trainable_variables))
+
+
+def _restore(own, call):
+    del own["call"]
+    if call is not None:
+        own["call"] = call
