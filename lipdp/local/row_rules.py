@@ -358,7 +358,7 @@ OPERATIONS = {
         "TanhShrink Threshold",
         _elementwise,
     ),
-    **_from(activation_functions, "ReLU", _elementwise),
+    **_from(activation_functions, "Mish ReLU", _elementwise),
     **_from(core_ops, "Cast ConvertToTensor SaturateCast StopGradient", _elementwise),
     **_from(math_ops, "Erf Erfc Erfinv Rsqrt", _elementwise),
     **_from(
@@ -449,8 +449,8 @@ def _batch_normalization(layer, inputs, arguments):
     if arguments.get("training") and layer.trainable:
         return (
             "in training it normalises with the mean and variance of the batch, and moves its "
-            "averages. lipdp.repair puts GroupNormalization in its place; or freeze the layer, or "
-            "call it with training=False"
+            "averages. lipdp.repair puts GroupNormalization in its place; or freeze it "
+            "(trainable = False)"
         )
     return _axis_of(layer, inputs, arguments)
 

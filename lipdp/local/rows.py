@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 from keras.src import backend
+from keras.src.backend.common import KerasVariable
 from keras.src.backend.common.keras_tensor import any_symbolic_tensors
 from keras.src.layers import layer as layer_module
 from keras.src.models.functional import Functional
@@ -30,6 +31,21 @@ from lipdp.local import row_rules
 
 #: What stands for the unknown sizes of an input, such as the length of a text.
 _UNKNOWN_SIZE = 128
+
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+)
+_COMPARISONS = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "ne": "ne"}
 
 _DECLARE = (
     "Use operations of keras.ops that act on each row by itself, or declare that this is so with "
@@ -126,8 +142,8 @@ def over_batch(x: Any, batch_size: int) -> Any:
     batch axis is put in front.
 
     >>> from keras import ops
-    >>> over_batch(ops.arange(3), 2).shape, over_batch(ops.zeros((1, 3)), 2).shape
-    ((2, 3), (2, 3))
+    >>> [tuple(over_batch(x, 2).shape) for x in (ops.arange(3), ops.zeros((1, 3)))]
+    [(2, 3), (2, 3)]
     """
     return ops.broadcast_to(x, (batch_size, *_row_shape(x)))
 
@@ -154,7 +170,7 @@ def check_rows_apart(
         network: a built Keras model of any kind.
         units: the layers whose weights are trained. They may be composite, and their weights are
             read within their own calls only.
-        inputs: what the network is called on, as `keras.KerasTensor`s with a batch axis of None.
+        inputs: what the network is called on: `keras.KerasTensor`s with a batch axis of None.
             By default what it was built for; sizes that it leaves unknown are taken as 128.
 
     Returns:
@@ -174,10 +190,10 @@ def check_rows_apart(
     run = _Run(network, units)
     for layer in network._flatten_layers():
         check_losses(layer)
-    args, kwargs = _symbolic_inputs(network, inputs)
+    inputs = _symbolic_inputs(network, inputs)
     with run.watching():
         try:
-            outputs = network(*args, training=True, **kwargs)
+            outputs = network(inputs, training=True)
         except UnknownLayerError:
             raise
         except Exception as error:
@@ -189,7 +205,7 @@ def check_rows_apart(
 
 
 def _symbolic_inputs(network, inputs):
-    """Fresh symbolic tensors for a call of the network, as its arguments."""
+    """Fresh symbolic tensors on which the network is called."""
     if not network.built:
         raise ValueError(f"Network {network.name!r} is not built; call it on a batch first.")
 
@@ -209,20 +225,15 @@ def _symbolic_inputs(network, inputs):
                 f"Network {network.name!r} has an input of shape {fixed[0]}, whose batch size is "
                 "fixed; it must be None."
             )
-        return (tree.map_structure(lambda x: fresh(x.shape, x.dtype), inputs),), {}
+        return tree.map_structure(lambda x: fresh(x.shape, x.dtype), inputs)
     shapes = network._build_shapes_dict
-    if not shapes:
+    if not shapes or len(shapes) > 1:
         raise ValueError(
             f"Nothing is known of the inputs of {network.name!r}; give `inputs`, KerasTensors with "
             "a batch axis of None."
         )
-    tensors = [
-        tree.map_shape_structure(lambda s: fresh(s, network.input_dtype), shape)
-        for shape in shapes.values()
-    ]
-    if len(tensors) == 1:
-        return tensors, {}
-    return (), {k.removesuffix("_shape"): t for k, t in zip(shapes, tensors, strict=True)}
+    (shape,) = shapes.values()
+    return tree.map_shape_structure(lambda s: fresh(s, network.input_dtype), shape)
 
 
 def _first_line(error):
@@ -398,6 +409,9 @@ class _Run:
         return keras.KerasTensor((None, steps, *outputs.shape[1:]), dtype=outputs.dtype)
 
     def operation(self, op, args, kwargs):
+        for x in tree.flatten((args, kwargs)):
+            if isinstance(x, keras.Variable):
+                self.read(x)  # symbolically nothing else reads it
         rule = row_rules.OPERATIONS.get(type(op))
         if isinstance(op, _DeclaredFunction):
             self._try(op, op.call, args, kwargs)
@@ -530,8 +544,11 @@ class _Run:
         run = self
 
         def instead(owner, name, make):
-            right = getattr(owner, name)
-            stack.callback(setattr, owner, name, right)
+            right = getattr(owner, name, None)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, right)
+            else:
+                stack.callback(delattr, owner, name)
             setattr(owner, name, make(right))
 
         def call(right):
@@ -635,7 +652,26 @@ class _Run:
 
             return fused
 
+        def with_tensor(name):
+            # `weight * x`: a variable knows tensors only.
+            opposite = _COMPARISONS.get(name, "r" + name)
+
+            def make(right):
+                def operator(variable, other):
+                    if run._applies() and isinstance(other, keras.KerasTensor):
+                        return getattr(other, f"__{opposite}__")(variable)
+                    return right(variable, other)
+
+                return operator
+
+            return make
+
         with contextlib.ExitStack() as stack:
+            for name in (*_OPERATORS, *_COMPARISONS):
+                instead(KerasVariable, f"__{name}__", with_tensor(name))
+            # Of `array * x` NumPy and JAX then leave the product to x.
+            instead(keras.KerasTensor, "__array_ufunc__", lambda right: None)
+            instead(keras.KerasTensor, "__jax_array__", lambda right: property())
             instead(Operation, "__call__", call)
             instead(Operation, "symbolic_call", symbolic_call)
             instead(layer_module, "Node", node)
