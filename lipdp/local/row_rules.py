@@ -6,6 +6,7 @@ None if row i of every result depends on row i of the tensors of the batch, and 
 Otherwise it returns the reason, which completes "... may mix the rows of a batch: ...".
 """
 
+import inspect
 import math
 
 import keras
@@ -569,12 +570,23 @@ FOLLOWED = (
 LAST_AXES = (layers.Dense, layers.Embedding)
 
 
+_ALONG_LAST = ("glu", "log_softmax", "softmax", "sparsemax")
+_ELEMENTWISE = [
+    function
+    for name, function in vars(keras.activations).items()
+    if inspect.isfunction(function)
+    and name not in (*_ALONG_LAST, "deserialize", "get", "serialize")
+]
+
+
 def activations(layer):
-    """The functions that a layer or its cells apply to tensors of the shape of its result."""
+    """The functions that a layer or its cells apply to tensors of the shape of its result, but for
+    those of Keras that act on each entry by itself.
+    """
     cell = getattr(layer, "cell", None)
     for owner in (layer, cell, *getattr(cell, "cells", ())):
         for name, value in vars(owner).items() if owner is not None else ():
-            if "activation" in name and callable(value):
+            if "activation" in name and callable(value) and value not in _ELEMENTWISE:
                 yield value
 
 

@@ -339,7 +339,7 @@ class _Run:
             return True
         if cls in row_rules.FOLLOWED:
             return False
-        if cls.__module__.startswith("keras."):
+        if cls.__module__.startswith("keras.src.layers."):
             raise self.refusal(
                 layer, "nothing is known of it", "Leave it out, or declare a class of your own."
             )
