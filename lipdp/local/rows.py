@@ -198,6 +198,8 @@ def check_rows_apart(
             raise
         except Exception as error:
             raise run.refusal(network, _first_line(error), _DECLARE) from error
+    if run.refusals:  # the network caught it
+        raise run.refusals[0]
     for output in tree.flatten(outputs):
         if not isinstance(output, keras.KerasTensor):
             raise run.refusal(network, "an output does not depend on the batch", "Leave it out.")
@@ -245,6 +247,7 @@ class _Run:
 
     def __init__(self, network, units):
         self.calls = []
+        self.refusals = []
         self._units = {id(u): u for u in units}
         self._stack = [network]
         self._unchecked = 0
@@ -271,7 +274,12 @@ class _Run:
             name = thing.name if isinstance(thing, _DeclaredFunction) else kind
             where = f"Operation {name!r} in {self._place()}"
         text = f"{where} may mix the rows of a batch: {why}. {remedy}"
-        return UnknownLayerError(text.rstrip())
+        return self._refusal(text.rstrip())
+
+    def _refusal(self, text):
+        error = UnknownLayerError(text)
+        self.refusals.append(error)
+        return error
 
     def _place(self):
         return f"layer {self._stack[-1].name!r} ({type(self._stack[-1]).__name__})"
@@ -356,7 +364,13 @@ class _Run:
             raise self.refusal(layer, why, "Use keras.ops for operations with constants.")
         masks = tree.flatten(rest.get("mask"))
         for x, mask in zip(inputs, masks, strict=False):
-            if mask is not None and mask.shape != x.shape[: len(mask.shape)]:
+            # Broadcast from the right, a mask of a position's own entries would meet other axes.
+            ranks = {2, len(x.shape)} if type(layer) is keras.layers.Softmax else {2}
+            listed = type(layer) in row_rules.LAYERS
+            if mask is not None and (
+                mask.shape != x.shape[: len(mask.shape)]
+                or (listed and len(mask.shape) not in ranks)
+            ):
                 why = f"its mask of shape {mask.shape} does not fit its input of shape {x.shape}"
                 raise self.refusal(layer, why, "Give it a mask that begins as its input does.")
         if self._inner_units(layer):
@@ -444,7 +458,7 @@ class _Run:
             return
         readers = self._readers.get(id(variable), set())
         if not readers & {id(layer) for layer in self._stack}:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"Weight {variable.path!r} is read in {self._place()}, outside of the layer that "
                 "owns it, where its gradient is not clipped. Call the owner instead (a "
                 "keras.layers.ReversibleEmbedding for a tied output), or freeze the weight."
@@ -452,7 +466,7 @@ class _Run:
 
     def assign(self, variable):
         if id(variable) not in self._seeds and threading.get_ident() == self._thread:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"Variable {variable.path!r} is assigned in {self._place()}: the state of a "
                 "network must not change with a batch, since no noise hides the change. Leave the "
                 "assignment out."
@@ -463,12 +477,12 @@ class _Run:
         row, or random.
         """
         if shape[0] is not None or None in shape[1:]:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"A tensor of shape {tuple(shape)} is made in {self._place()}: the size of the "
                 "batch may only be the size of the first axis."
             )
         if of is not None and len(of) == len(shape) and of[0] != 1:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"A constant of shape {of} is repeated in {self._place()} to the shape "
                 f"{tuple(shape)}: its first axis would become the batch. Give it the size 1."
             )

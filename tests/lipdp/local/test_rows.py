@@ -826,6 +826,9 @@ def test_mask_of_another_rank_is_refused():
     weights = layers.Softmax()
     with pytest.raises(UnknownLayerError, match="softmax.*ranks|softmax.*mask"):
         check_body(body((6, 6), lambda x: weights(x, mask=x[:, :, 0] > 0.5)))
+    pooling = layers.GlobalAveragePooling1D()
+    with pytest.raises(UnknownLayerError, match="pooling.*mask"):
+        check_body(body((6, 6), lambda x: pooling(x, mask=x > 0.5)))
     y = layers.MultiHeadAttention(2, 4)(x, x, attention_mask=x > 0.5)
     check(keras.Model(x, y))
 
@@ -940,6 +943,25 @@ def test_unit_must_carry_the_batch(layer, function, pattern):
 def test_over_batch_is_what_is_checked():
     assert tuple(over_batch(ops.ones((3, 4)), 2).shape) == (2, 3, 4)
     assert tuple(over_batch(ops.ones((1, 4)), 2).shape) == (2, 4)
+
+
+def test_refusal_that_the_network_catches():
+    def call(x):
+        try:
+            return mean_of_batch(x)
+        except Exception:
+            return x
+
+    with pytest.raises(UnknownLayerError, match="Mean"):
+        check_body(body((4,), call))
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
+def test_other_precisions(policy):
+    x = keras.Input((5, 4))
+    y = layers.MultiHeadAttention(2, 4, dtype=policy)(x, x)
+    y = layers.LSTM(3, dtype=policy)(y)
+    assert len(check(keras.Model(x, layers.Dense(1, dtype=policy)(y)))) == 6
 
 
 class Counter(layers.Layer):
