@@ -221,8 +221,9 @@ def _symbolic_inputs(network, inputs):
     if inputs is None and isinstance(functional, Functional):
         inputs = functional._inputs_struct
     if inputs is not None:
+        # A Sequential that was built by a call has the size of that batch, and takes any other.
         fixed = [x.shape for x in tree.flatten(inputs) if x.shape[:1] != (None,)]
-        if fixed:
+        if fixed and functional is network:
             raise ValueError(
                 f"Network {network.name!r} has an input of shape {fixed[0]}, whose batch size is "
                 "fixed; it must be None."
@@ -303,11 +304,14 @@ class _Run:
                 outputs = self._time_distributed(layer, args, kwargs)
             elif self._is_leaf(layer):
                 self._check_leaf(layer, args, kwargs)
-                with self._as_it_is():
-                    outputs = layer.compute_output_spec(*args, **kwargs)
+                if type(layer) in row_rules.LAYERS:
+                    with self._as_it_is():
+                        outputs = layer.compute_output_spec(*args, **kwargs)
                     if any(None in x.shape[1:] for x in tree.flatten(outputs)):
                         # It says less than is known: EinsumDense in an attention layer.
-                        outputs = backend.compute_output_spec(layer.call, *args, **kwargs)
+                        outputs = self._trace(layer.call, args, kwargs)
+                else:
+                    outputs = self._trace(layer.call, args, kwargs)
                 self._settle(layer, outputs)
                 self._check_activations(layer, args, kwargs, outputs)
             else:
@@ -356,12 +360,10 @@ class _Run:
     def _check_leaf(self, layer, args, kwargs):
         first, rest = row_rules.named(layer, args, kwargs)
         inputs = row_rules.operands(first)
-        constants = [
-            x for x in (*inputs, *row_rules.operands(rest)) if not isinstance(x, keras.KerasTensor)
-        ]
-        if any(tuple(x.shape) for x in constants):
-            why = f"it is called on a constant of shape {tuple(constants[0].shape)}"
-            raise self.refusal(layer, why, "Use keras.ops for operations with constants.")
+        for x in (*inputs, *row_rules.operands(rest)):
+            if tuple(x.shape) and not isinstance(x, keras.KerasTensor):
+                why = f"it is called on a constant of shape {tuple(x.shape)}"
+                raise self.refusal(layer, why, "Use keras.ops for operations with constants.")
         masks = tree.flatten(rest.get("mask"))
         for x, mask in zip(inputs, masks, strict=False):
             # Broadcast from the right, a mask of a position's own entries would meet other axes.
@@ -407,6 +409,19 @@ class _Run:
                 layer, f"its call cannot be followed ({_first_line(error)})", _DECLARE
             ) from error
 
+    def _trace(self, call, args, kwargs):
+        """What a call gives of which only the shapes, the weights read and the state are seen."""
+
+        def sized(x, old, new):
+            if not isinstance(x, keras.KerasTensor) or x.shape[:1] != (old,):
+                return x
+            return keras.KerasTensor((new, *x.shape[1:]), dtype=x.dtype)
+
+        args, kwargs = tree.map_structure(lambda x: sized(x, None, 2), (args, kwargs))
+        with self._as_it_is():
+            outputs = backend.compute_output_spec(call, *args, **kwargs)
+        return tree.map_structure(lambda x: sized(x, 2, None), outputs)
+
     def _time_distributed(self, layer, args, kwargs):
         # Keras calls `layer.layer.call` on each step, with the batch axis moved back and forth.
         x, rest = row_rules.named(layer, args, kwargs)
@@ -439,8 +454,11 @@ class _Run:
         if type(op) is numpy_ops.Reshape:
             row, _ = row_rules.reshaped(op, *args, **kwargs)
             return keras.KerasTensor((None, *row), dtype=args[0].dtype)
-        with self._as_it_is():
-            outputs = op.compute_output_spec(*args, **kwargs)
+        if isinstance(op, _DeclaredFunction):
+            outputs = self._trace(op.call, args, kwargs)
+        else:
+            with self._as_it_is():
+                outputs = op.compute_output_spec(*args, **kwargs)
         self._settle(op, outputs)
         return outputs
 

@@ -775,6 +775,12 @@ def test_subclassed_model():
     assert [call.layer for call in check(network)] == [network.body, network.head]
 
 
+def test_sequential_that_a_batch_built():
+    network = keras.Sequential([layers.Dense(3), layers.Dense(2)])
+    network(np.zeros((2, 4), "float32"))
+    assert len(check(network)) == 2
+
+
 def test_subclassed_model_with_several_inputs():
     class Two(keras.Model):
         def __init__(self):
@@ -956,7 +962,7 @@ def test_refusal_that_the_network_catches():
         check_body(body((4,), call))
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "float16"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_other_precisions(policy):
     x = keras.Input((5, 4))
     y = layers.MultiHeadAttention(2, 4, dtype=policy)(x, x)
@@ -1073,6 +1079,33 @@ def test_declared_class_and_its_subclass():
     check(network_of(Half()))
     with pytest.raises(UnknownLayerError, match="other"):
         check(network_of(Other()))
+
+
+def test_declaration_does_not_hide_weights_and_state():
+    """Nor does a class that says what shape it gives, so that Keras need not call it."""
+
+    @keeps_rows_apart
+    class Sly(layers.Layer):
+        def __init__(self, act):
+            super().__init__()
+            self.act = act
+            self.seen = self.add_weight(shape=(), trainable=False)
+
+        def call(self, x):
+            return x + self.act(self, x)
+
+        def compute_output_shape(self, shape):
+            return shape
+
+    dense = layers.Dense(4)
+    dense.build((None, 4))
+    x = keras.Input((4,))
+    network = keras.Model(x, dense(Sly(lambda layer, x: dense.kernel[0])(x)))
+    with pytest.raises(UnknownLayerError, match="kernel.*is read in layer 'sly'"):
+        check(network)
+    network = keras.Model(x, Sly(lambda layer, x: layer.seen.assign(ops.mean(x)))(x))
+    with pytest.raises(UnknownLayerError, match="is assigned in layer 'sly"):
+        check(network)
 
 
 def test_declaration_does_not_hide_units():
