@@ -6,6 +6,7 @@ None if row i of every result depends on row i of the tensors of the batch, and 
 Otherwise it returns the reason, which completes "... may mix the rows of a batch: ...".
 """
 
+import inspect
 import math
 
 import keras
@@ -358,7 +359,7 @@ OPERATIONS = {
         "TanhShrink Threshold",
         _elementwise,
     ),
-    **_from(activation_functions, "ReLU", _elementwise),
+    **_from(activation_functions, "Mish ReLU", _elementwise),
     **_from(core_ops, "Cast ConvertToTensor SaturateCast StopGradient", _elementwise),
     **_from(math_ops, "Erf Erfc Erfinv Rsqrt", _elementwise),
     **_from(
@@ -449,8 +450,8 @@ def _batch_normalization(layer, inputs, arguments):
     if arguments.get("training") and layer.trainable:
         return (
             "in training it normalises with the mean and variance of the batch, and moves its "
-            "averages. lipdp.repair puts GroupNormalization in its place; or freeze the layer, or "
-            "call it with training=False"
+            "averages. lipdp.repair puts GroupNormalization in its place; or freeze it "
+            "(trainable = False)"
         )
     return _axis_of(layer, inputs, arguments)
 
@@ -569,12 +570,23 @@ FOLLOWED = (
 LAST_AXES = (layers.Dense, layers.Embedding)
 
 
+_ALONG_LAST = ("glu", "log_softmax", "softmax", "sparsemax")
+_ELEMENTWISE = [
+    function
+    for name, function in vars(keras.activations).items()
+    if inspect.isfunction(function)
+    and name not in (*_ALONG_LAST, "deserialize", "get", "serialize")
+]
+
+
 def activations(layer):
-    """The functions that a layer or its cells apply to tensors of the shape of its result."""
+    """The functions that a layer or its cells apply to tensors of the shape of its result, but for
+    those of Keras that act on each entry by itself.
+    """
     cell = getattr(layer, "cell", None)
     for owner in (layer, cell, *getattr(cell, "cells", ())):
         for name, value in vars(owner).items() if owner is not None else ():
-            if "activation" in name and callable(value):
+            if "activation" in name and callable(value) and value not in _ELEMENTWISE:
                 yield value
 
 

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 from keras.src import backend
+from keras.src.backend.common import KerasVariable
 from keras.src.backend.common.keras_tensor import any_symbolic_tensors
 from keras.src.layers import layer as layer_module
 from keras.src.models.functional import Functional
@@ -30,6 +31,21 @@ from lipdp.local import row_rules
 
 #: What stands for the unknown sizes of an input, such as the length of a text.
 _UNKNOWN_SIZE = 128
+
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+)
+_COMPARISONS = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le", "ne": "ne"}
 
 _DECLARE = (
     "Use operations of keras.ops that act on each row by itself, or declare that this is so with "
@@ -126,8 +142,8 @@ def over_batch(x: Any, batch_size: int) -> Any:
     batch axis is put in front.
 
     >>> from keras import ops
-    >>> over_batch(ops.arange(3), 2).shape, over_batch(ops.zeros((1, 3)), 2).shape
-    ((2, 3), (2, 3))
+    >>> [tuple(over_batch(x, 2).shape) for x in (ops.arange(3), ops.zeros((1, 3)))]
+    [(2, 3), (2, 3)]
     """
     return ops.broadcast_to(x, (batch_size, *_row_shape(x)))
 
@@ -154,7 +170,7 @@ def check_rows_apart(
         network: a built Keras model of any kind.
         units: the layers whose weights are trained. They may be composite, and their weights are
             read within their own calls only.
-        inputs: what the network is called on, as `keras.KerasTensor`s with a batch axis of None.
+        inputs: what the network is called on: `keras.KerasTensor`s with a batch axis of None.
             By default what it was built for; sizes that it leaves unknown are taken as 128.
 
     Returns:
@@ -174,14 +190,16 @@ def check_rows_apart(
     run = _Run(network, units)
     for layer in network._flatten_layers():
         check_losses(layer)
-    args, kwargs = _symbolic_inputs(network, inputs)
+    inputs = _symbolic_inputs(network, inputs)
     with run.watching():
         try:
-            outputs = network(*args, training=True, **kwargs)
+            outputs = network(inputs, training=True)
         except UnknownLayerError:
             raise
         except Exception as error:
             raise run.refusal(network, _first_line(error), _DECLARE) from error
+    if run.refusals:  # the network caught it
+        raise run.refusals[0]
     for output in tree.flatten(outputs):
         if not isinstance(output, keras.KerasTensor):
             raise run.refusal(network, "an output does not depend on the batch", "Leave it out.")
@@ -189,7 +207,7 @@ def check_rows_apart(
 
 
 def _symbolic_inputs(network, inputs):
-    """Fresh symbolic tensors for a call of the network, as its arguments."""
+    """Fresh symbolic tensors on which the network is called."""
     if not network.built:
         raise ValueError(f"Network {network.name!r} is not built; call it on a batch first.")
 
@@ -203,26 +221,22 @@ def _symbolic_inputs(network, inputs):
     if inputs is None and isinstance(functional, Functional):
         inputs = functional._inputs_struct
     if inputs is not None:
+        # A Sequential that was built by a call has the size of that batch, and takes any other.
         fixed = [x.shape for x in tree.flatten(inputs) if x.shape[:1] != (None,)]
-        if fixed:
+        if fixed and functional is network:
             raise ValueError(
                 f"Network {network.name!r} has an input of shape {fixed[0]}, whose batch size is "
                 "fixed; it must be None."
             )
-        return (tree.map_structure(lambda x: fresh(x.shape, x.dtype), inputs),), {}
+        return tree.map_structure(lambda x: fresh(x.shape, x.dtype), inputs)
     shapes = network._build_shapes_dict
-    if not shapes:
+    if not shapes or len(shapes) > 1:
         raise ValueError(
             f"Nothing is known of the inputs of {network.name!r}; give `inputs`, KerasTensors with "
             "a batch axis of None."
         )
-    tensors = [
-        tree.map_shape_structure(lambda s: fresh(s, network.input_dtype), shape)
-        for shape in shapes.values()
-    ]
-    if len(tensors) == 1:
-        return tensors, {}
-    return (), {k.removesuffix("_shape"): t for k, t in zip(shapes, tensors, strict=True)}
+    (shape,) = shapes.values()
+    return tree.map_shape_structure(lambda s: fresh(s, network.input_dtype), shape)
 
 
 def _first_line(error):
@@ -234,6 +248,7 @@ class _Run:
 
     def __init__(self, network, units):
         self.calls = []
+        self.refusals = []
         self._units = {id(u): u for u in units}
         self._stack = [network]
         self._unchecked = 0
@@ -260,7 +275,12 @@ class _Run:
             name = thing.name if isinstance(thing, _DeclaredFunction) else kind
             where = f"Operation {name!r} in {self._place()}"
         text = f"{where} may mix the rows of a batch: {why}. {remedy}"
-        return UnknownLayerError(text.rstrip())
+        return self._refusal(text.rstrip())
+
+    def _refusal(self, text):
+        error = UnknownLayerError(text)
+        self.refusals.append(error)
+        return error
 
     def _place(self):
         return f"layer {self._stack[-1].name!r} ({type(self._stack[-1]).__name__})"
@@ -284,11 +304,14 @@ class _Run:
                 outputs = self._time_distributed(layer, args, kwargs)
             elif self._is_leaf(layer):
                 self._check_leaf(layer, args, kwargs)
-                with self._as_it_is():
-                    outputs = layer.compute_output_spec(*args, **kwargs)
+                if type(layer) in row_rules.LAYERS:
+                    with self._as_it_is():
+                        outputs = layer.compute_output_spec(*args, **kwargs)
                     if any(None in x.shape[1:] for x in tree.flatten(outputs)):
                         # It says less than is known: EinsumDense in an attention layer.
-                        outputs = backend.compute_output_spec(layer.call, *args, **kwargs)
+                        outputs = self._trace(layer.call, args, kwargs)
+                else:
+                    outputs = self._trace(layer.call, args, kwargs)
                 self._settle(layer, outputs)
                 self._check_activations(layer, args, kwargs, outputs)
             else:
@@ -328,7 +351,7 @@ class _Run:
             return True
         if cls in row_rules.FOLLOWED:
             return False
-        if cls.__module__.startswith("keras."):
+        if cls.__module__.startswith("keras.src.layers."):
             raise self.refusal(
                 layer, "nothing is known of it", "Leave it out, or declare a class of your own."
             )
@@ -337,15 +360,19 @@ class _Run:
     def _check_leaf(self, layer, args, kwargs):
         first, rest = row_rules.named(layer, args, kwargs)
         inputs = row_rules.operands(first)
-        constants = [
-            x for x in (*inputs, *row_rules.operands(rest)) if not isinstance(x, keras.KerasTensor)
-        ]
-        if any(tuple(x.shape) for x in constants):
-            why = f"it is called on a constant of shape {tuple(constants[0].shape)}"
-            raise self.refusal(layer, why, "Use keras.ops for operations with constants.")
+        for x in (*inputs, *row_rules.operands(rest)):
+            if tuple(x.shape) and not isinstance(x, keras.KerasTensor):
+                why = f"it is called on a constant of shape {tuple(x.shape)}"
+                raise self.refusal(layer, why, "Use keras.ops for operations with constants.")
         masks = tree.flatten(rest.get("mask"))
         for x, mask in zip(inputs, masks, strict=False):
-            if mask is not None and mask.shape != x.shape[: len(mask.shape)]:
+            # Broadcast from the right, a mask of a position's own entries would meet other axes.
+            ranks = {2, len(x.shape)} if type(layer) is keras.layers.Softmax else {2}
+            listed = type(layer) in row_rules.LAYERS
+            if mask is not None and (
+                mask.shape != x.shape[: len(mask.shape)]
+                or (listed and len(mask.shape) not in ranks)
+            ):
                 why = f"its mask of shape {mask.shape} does not fit its input of shape {x.shape}"
                 raise self.refusal(layer, why, "Give it a mask that begins as its input does.")
         if self._inner_units(layer):
@@ -382,6 +409,19 @@ class _Run:
                 layer, f"its call cannot be followed ({_first_line(error)})", _DECLARE
             ) from error
 
+    def _trace(self, call, args, kwargs):
+        """What a call gives of which only the shapes, the weights read and the state are seen."""
+
+        def sized(x, old, new):
+            if not isinstance(x, keras.KerasTensor) or x.shape[:1] != (old,):
+                return x
+            return keras.KerasTensor((new, *x.shape[1:]), dtype=x.dtype)
+
+        args, kwargs = tree.map_structure(lambda x: sized(x, None, 2), (args, kwargs))
+        with self._as_it_is():
+            outputs = backend.compute_output_spec(call, *args, **kwargs)
+        return tree.map_structure(lambda x: sized(x, 2, None), outputs)
+
     def _time_distributed(self, layer, args, kwargs):
         # Keras calls `layer.layer.call` on each step, with the batch axis moved back and forth.
         x, rest = row_rules.named(layer, args, kwargs)
@@ -398,6 +438,9 @@ class _Run:
         return keras.KerasTensor((None, steps, *outputs.shape[1:]), dtype=outputs.dtype)
 
     def operation(self, op, args, kwargs):
+        for x in tree.flatten((args, kwargs)):
+            if isinstance(x, keras.Variable):
+                self.read(x)  # symbolically nothing else reads it
         rule = row_rules.OPERATIONS.get(type(op))
         if isinstance(op, _DeclaredFunction):
             self._try(op, op.call, args, kwargs)
@@ -411,8 +454,11 @@ class _Run:
         if type(op) is numpy_ops.Reshape:
             row, _ = row_rules.reshaped(op, *args, **kwargs)
             return keras.KerasTensor((None, *row), dtype=args[0].dtype)
-        with self._as_it_is():
-            outputs = op.compute_output_spec(*args, **kwargs)
+        if isinstance(op, _DeclaredFunction):
+            outputs = self._trace(op.call, args, kwargs)
+        else:
+            with self._as_it_is():
+                outputs = op.compute_output_spec(*args, **kwargs)
         self._settle(op, outputs)
         return outputs
 
@@ -430,7 +476,7 @@ class _Run:
             return
         readers = self._readers.get(id(variable), set())
         if not readers & {id(layer) for layer in self._stack}:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"Weight {variable.path!r} is read in {self._place()}, outside of the layer that "
                 "owns it, where its gradient is not clipped. Call the owner instead (a "
                 "keras.layers.ReversibleEmbedding for a tied output), or freeze the weight."
@@ -438,7 +484,7 @@ class _Run:
 
     def assign(self, variable):
         if id(variable) not in self._seeds and threading.get_ident() == self._thread:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"Variable {variable.path!r} is assigned in {self._place()}: the state of a "
                 "network must not change with a batch, since no noise hides the change. Leave the "
                 "assignment out."
@@ -449,12 +495,12 @@ class _Run:
         row, or random.
         """
         if shape[0] is not None or None in shape[1:]:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"A tensor of shape {tuple(shape)} is made in {self._place()}: the size of the "
                 "batch may only be the size of the first axis."
             )
         if of is not None and len(of) == len(shape) and of[0] != 1:
-            raise UnknownLayerError(
+            raise self._refusal(
                 f"A constant of shape {of} is repeated in {self._place()} to the shape "
                 f"{tuple(shape)}: its first axis would become the batch. Give it the size 1."
             )
@@ -530,8 +576,11 @@ class _Run:
         run = self
 
         def instead(owner, name, make):
-            right = getattr(owner, name)
-            stack.callback(setattr, owner, name, right)
+            right = getattr(owner, name, None)
+            if name in vars(owner):
+                stack.callback(setattr, owner, name, right)
+            else:
+                stack.callback(delattr, owner, name)
             setattr(owner, name, make(right))
 
         def call(right):
@@ -635,7 +684,26 @@ class _Run:
 
             return fused
 
+        def with_tensor(name):
+            # `weight * x`: a variable knows tensors only.
+            opposite = _COMPARISONS.get(name, "r" + name)
+
+            def make(right):
+                def operator(variable, other):
+                    if run._applies() and isinstance(other, keras.KerasTensor):
+                        return getattr(other, f"__{opposite}__")(variable)
+                    return right(variable, other)
+
+                return operator
+
+            return make
+
         with contextlib.ExitStack() as stack:
+            for name in (*_OPERATORS, *_COMPARISONS):
+                instead(KerasVariable, f"__{name}__", with_tensor(name))
+            # Of `array * x` NumPy and JAX then leave the product to x.
+            instead(keras.KerasTensor, "__array_ufunc__", lambda right: None)
+            instead(keras.KerasTensor, "__jax_array__", lambda right: property())
             instead(Operation, "__call__", call)
             instead(Operation, "symbolic_call", symbolic_call)
             instead(layer_module, "Node", node)
