@@ -97,6 +97,12 @@ class LayerUnits:
                 stack.callback(_restore, own, own.get("call"))
                 own["call"] = functools.partial(call_of, number, unit.layer.call)
             yield calls
+        if len(calls) < len(self.order):
+            raise RuntimeError(
+                f"Layer {self.order[len(calls)].layer.name!r} is not called where it was when the "
+                "network was checked: which layers a network calls must not change. The step has "
+                "not run."
+            )
 
     def clipped_sums(
         self,

@@ -125,9 +125,14 @@ def test_no_row_exceeds_its_threshold_or_is_seen_by_another(name, broken, attack
 def test_a_call_that_was_not_checked_is_refused():
     network = networks.build("subclassed, shared")
     found = layer_units(network)
-    shorter = LayerUnits(found.units, found.order[:-1], found.variables)
-    with pytest.raises(RuntimeError, match="is called where it was not"):
-        steps.backend().pull_back_to_calls(as_graph(network), ops.ones((2, 5)), shorter)
+    for order, match in [
+        (found.order[:-1], "is called where it was not"),
+        (found.order[::-1], "is called where it was not"),
+        ((*found.order, found.order[0]), "is not called where it was"),
+    ]:
+        other = LayerUnits(found.units, order, found.variables)
+        with pytest.raises(RuntimeError, match=match):
+            steps.backend().pull_back_to_calls(as_graph(network), ops.ones((2, 5)), other)
     assert "call" not in vars(network.shared)  # all is as it was
 
 
