@@ -202,7 +202,9 @@ def test_bad_arguments(change):
         calibrate_noise_multiplier(sampling=FullBatch(), **(common | change))
 
 
-@pytest.mark.parametrize(("target", "prior"), [(0.5, False), (1.0, True), (3.0, False), (8.0, True)])
+@pytest.mark.parametrize(
+    ("target", "prior"), [(0.5, False), (1.0, True), (3.0, False), (8.0, True)]
+)
 def test_searches_probe_few_times(target, prior, monkeypatch):
     """A probe composes a privacy loss distribution, which is all that a search takes time for."""
     probed = []

@@ -175,8 +175,7 @@ def test_as_a_module_and_light():
     )
     assert found.returncode == 2 and "delta" in found.stderr and "Traceback" not in found.stderr
     code = (
-        "import sys, time; t = time.process_time(); import accountants.cli;"
-        "assert time.process_time() - t < 0.5;"
+        "import sys, accountants.cli;"
         "assert not {'keras', 'tensorflow', 'jax', 'dp_accounting', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -168,7 +168,7 @@ def test_a_forked_child_can_neither_pay_nor_settle(path):
     results = context.Queue()
     process = context.Process(target=child, args=(run, results))
     process.start()
-    assert "forked" in results.get(timeout=20)
+    assert "forked" in results.get(timeout=300)
     process.join()
     run.pay(3)
     run.close()

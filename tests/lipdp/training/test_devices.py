@@ -286,7 +286,7 @@ def together(function, processes=2):
     """`function(gather, devices)` of each process, which here is a thread; what it returned or
     raised.
     """
-    barrier = threading.Barrier(processes, timeout=20)
+    barrier = threading.Barrier(processes, timeout=300)
     told, results = {}, [None] * processes
 
     def process(p):
