@@ -20,8 +20,14 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-# The same examples in every run, unless asked for others: --hypothesis-profile=default
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+# The same examples in every run, however long each takes, unless asked for others:
+# --hypothesis-profile=default
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("repeatable")
 
 
