@@ -6,7 +6,7 @@ target: they never overshoot.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from accountants.accounting import Accountant, Budget, check_runs
 from accountants.accounting import epsilon as spent
@@ -17,6 +17,8 @@ from accountants.validation import check_integer
 
 # How far above the least noise multiplier the answer may lie, relatively.
 _TOLERANCE = 5e-4
+# How far beyond the root that it expects the search probes: enough for the error of expecting.
+_AIM = _TOLERANCE / 2
 _MOST_NOISE = 1e9
 
 
@@ -80,34 +82,57 @@ def calibrate_noise_multiplier(
                 f"({len(prior)} prior runs included)."
             )
         if short == 0.0 or enough == math.inf:
-            guess = guess * stretch if short else guess / stretch
+            guess = _beyond(costs, budget.epsilon, stretch)
             stretch = min(stretch**4, 100.0)
         else:
             guess = _between(short, enough, costs, budget.epsilon)
     return enough
 
 
-def _between(short: float, enough: float, costs: dict[float, float], target: float) -> float:
-    """A noise multiplier inside the bracket, near to where the cost meets the target.
+def _beyond(costs: dict[float, float], target: float, stretch: float) -> float:
+    """A noise multiplier on the other side of the target than all so far, it is hoped.
 
-    On log-log axes the cost is all but straight. A little beyond the interpolated root, on its
-    farther side, closes the bracket from there; now and then the middle, in case it is not.
+    A little beyond where the cost is expected to meet the target, and nowhere farther than
+    `stretch` times the last.
     """
-    width = math.log(enough / short)
-    share = _interpolate(costs[short], costs[enough], target)
-    if share is None or len(costs) % 4 == 0:
-        share = 0.5
-    else:
-        beyond = min(0.4 * _TOLERANCE / width, 0.25)
-        share = min(max(share + (beyond if share < 0.5 else -beyond), beyond / 4), 1 - beyond / 4)
-    return short * math.exp(share * width)
+    *_, last = costs
+    sign = 1 if costs[last] > target else -1
+    root = _expected_root(costs, target)
+    step = 0.0 if root is None else sign * math.log(root / last)
+    # It may have come no closer.
+    step = min(step + _AIM, math.log(stretch)) if step > 0.0 else math.log(stretch)
+    return last * math.exp(sign * step)
 
 
-def _interpolate(start: float, end: float, target: float) -> float | None:
-    """The share of the way between two costs at which the target lies, in logarithms, or None."""
-    if min(start, end) <= 0.0 or math.isinf(max(start, end)) or start == end:
+def _between(short: float, enough: float, costs: dict[float, float], target: float) -> float:
+    """A noise multiplier inside the bracket, which closes it if the expected root is right.
+
+    First an `enough` a little above the root, then a `short` so close below that the search ends.
+    Now and then the middle, in case the cost is not smooth.
+    """
+    root = _expected_root(costs, target)
+    if root is None or not short < root < enough or len(costs) % 8 == 0:
+        return math.sqrt(short * enough)
+    if enough <= root * (1 + _TOLERANCE - _AIM / 2):
+        return max(enough / (1 + _TOLERANCE) * (1 + 1e-9), math.sqrt(short * root))
+    return min(root * (1 + _AIM), math.sqrt(root * enough))
+
+
+def _expected_root(costs: Mapping[float, float], target: float) -> float | None:
+    """Where the cost meets the target, to go by the three costs that are nearest; None for no idea.
+
+    On log-log axes the cost is all but straight, and its inverse all but a parabola.
+    """
+    goal = math.log(target)
+    points = {math.log(cost): math.log(x) for x, cost in costs.items() if 0.0 < cost < math.inf}
+    nearest = sorted(points.items(), key=lambda point: abs(point[0] - goal))[:3]
+    if len(nearest) < 2:
         return None
-    return math.log(target / start) / math.log(end / start)
+    root = 0.0
+    for at, value in nearest:
+        others = [other for other, _ in nearest if other != at]
+        root += value * math.prod((goal - other) / (at - other) for other in others)
+    return math.exp(root) if abs(root) < 100.0 else None
 
 
 def _clt_noise_multiplier(run: TrainingRun, budget: Budget) -> float:
@@ -240,7 +265,7 @@ def calibrate_batch_size(
 
     >>> calibrate_batch_size(epsilon=3.0, delta=1e-5, noise_multiplier=1.0, epochs=20,
     ...                      num_examples=60_000)
-    765
+    770
 
     Args:
         epsilon, delta, noise_multiplier, num_examples, accountant, relation, prior: as for
@@ -278,7 +303,7 @@ def _last_within(cost: Callable[[int], float], target: float, most: int) -> int:
     """The last n up to `most` with cost(n) <= target; that of 0 is known to be."""
     within, beyond = 0, most + 1
     costs: dict[int, float] = {}
-    guess = 1
+    guess = 256
     while within + 1 < beyond:
         guess = min(max(guess, within + 1), beyond - 1)
         costs[guess] = cost(guess)
@@ -286,16 +311,12 @@ def _last_within(cost: Callable[[int], float], target: float, most: int) -> int:
             within = guess
         else:
             beyond = guess
-        if beyond not in costs:
-            guess = within * 16
-            continue
-        share = _interpolate(costs[within], costs[beyond], target) if within else None
-        if share is None or len(costs) % 4 == 0:
-            guess = (within + beyond) // 2
+        root = _expected_root(costs, target)
+        if root is not None and within < root < beyond and len(costs) % 8:
+            # Once it is within, the next guess is the next number.
+            guess = min(math.floor(root), 256 * max(within, 1))
         else:
-            # As in `_between`: two steps beyond the root, on its farther side.
-            root = within * (beyond / within) ** share
-            guess = math.floor(root) + (2 if share < 0.5 else -2)
+            guess = (within + beyond) // 2 if beyond in costs else within * 16
     return within
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -400,6 +401,8 @@ def command(
         except (flags.Error, UsageError, TypeError, ValueError) as error:
             print(f"{name}: {error}\nTry {name} --help.", file=sys.stderr)
             return 2
+        except BrokenPipeError:  # an OSError that `main` knows
+            raise
         except (LedgerError, OSError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
@@ -465,6 +468,25 @@ def main(
     commands: dict[str, tuple[Callable[[Sequence[str]], int], str]] = COMMANDS,
 ) -> int:
     """Runs the command that ``argv[1]`` names; returns its exit code."""
+    try:
+        code = _main(argv, program, commands)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return drop_output()
+
+
+def drop_output() -> int:
+    """Drops all output to come, since nobody reads it, as after ``| head``.
+
+    Returns:
+        The exit code of a program that a closed pipe has ended.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def _main(argv: Sequence[str], program: str, commands: Any) -> int:
     wanted = argv[1] if len(argv) > 1 else None
     if wanted in commands:
         return commands[wanted][0](argv[1:])

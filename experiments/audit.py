@@ -74,6 +74,9 @@ def audited(values, epsilon, train_data, test_data):
 
 
 def main(values):
+    from lipdp import startup
+
+    startup.import_keras()
     margins = ((0, 0), (FRAME, FRAME), (FRAME, FRAME))
     train_data, test_data = ((np.pad(x, margins), y) for x, y in digits.load())
     results = [audited(values, float(e), train_data, test_data) for e in values.epsilons]

@@ -74,6 +74,9 @@ def plot(found, path):
 
 
 def main(values):
+    from lipdp import startup
+
+    startup.import_keras()
     found = json.loads(json.dumps(compute(values)))
     if values.out:
         pathlib.Path(values.out).write_text(json.dumps(found, indent=1) + "\n")

@@ -69,6 +69,9 @@ def load(source: str) -> Images:
     """
     path = pathlib.Path(source)
     if source in _OF_KERAS and not path.exists():
+        from lipdp import startup
+
+        startup.import_keras()
         import keras
 
         train, test = getattr(keras.datasets, source).load_data()

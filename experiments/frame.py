@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
+from accountants.cli import drop_output
 from experiments import record
 
 __all__ = [
@@ -65,9 +66,18 @@ def start(
     values = flags.FlagValues() if values is None else values
     if define_flags is not None:
         define_flags(Flags(values))
+    try:
+        result = _started(main, values, argv, positional)
+        sys.stdout.flush()
+        return result
+    except BrokenPipeError as error:
+        raise SystemExit(drop_output()) from error
+
+
+def _started(main, values, argv, positional):
     module = sys.modules[main.__module__]
     if {"-h", "--h", "-help", "--help"} & set(argv[1:]):
-        print(_help(module, values))
+        print(_help(module, values), flush=True)
         raise SystemExit(0)
     try:
         rest = values(argv)[1:]

@@ -23,9 +23,11 @@ __all__ = ["append", "delta_of", "provenance", "read", "sha256", "spending", "wr
 
 def provenance() -> dict:
     """Commit, backend and versions."""
-    import keras
-
     import lipdp
+    from lipdp import startup
+
+    startup.import_keras()
+    import keras
 
     backend = keras.backend.backend()
     git = ["git", "-C", str(pathlib.Path(__file__).parent)]

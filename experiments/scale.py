@@ -439,6 +439,9 @@ The PLD accountant refuses a much smaller δ at so many steps, as its sums round
 
 def main(values):
     if values.worker:
+        from lipdp import startup
+
+        startup.import_keras()
         print(json.dumps({"result": PARTS[values.worker](values), **record.provenance()}))
         return
     path = pathlib.Path(values.out)

@@ -3,21 +3,21 @@
 import sys
 from typing import TYPE_CHECKING, Any
 
-from accountants import (
-    Budget,
-    CyclicPoisson,
-    FixedEpochs,
-    FixedSize,
-    FullBatch,
-    PoissonSampling,
-    RandomAllocation,
-    ShuffledEpochs,
-    TruncatedPoisson,
-)
 from lipdp import _loading
 from lipdp._version import __version__
 
 if TYPE_CHECKING:  # at run time these are imported when they are first used
+    from accountants import (
+        Budget,
+        CyclicPoisson,
+        FixedEpochs,
+        FixedSize,
+        FullBatch,
+        PoissonSampling,
+        RandomAllocation,
+        ShuffledEpochs,
+        TruncatedPoisson,
+    )
     from lipdp import bounds, layers, losses, metrics, models, robustness
     from lipdp.bounds import UnknownLayerError, gradient_bounds
     from lipdp.data.augmentation import Augmentation
@@ -66,11 +66,20 @@ _HOMES = {
     "AdaptiveClip": "lipdp.training.clipping",
     "Augmentation": "lipdp.data.augmentation",
     "BandedNoise": "lipdp.noise",
+    "Budget": "accountants",
     "BudgetExceeded": "lipdp.training.spending",
+    "CyclicPoisson": "accountants",
+    "FixedEpochs": "accountants",
+    "FixedSize": "accountants",
+    "FullBatch": "accountants",
     "PerLayerClip": "lipdp.training.clipping",
+    "PoissonSampling": "accountants",
     "PrivateModel": "lipdp.training.model",
+    "RandomAllocation": "accountants",
+    "ShuffledEpochs": "accountants",
     "Spent": "lipdp.training.spending",
     "ToeplitzNoise": "lipdp.noise",
+    "TruncatedPoisson": "accountants",
     "UnknownLayerError": "lipdp.bounds",
     "check": "lipdp.inspection.check",
     "gradient_bounds": "lipdp.bounds",

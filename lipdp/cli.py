@@ -7,8 +7,11 @@ does with a network is in `lipdp.commands`, which is imported when such a comman
 import sys
 from collections.abc import Callable, Sequence
 
-from accountants import cli
 from lipdp import startup
+
+startup.use_one_thread()  # before NumPy is imported, which the next line does
+
+from accountants import cli  # noqa: E402
 
 __all__ = ["COMMANDS", "main"]
 

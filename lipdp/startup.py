@@ -1,4 +1,4 @@
-"""How commands start: Keras imported without the log lines of TensorFlow.
+"""How commands start: on one thread, and with Keras imported without the log lines of TensorFlow.
 
 While TensorFlow is imported, and when it first looks for devices, its C++ code writes some lines to
 stderr before any log level counts: that oneDNN is on, that there is no CUDA. In the output of a
@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-__all__ = ["import_keras", "is_usual_log_line"]
+__all__ = ["import_keras", "is_usual_log_line", "use_one_thread"]
 
 # Lines of information and warnings (I, W) in both formats of TensorFlow's logs; what goes with
 # them; and that no driver of CUDA is there, which is logged as an error.
@@ -35,6 +35,15 @@ def is_usual_log_line(line: bytes, nvidia: bool = False) -> bool:
     if nvidia and _OF_DEVICES.search(line):
         return False
     return _LOG_LINE.match(line) is not None
+
+
+def use_one_thread() -> None:
+    """Has the linear algebra of NumPy and SciPy run on one thread, if neither is imported yet.
+
+    Accounting adds up vectors. Threads do not speed that up, and only wait for it to end, busily:
+    they took two fifths of a command's CPU time. The backends have threads of their own.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def import_keras() -> None:

@@ -3,14 +3,24 @@
 Changed is what differs from the branch `main` where this one left it, committed or not. A test file
 stands for itself. A module stands for its own examples and, since `tests/` mirrors the packages,
 for the test file of its name, or where there is none for the nearest folder of tests; so does what
-tests share. Of other files only pages of the docs have tests.
+tests share. Whatever a test of the whole repository reads stands for that test, too.
 """
 
+import re
 import subprocess
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("accountants", "experiments", "lipdp")
+# What the tests of the whole repository read.
+WHOLE = {
+    "tests/test_architecture.py": r"(accountants|experiments|lipdp)/.*\.py|docs/architecture\.md",
+    "tests/test_docs.py": r"docs/.*\.md|mkdocs\.yml",
+    "tests/test_release.py": (
+        r"[^/]+\.(md|cff|cfg|toml|yml)|LICENSE|Makefile|MANIFEST\.in|docs/index\.md"
+        r"|lipdp/_version\.py|(accountants|lipdp)/(.*/)?__init__\.py"
+    ),
+}
 
 
 def changed(root: Path = ROOT, main: str = "main") -> list[str]:
@@ -30,15 +40,17 @@ def paths_for(name: str, root: Path = ROOT) -> list[str]:
     """What pytest is to run for one changed path.
 
     >>> paths_for("lipdp/config.py")
-    ['lipdp/config.py', 'tests/lipdp/test_config.py']
+    ['tests/test_architecture.py', 'lipdp/config.py', 'tests/lipdp/test_config.py']
     >>> paths_for("lipdp/bounds/builtin/linear.py")
-    ['lipdp/bounds/builtin/linear.py', 'tests/lipdp/bounds']
-    >>> paths_for("README.md")
-    ['tests/test_docs.py']
+    ['tests/test_architecture.py', 'lipdp/bounds/builtin/linear.py', 'tests/lipdp/bounds']
+    >>> paths_for("setup.cfg")
+    ['tests/test_release.py']
     """
+    return [test for test, read in WHOLE.items() if re.fullmatch(read, name)] + _own(name, root)
+
+
+def _own(name, root):
     path = PurePosixPath(name)
-    if path.suffix == ".md":
-        return ["tests/test_docs.py"]
     if path.suffix != ".py" or path.parts[0] not in (*PACKAGES, "tests"):
         return []
     if path.parts[0] == "tests":

@@ -20,8 +20,14 @@ import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-# The same examples in every run, unless asked for others: --hypothesis-profile=default
-hypothesis.settings.register_profile("repeatable", derandomize=True)
+# The same examples in every run, however long each takes, unless asked for others:
+# --hypothesis-profile=default
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("repeatable")
 
 
@@ -37,33 +43,13 @@ if keras.backend.backend() == "jax":
 
     from lipdp.bounds import projections
 
-    def _compiled(right):
-        """A projection as one program, in place of the dozens that JAX compiles of it op by op: it
-        is called by every layer that is built.
-        """
-
-        def call(self, w):
-            w = keras.ops.convert_to_tensor(w)
-            if isinstance(w, jax.core.Tracer):
-                return right(self, w)
-            programs = vars(self).setdefault("_programs", {})
-            certificates = projections._certificates.get()
-            if certificates not in programs:
-                programs[certificates] = jax.jit(lambda w: right(self, w))
-            return programs[certificates](w)
-
-        return call
-
-    for _kind in vars(projections).values():
-        if isinstance(_kind, type) and "__call__" in vars(_kind):
-            _kind.__call__ = _compiled(_kind.__call__)
-
     @pytest.fixture(autouse=True)
-    def _optimizations(request):
+    def _optimizations(request, monkeypatch):
         """XLA's, where a test asks for the rounding that users get."""
         wanted = request.node.get_closest_marker("optimized") is not None
         if wanted:
             jax.config.update("jax_disable_most_optimizations", False)
+            monkeypatch.setattr(projections, "_programs", {})
         yield
         if wanted:
             jax.config.update("jax_disable_most_optimizations", True)

@@ -9,20 +9,34 @@ from tests.conftest import pytest_collection_modifyitems
 
 pytestmark = pytest.mark.any_backend
 
+HOUSE, DOCS, RELEASE = (f"tests/test_{name}.py" for name in ("architecture", "docs", "release"))
+
 
 @pytest.mark.parametrize(
     "name, expected",
     [
-        ("lipdp/noise/secure.py", ["lipdp/noise/secure.py", "tests/lipdp/noise/test_secure.py"]),
-        ("lipdp/bounds/rule.py", ["lipdp/bounds/rule.py", "tests/lipdp/bounds"]),
-        ("lipdp/layers/gone.py", ["tests/lipdp/layers"]),
-        ("accountants/nothing/gone.py", ["tests/accountants"]),
+        (
+            "lipdp/noise/secure.py",
+            [HOUSE, "lipdp/noise/secure.py", "tests/lipdp/noise/test_secure.py"],
+        ),
+        ("lipdp/bounds/rule.py", [HOUSE, "lipdp/bounds/rule.py", "tests/lipdp/bounds"]),
+        ("lipdp/layers/gone.py", [HOUSE, "tests/lipdp/layers"]),
+        ("accountants/nothing/gone.py", [HOUSE, "tests/accountants"]),
+        ("lipdp/nothing/__init__.py", [HOUSE, RELEASE, "tests/lipdp"]),
         ("tests/lipdp/bounds/test_norms.py", ["tests/lipdp/bounds/test_norms.py"]),
         ("tests/lipdp/bounds/test_gone.py", []),
         ("tests/lipdp/cases/linear.py", ["tests/lipdp"]),
         ("tests/conftest.py", ["tests"]),
-        ("docs/train.md", ["tests/test_docs.py"]),
-        ("setup.cfg", []),
+        ("tests/test_docs.py", [DOCS]),
+        ("docs/train.md", [DOCS]),
+        ("docs/architecture.md", [HOUSE, DOCS]),
+        ("docs/index.md", [DOCS, RELEASE]),
+        ("docs/speed.svg", []),
+        ("mkdocs.yml", [DOCS, RELEASE]),
+        ("README.md", [RELEASE]),
+        ("setup.cfg", [RELEASE]),
+        ("LICENSE", [RELEASE]),
+        (".gitignore", []),
     ],
 )
 def test_paths_for_a_path(name, expected):

@@ -16,7 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from lipdp.autodiff import compiled, vjp
+from lipdp.autodiff import compiled, fused, vjp
 from lipdp.bounds import network_bounds
 
 # Lengths of a step of the ascent, in radii of the ball; a whole power step is tried first.
@@ -247,6 +247,7 @@ class _Search:
         self.where = {}  # inputs and weights that attain each of them
         self._quantities = self._of_example(training)
         self._evaluate = compiled(self._slopes)
+        self._measure = fused(self._measured) if self.variables else self._measured
 
     def _of_example(self, training):
         """The function `(*weights, *inputs, g) -> [output, *input cotangents, *gradients]`."""
@@ -278,14 +279,24 @@ class _Search:
     def _flat(self, coefficients, arguments):
         return self._quantities(*arguments), [ops.zeros_like(a) for a in arguments]
 
+    def _measured(self, values):
+        """Bounds for which weights had to be measured, by name; `self.bounds` has the others."""
+        mapping = zip(self.variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=mapping):
+            found = network_bounds(self.network, self.cotangent, self.radius)
+        gradients = [found.gradients.get(v.path, math.inf) for v in self.variables]
+        self.bounds = [found.output, *found.input_cotangents, *gradients]
+        named = zip(self.names, self.bounds, strict=True)
+        return {name: bound for name, bound in named if ops.is_tensor(bound)}
+
     def use_weights(self, name, values):
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
         self.weights, self.values = name, list(map(ops.convert_to_tensor, values))
-        found = network_bounds(self.network, self.cotangent, self.radius)
-        gradients = [found.gradients.get(v.path, math.inf) for v in self.variables]
-        bounds = [found.output, *found.input_cotangents, *gradients]
-        self.bounds = [float(ops.convert_to_numpy(b)) for b in bounds]
+        measured = self._measure(self.values)
+        self.bounds = [
+            float(measured.get(n, b)) for n, b in zip(self.names, self.bounds, strict=True)
+        ]
         if not all(map(math.isfinite, self.bounds)):
             unbounded = [n for n, b in zip(self.names, self.bounds, strict=True) if b == math.inf]
             raise ValueError(

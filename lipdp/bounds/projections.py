@@ -8,6 +8,7 @@ update. Each class states the norm it certifies, which the rules in `lipdp.bound
 
 import contextlib
 import contextvars
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 from keras import ops
 
 from accountants.validation import check_integer, check_number
+from lipdp.autodiff import fused
 from lipdp.bounds import norms
 
 __all__ = [
@@ -38,7 +40,10 @@ _LARGE = 256
 _CHANNELS = 32
 
 # (certificate of large matrices, compiler of the others')
-_certificates = contextvars.ContextVar("certificates", default=(None, lambda function: function))
+_DETERMINISTIC = (None, lambda function: function)
+_certificates = contextvars.ContextVar("certificates", default=_DETERMINISTIC)
+# Programs that project, by the class and the attributes of the projection.
+_programs: dict[tuple[type, str], Callable[[Any], Any]] = {}
 
 
 @contextlib.contextmanager
@@ -82,6 +87,8 @@ def _shrink(w, bound, radius):
 class Projection(keras.constraints.Constraint):
     """Base of the projections: `projection(w)` lies in the set of norm `radius`.
 
+    A subclass computes it in `project(w)`, from `w` and attributes that print as what they are.
+
     What is certified to be inside is left as it is, bit by bit. A weight whose norm is nearer to
     the radius than the certificate's gap (5 % by default, up to 13 % for the randomised one) may
     be scaled down to that distance, once: projecting again takes no more than rounding.
@@ -89,6 +96,20 @@ class Projection(keras.constraints.Constraint):
 
     def __init__(self, radius: float = 1.0) -> None:
         self.radius = check_number(radius, "radius")
+
+    def __call__(self, w: Any) -> Any:
+        w = ops.convert_to_tensor(w)
+        if _certificates.get() is not _DETERMINISTIC:  # of a step, which is compiled as a whole
+            return self.project(w)
+        key = type(self), repr(vars(self))
+        if key not in _programs:
+            # Of a copy: a program keeps what it has read, though the attributes may change.
+            _programs[key] = fused(copy.deepcopy(self).project)
+        return _programs[key](w)
+
+    def project(self, w: Any) -> Any:
+        """The weight, put into the set."""
+        raise NotImplementedError
 
     def certifications(self, shape: Sequence[int]) -> int:
         """Number of randomised certificates that a weight of this shape takes; each costs δ."""
@@ -108,7 +129,7 @@ class NormBall(Projection):
     True
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         return _shrink(w, norms.euclidean_norm(w) * (1 + 1e-6), self.radius)
 
@@ -122,7 +143,7 @@ class RowBall(Projection):
     [0.6, 0.8, 0.0, 0.5]
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         bounds = norms.euclidean_norm(w, axis=-1) * (1 + 1e-6)
         return _shrink(w, ops.expand_dims(bounds, -1), self.radius)
@@ -136,7 +157,7 @@ class EntryBall(Projection):
     [1.0, -1.0, 0.5]
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         return ops.clip(_read(w), -self.radius, self.radius)
 
 
@@ -170,7 +191,7 @@ class SpectralBall(Projection):
     def certifications(self, shape: Sequence[int]) -> int:
         return int(min(shape) > _LARGE)
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         if len(w.shape) != 2:
             raise ValueError(f"SpectralBall projects matrices; got a weight of shape {w.shape}.")
         w = _read(w)
@@ -239,7 +260,7 @@ class ConvBall(Projection):
         """The certificate: of the operator norm of a kernel in a geometry."""
         return norms.conv_norm_bound(w, **options)
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         return _shrink(w, self._certified(w), self.radius)
 
@@ -341,7 +362,7 @@ class ResidualConvBall(ConvBall):
     def bound(w: Any, **options: Any) -> Any:
         return norms.conv_norm_bound(w + identity_kernel(w.shape), **options)
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         factor = _factor(self._certified(w), self.radius)
         # Not `factor·(w + I) − I`, which would round a kernel that is inside.
@@ -383,7 +404,7 @@ class AlmostOrthogonal(Projection):
     [1.0, 0.5]
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         scales, axis = norms.almost_orthogonal_scales(w)
         scales = ops.minimum(1.0, self.radius * scales)

@@ -1,6 +1,5 @@
 import subprocess
 import sys
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +17,7 @@ from accountants import (
     calibrate_epochs,
     calibrate_noise_multiplier,
     calibrate_steps,
+    calibration,
     epsilon,
 )
 
@@ -202,22 +202,31 @@ def test_bad_arguments(change):
         calibrate_noise_multiplier(sampling=FullBatch(), **(common | change))
 
 
-def test_speed():
-    common = {"delta": 1e-5, "sampling": PoissonSampling(600), "num_examples": N}
-    prior = [TrainingRun(3.0, PoissonSampling(300), N, 500)]
-    for target, spent in ((0.5, []), (1.0, prior), (8.0, prior)):
-        start = time.process_time()
-        found = calibrate_noise_multiplier(epsilon=target, steps=10_000, prior=spent, **common)
-        middle = time.process_time()
-        steps = calibrate_steps(epsilon=target, noise_multiplier=found, prior=spent, **common)
-        assert 10_000 <= steps < 10_050
-        assert middle - start < 3.0 and time.process_time() - middle < 3.0
+@pytest.mark.parametrize(
+    ("target", "prior"), [(0.5, False), (1.0, True), (3.0, False), (8.0, True)]
+)
+def test_searches_probe_few_times(target, prior, monkeypatch):
+    """A probe composes a privacy loss distribution, which is all that a search takes time for."""
+    probed = []
+
+    def probe(**arguments):
+        probed.append(arguments)
+        return epsilon(**arguments)
+
+    monkeypatch.setattr(calibration, "spent", probe)
+    prior = [TrainingRun(3.0, PoissonSampling(300), N, 500)] * prior
+    common = {"delta": 1e-5, "sampling": PoissonSampling(600), "num_examples": N, "prior": prior}
+    found = calibrate_noise_multiplier(epsilon=target, steps=10_000, **common)
+    assert len(probed) <= 7  # the first is of the prior runs
+    probed.clear()
+    steps = calibrate_steps(epsilon=target, noise_multiplier=found, **common)
+    assert 10_000 <= steps < 10_050
+    assert len(probed) <= 12
 
 
 def test_import_is_light():
     code = (
-        "import sys, time; t = time.process_time(); import accountants;"
-        "assert time.process_time() - t < 0.5;"
+        "import sys, accountants;"
         "assert not {'keras', 'tensorflow', 'jax', 'dp_accounting', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,6 +4,8 @@ import dataclasses
 import doctest
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
 
 import pytest
@@ -173,3 +175,24 @@ def test_one_json_is_written_whole(tmp_path):
 @pytest.mark.parametrize("module", [record, pages])
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
+
+
+def test_a_run_that_is_recorded_starts_without_log_lines():
+    """Every run that is recorded begins with its provenance."""
+    code = "from experiments import record; print(record.provenance()['backend'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("tensorflow\n", "")
+
+
+def test_a_reader_that_has_gone_ends_a_script_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "experiments.ledger", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -6,14 +6,8 @@ import pytest
 
 import lipdp
 from lipdp import layers
-from lipdp.autodiff import compiled
 
 EAGERLY = keras.backend.backend() == "tensorflow"
-
-
-def fastest(function):
-    """The function as it runs fastest once: op by op, but where each op is compiled for itself."""
-    return function if EAGERLY else compiled(function)
 
 
 def one_in(count, values):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from lipdp.autodiff import compiled, vjp
+from lipdp.autodiff import compiled, fused, vjp
 from lipdp.bounds import norms
-from tests.lipdp.helpers import fastest, one_in
+from tests.lipdp.helpers import one_in
 
 ROUNDING = 5e-5  # of the bounds' own allowance, where one asks for tightness
 
@@ -278,7 +278,7 @@ def test_conv_norm_bound(geometry, rng):
 def test_conv_norm_bound_groups(groups, padding, strides, rng):
     kernel = rng.standard_normal((3, 3, 4 // groups, 8)).astype("float32")
     true = exact(operator(kernel, (5, 5), 4, strides=strides, padding=padding, dilation_rate=1))
-    bounds = fastest(
+    bounds = fused(
         lambda kernel: [
             norms.conv_norm_bound(kernel, (5, 5, 4), strides, padding, groups=groups, certificate=c)
             for c in CERTIFICATES
@@ -387,7 +387,7 @@ def transposed(kernel, size, strides, padding, output_padding, dilation_rate):
 @pytest.mark.parametrize("geometry", one_in(4, TRANSPOSED), ids=str)
 def test_conv_transpose_norm_bound(geometry, rng):
     taps, size, strides, padding, output_padding, dilation = geometry
-    bound = fastest(
+    bound = fused(
         lambda kernel: [
             norms.conv_transpose_norm_bound(kernel, size, strides, dilation, certificate=c)
             for c in CERTIFICATES

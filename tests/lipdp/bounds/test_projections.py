@@ -360,6 +360,22 @@ def test_certified_by_serves_large_matrices_inside_its_scope_only(rng):
     assert len(asked) == 2
 
 
+def test_equal_projections_are_one_program_which_attributes_are_part_of(monkeypatch):
+    monkeypatch.setattr(projections, "_programs", {})
+    kernel = 9.0 * np.ones((3, 3, 1, 1))
+    balls = [ConvBall(1.0, input_shape=(4, 4), padding="same") for _ in range(2)]
+    first, second = (apply(ball, kernel) for ball in balls)
+    np.testing.assert_array_equal(first, second)
+    assert len(projections._programs) == 1
+    # What has run before is not what runs after a change.
+    balls[0].radius = 0.5
+    np.testing.assert_allclose(apply(balls[0], kernel), first / 2, rtol=1e-6)
+    balls[0].geometry["strides"] = 3
+    assert apply(balls[0], kernel).max() > first.max() / 2
+    np.testing.assert_array_equal(apply(balls[1], kernel), first)
+    assert len(projections._programs) == 3
+
+
 @pytest.mark.any_backend
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("inf"), float("nan"), "1", None])
 def test_radius_is_refused(radius):

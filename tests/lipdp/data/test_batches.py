@@ -187,7 +187,7 @@ def test_each_step_gets_its_own_batch_drawn_once(sampling):
 def test_the_next_batch_is_drawn_while_a_step_runs():
     source, batches = recorded(lipdp.PoissonSampling(8))
     batches.request(0)
-    for _ in range(1000):
+    for _ in range(12_000):
         if len(source.taken) == 2:
             break
         time.sleep(0.01)

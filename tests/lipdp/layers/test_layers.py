@@ -9,10 +9,10 @@ import scipy.linalg
 from keras import ops
 
 from lipdp import bounds, layers
-from lipdp.autodiff import compiled, vjp
+from lipdp.autodiff import compiled, fused, vjp
 from lipdp.bounds import norms
 from lipdp.training import steps
-from tests.lipdp.helpers import EAGERLY, fastest, one_in
+from tests.lipdp.helpers import EAGERLY, one_in
 
 LAYERS = {
     "ball": (layers.BallProjection(0.7), (5,)),
@@ -182,7 +182,7 @@ def test_gradient_of_each_example(name, rng):
         alone = ops.map(of_one, (x, g))
         return [[c[i] for c in alone] for i in range(4)], pulled(x, g)
 
-    both = fastest(alone_and_together)
+    both = fused(alone_and_together)
     x = rng.standard_normal((4, *shape)).astype("float32")
     x[0] = 0.0
     x /= np.maximum(np.linalg.norm(x.reshape(4, -1), axis=1), 1.0).reshape(4, *[1] * len(shape))

@@ -8,9 +8,9 @@ import pytest
 from keras import ops
 
 from lipdp import losses
-from lipdp.autodiff import gradient
+from lipdp.autodiff import fused, gradient
 from lipdp.training.clipping import clamp_weights, clip_rows, scale_rows
-from tests.lipdp.helpers import fastest, one_in
+from tests.lipdp.helpers import one_in
 
 K = keras.losses
 UNEQUAL = [0.02, 0.3, 0.18, 0.4, 0.1]
@@ -121,11 +121,11 @@ def attack(function, kind, shape, scale=1.0, steps=16):
         scale: largest norm of a target of the kind `"ball"`.
     """
 
-    @fastest
+    @fused
     def slope(y, z):
         return gradient(lambda v: function(y, v), z)[1]
 
-    @fastest
+    @fused
     def ascent(y, z):
         return gradient(lambda v: ops.square(slope(y, v)), z)[1]
 
@@ -453,7 +453,7 @@ def test_an_example_alone_is_the_example_in_a_batch(loss, shape):
     generator = np.random.default_rng(1)
     z = generator.normal(size=(6, *shape)).astype("float32")
 
-    value = fastest(lambda y, z: losses.per_example(loss, y, z))
+    value = fused(lambda y, z: losses.per_example(loss, y, z))
     for y in candidate_targets(kind_of(loss), 6, shape, generator)[-2:]:
         y = y if kind_of(loss) == "labels" else y.astype("float32")
         whole = value(ops.convert_to_tensor(y), ops.convert_to_tensor(z))

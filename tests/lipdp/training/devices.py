@@ -171,7 +171,7 @@ def scope_of(kind):
         process = int(os.environ["PROCESS"])
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
-            os.environ["COORDINATOR"], 2, process, heartbeat_timeout_seconds=10
+            os.environ["COORDINATOR"], 2, process, heartbeat_timeout_seconds=30
         )
     if kind == "sharded":
         names = [f"cpu:{i}" for i in range(4)]

@@ -286,7 +286,7 @@ def together(function, processes=2):
     """`function(gather, devices)` of each process, which here is a thread; what it returned or
     raised.
     """
-    barrier = threading.Barrier(processes, timeout=20)
+    barrier = threading.Barrier(processes, timeout=300)
     told, results = {}, [None] * processes
 
     def process(p):
@@ -635,7 +635,7 @@ def test_a_budget_that_is_no_multiple_of_the_steps_that_run_together():
 # --- a process that dies --------------------------------------------------------------------------
 
 
-def wait_for(path, size, processes, timeout=300):
+def wait_for(path, size, processes, timeout=900):
     end = time.monotonic() + timeout
     while not (path.exists() and path.stat().st_size >= size):
         assert time.monotonic() < end, path
@@ -653,7 +653,7 @@ def test_a_process_that_dies_ends_the_run_and_another_goes_on(victim, tmp_path):
     except BaseException:
         ended(processes, timeout=0)
         raise
-    codes = ended(processes, timeout=200)
+    codes = ended(processes, timeout=600)
     assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
     ledger = Ledger(tmp_path / "ledger")
     released = max((tmp_path / f"released-{i}").stat().st_size for i in range(2))

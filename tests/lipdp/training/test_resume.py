@@ -93,7 +93,7 @@ KILLED = textwrap.dedent(
         def on_train_batch_end(self, batch, logs=None):
             os.write(self.file, b"x")
 
-    for _ in range(kills):
+    for index in range(kills):
         child = os.fork()
         if child == 0:
             network = keras.Sequential(
@@ -105,8 +105,12 @@ KILLED = textwrap.dedent(
             release.file = os.open(released, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
             model.fit(x, y, epochs=10_000, verbose=0, callbacks=[release])
             os._exit(3)
-        # From before the ledger is open to some tens of steps later.
-        time.sleep(random.uniform(0.2, 4.0))
+        # From before the ledger is open to some tens of steps later. Most children are left to
+        # make their first step, however long that takes.
+        seen = os.path.getsize(released)
+        while index % 4 and os.path.getsize(released) == seen:
+            time.sleep(0.02)
+        time.sleep(random.uniform(0.0, 1.0))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), status
@@ -120,13 +124,14 @@ KILLED = textwrap.dedent(
 def test_fifty_kills_of_a_training_process(seed, tmp_path):
     """Four times fifty; children of a process that only imported: each takes a second, not ten."""
     ledger, released = tmp_path / "ledger", tmp_path / "released"
+    released.touch()
     subprocess.run(
         [sys.executable, "-c", KILLED, str(ledger), str(released), str(seed), "50"],
         check=True,
-        timeout=900,
+        timeout=3600,
         env={**os.environ, "KERAS_BACKEND": "tensorflow"},
     )
     seen = os.path.getsize(released)
-    assert seen > 50  # most of them trained before they died
+    assert seen >= 37  # three of four trained before they died
     assert Ledger(ledger).steps >= seen
     assert private(ledger=ledger).spent(1e-5).steps == Ledger(ledger).steps
