@@ -2,13 +2,14 @@
 
 Projection happens on the variable itself, after the noisy update: it is post-processing, free
 of privacy cost, and the forward pass uses the variable as it is, so that no Jacobian of the
-projection enters a sensitivity. Every optimizer of every backend applies constraints after its
-update. Each class states the norm it certifies, which the rules in `lipdp.bounds` read.
+projection enters a sensitivity. A private step projects by itself, after the optimizer, which may
+apply constraints or not. Each class states the norm it certifies, which the rules in
+`lipdp.bounds` read.
 """
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -30,6 +31,8 @@ __all__ = [
     "RowBall",
     "SpectralBall",
     "certified_by",
+    "project",
+    "projected_later",
 ]
 
 # Sides from which on a block of probes is cheaper than products of whole matrices.
@@ -58,6 +61,30 @@ def certified_by(
         _certificates.reset(token)
 
 
+_later = contextvars.ContextVar("later", default=False)
+
+
+@contextlib.contextmanager
+def projected_later() -> Iterator[None]:
+    """While the scope lasts, a projection that is called as a constraint leaves a weight as it is.
+
+    The private step opens it around the optimizer's update and projects after it, so that nothing
+    depends on what an optimizer does with constraints, and nothing is projected twice.
+    """
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+
+
+def project(variables: Iterable[keras.Variable]) -> None:
+    """Puts the weights that have a projection into their sets."""
+    for variable in variables:
+        if isinstance(variable.constraint, Projection):
+            variable.assign(variable.constraint(variable))
+
+
 def _read(w):
     """The value of a weight, read once: the bound and what it divides must be of one moment."""
     return 1.0 * w
@@ -80,7 +107,8 @@ def _shrink(w, bound, radius):
 
 
 class Projection(keras.constraints.Constraint):
-    """Base of the projections: `projection(w)` lies in the set of norm `radius`.
+    """Base of the projections: `projection(w)` lies in the set of norm `radius`. A subclass says
+    how, in `project`.
 
     What is certified to be inside is left as it is, bit by bit. A weight whose norm is nearer to
     the radius than the certificate's gap (5 % by default, up to 13 % for the randomised one) may
@@ -89,6 +117,13 @@ class Projection(keras.constraints.Constraint):
 
     def __init__(self, radius: float = 1.0) -> None:
         self.radius = check_number(radius, "radius")
+
+    def __call__(self, w: Any) -> Any:
+        return w if _later.get() else self.project(w)
+
+    def project(self, w: Any) -> Any:
+        """The weight's value, put into the set."""
+        raise NotImplementedError(f"{type(self).__name__} must say how to project a weight.")
 
     def certifications(self, shape: Sequence[int]) -> int:
         """Number of randomised certificates that a weight of this shape takes; each costs δ."""
@@ -108,7 +143,7 @@ class NormBall(Projection):
     True
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         return _shrink(w, norms.euclidean_norm(w) * (1 + 1e-6), self.radius)
 
@@ -122,7 +157,7 @@ class RowBall(Projection):
     [0.6, 0.8, 0.0, 0.5]
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         bounds = norms.euclidean_norm(w, axis=-1) * (1 + 1e-6)
         return _shrink(w, ops.expand_dims(bounds, -1), self.radius)
@@ -136,7 +171,7 @@ class EntryBall(Projection):
     [1.0, -1.0, 0.5]
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         return ops.clip(_read(w), -self.radius, self.radius)
 
 
@@ -170,7 +205,7 @@ class SpectralBall(Projection):
     def certifications(self, shape: Sequence[int]) -> int:
         return int(min(shape) > _LARGE)
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         if len(w.shape) != 2:
             raise ValueError(f"SpectralBall projects matrices; got a weight of shape {w.shape}.")
         w = _read(w)
@@ -239,7 +274,7 @@ class ConvBall(Projection):
         """The certificate: of the operator norm of a kernel in a geometry."""
         return norms.conv_norm_bound(w, **options)
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         return _shrink(w, self._certified(w), self.radius)
 
@@ -341,7 +376,7 @@ class ResidualConvBall(ConvBall):
     def bound(w: Any, **options: Any) -> Any:
         return norms.conv_norm_bound(w + identity_kernel(w.shape), **options)
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         factor = _factor(self._certified(w), self.radius)
         # Not `factor·(w + I) − I`, which would round a kernel that is inside.
@@ -383,7 +418,7 @@ class AlmostOrthogonal(Projection):
     [1.0, 0.5]
     """
 
-    def __call__(self, w: Any) -> Any:
+    def project(self, w: Any) -> Any:
         w = _read(w)
         scales, axis = norms.almost_orthogonal_scales(w)
         scales = ops.minimum(1.0, self.radius * scales)

@@ -6,6 +6,7 @@ import jax
 import keras
 import numpy as np
 
+from lipdp.bounds.projections import Projection
 from lipdp.data.batches import KerasBatches
 from lipdp.training.steps.jax_devices import JaxDevices, replicas, replicate_features
 from lipdp.training.steps.private_step import read_batch, update_weights
@@ -114,6 +115,22 @@ class JaxBackend(JaxDevices):
                 if not value.is_deleted():
                     variable.assign(value)
         model._jax_state, model.half_step = None, None
+
+    def held_weights(self, model, result=None):
+        if result is None:
+            return tuple(v.value for v in model.trainable_variables)
+        _, (trainable, *_) = result
+        return tuple(trainable)
+
+    def put_inside(self, model, arguments, held):
+        # Arrays are never written into: what is another array may have another value.
+        (trainable, *rest), iterator = arguments
+        inside = list(trainable)
+        for i, variable in enumerate(model.trainable_variables):
+            moved = held is None or held[i] is not inside[i]
+            if moved and isinstance(variable.constraint, Projection):
+                inside[i] = variable.constraint(inside[i])
+        return (inside, *rest), iterator
 
     @contextlib.contextmanager
     def keep_weights(self, model):

@@ -14,7 +14,7 @@ K = keras.layers
 
 @mutant
 def projection_that_does_nothing(patch):
-    patch.setattr("lipdp.bounds.projections.SpectralBall.__call__", lambda self, w: w)
+    patch.setattr("lipdp.bounds.projections.SpectralBall.project", lambda self, w: w)
     return layers.SpectralDense(3), (4,)
 
 
@@ -36,7 +36,7 @@ def gain_taken_for_one(patch):
 def residual_conv_projected_without_the_identity(patch):
     ball = projections.ResidualConvBall
     patch.setattr(ball, "bound", staticmethod(projections.ConvBall.bound))
-    patch.setattr(ball, "__call__", projections.ConvBall.__call__)
+    patch.setattr(ball, "project", projections.ConvBall.project)
     return layers.ResidualConv2D(1, 3, use_bias=False), (4, 4, 1)
 
 

@@ -55,7 +55,7 @@ def embedding_bag_as_if_tokens_differ(patch):
 def rows_projected_as_one_matrix(patch):
     """Divided by the spectral norm of the table, which the rows together may reach."""
     patch.setattr(
-        "lipdp.bounds.projections.RowBall.__call__", lambda self, w: w / math.sqrt(w.shape[0])
+        "lipdp.bounds.projections.RowBall.project", lambda self, w: w / math.sqrt(w.shape[0])
     )
     return layers.Embedding(6, 3, radius=0.1), (5,)
 
@@ -150,7 +150,7 @@ def recurrent_states_as_the_last_one(patch):
 @mutant
 def recurrent_matrices_projected_one_by_one(patch):
     """s(W) ≤ 1 and s(U) ≤ 1 leave s([W U]) ≤ √2."""
-    patch.setattr("lipdp.bounds.projections.SpectralBall.__call__", lambda self, w: ops.concatenate(
+    patch.setattr("lipdp.bounds.projections.SpectralBall.project", lambda self, w: ops.concatenate(
         [m / norms.spectral_norm_bound(m) for m in (w[:4], w[4:])]
     ))  # fmt: skip
     return layers.LipschitzRNN(4, use_bias=False, activation="linear"), (4, 4)
