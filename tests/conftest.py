@@ -42,7 +42,7 @@ if keras.backend.backend() == "jax":
         is called by every layer that is built.
         """
 
-        def call(self, w):
+        def project(self, w):
             w = keras.ops.convert_to_tensor(w)
             if isinstance(w, jax.core.Tracer):
                 return right(self, w)
@@ -52,11 +52,11 @@ if keras.backend.backend() == "jax":
                 programs[certificates] = jax.jit(lambda w: right(self, w))
             return programs[certificates](w)
 
-        return call
+        return project
 
     for _kind in vars(projections).values():
-        if isinstance(_kind, type) and "__call__" in vars(_kind):
-            _kind.__call__ = _compiled(_kind.__call__)
+        if isinstance(_kind, type) and "project" in vars(_kind):
+            _kind.project = _compiled(_kind.project)
 
     @pytest.fixture(autouse=True)
     def _optimizations(request):

@@ -129,7 +129,7 @@ class JaxBackend(JaxDevices):
         for i, variable in enumerate(model.trainable_variables):
             moved = held is None or held[i] is not inside[i]
             if moved and isinstance(variable.constraint, Projection):
-                inside[i] = variable.constraint(inside[i])
+                inside[i] = _placed_like(inside[i], variable.constraint(inside[i]))
         return (inside, *rest), iterator
 
     @contextlib.contextmanager
@@ -166,6 +166,11 @@ class JaxBackend(JaxDevices):
                 "their bounds. Call jax.config.update('jax_default_matmul_precision', 'float32') "
                 f"first; got {precision!r}."
             )
+
+
+def _placed_like(array, new):
+    same = new.sharding.is_equivalent_to(array.sharding, array.ndim)
+    return new if same else jax.device_put(new, array.sharding)
 
 
 def _flat(array):
