@@ -159,6 +159,7 @@ class LedgerRun:
         self._paid = 0
         self._reserved = 0
         self._process = os.getpid()
+        self.run_id = secrets.token_hex(8)  # that of its entry
         # Unbuffered; if this object is dropped, the file closes and other writers get in.
         self._file: io.FileIO | None = _open_locked(path)
         try:
@@ -166,7 +167,7 @@ class LedgerRun:
             self._append(
                 {
                     "type": "open",
-                    "run_id": secrets.token_hex(8),
+                    "run_id": self.run_id,
                     "time": _now(),
                     **_without_steps(run),
                     "reserve": reserve,

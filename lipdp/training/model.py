@@ -28,6 +28,7 @@ from lipdp.report import Report
 from lipdp.training import steps
 from lipdp.training.attained import attained_gradients
 from lipdp.training.clipping import AdaptiveClip, FixedClip, TrackedClip, check_clip
+from lipdp.training.history import History
 from lipdp.training.plan import Plan, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
@@ -140,7 +141,11 @@ class PrivateModel(keras.Model):
         # Whatever the policy of the day: what it adds to the network is computed in float32.
         super().__init__(name=name, dtype="float32")
         self.spending = Spending(
-            budget, noise_multiplier, ledger, lambda: certificates(self.network)
+            budget,
+            noise_multiplier,
+            ledger,
+            lambda: certificates(self.network),
+            History(lambda: self.network._flatten_layers()),
         )
         if not isinstance(sampling, Sampling):
             raise TypeError(
@@ -189,6 +194,14 @@ class PrivateModel(keras.Model):
         self._open_batch = None
         self._held_weights = None  # the trainable ones, as the last step left them
         self.built = True
+        before = sum(run.steps for run in self.spending.beside_ledger)
+        if before:
+            warnings.warn(
+                f"This network was trained privately before, in {before} steps that count: "
+                "spent() and the budget begin with them. To start anew, build the network again, "
+                "or take keras.models.clone_model(network).",
+                stacklevel=2,
+            )
 
     # --- Keras -------------------------------------------------------------------------------
 

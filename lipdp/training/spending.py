@@ -13,6 +13,7 @@ from accountants import Budget, TrainingRun
 from accountants.sampling import Sampling
 from lipdp.bounds import norms
 from lipdp.bounds.projections import Projection
+from lipdp.training.history import History
 
 __all__ = ["BudgetExceeded", "Spending", "Spent", "certificates"]
 
@@ -35,13 +36,15 @@ class Spent:
 
 
 class Spending:
-    """The account of one model: its ended runs, its ledger, and the run that is being paid for.
+    """The account of one model: what trained its network before, its ledger, and the run that is
+    being paid for.
 
     Args:
         budget: what may be spent, or None for no cap.
         noise_multiplier: std over sensitivity, or None to calibrate it at the first run.
         ledger: path of a file that keeps what was spent, across processes, or None.
         certificates: tells how many randomised certificates a step takes.
+        history: the runs that trained the network, those of other models, too.
 
     Raises:
         TypeError: `budget` is not a Budget.
@@ -61,6 +64,7 @@ class Spending:
         noise_multiplier: float | None,
         ledger: str | os.PathLike[str] | None,
         certificates: Callable[[], int],
+        history: History | None = None,
     ) -> None:
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(
@@ -71,7 +75,8 @@ class Spending:
         self.ledger = None if ledger is None else accountants.Ledger(os.fspath(ledger))
         self.run = None
         self._certificates = certificates
-        self._ended = []
+        self._history = History() if history is None else history
+        self._followed = None  # what another process has spent, which counts for this one
 
     # --- what has been spent ------------------------------------------------------------------
 
@@ -79,9 +84,22 @@ class Spending:
     def runs(self) -> list[TrainingRun]:
         """All that was paid for so far."""
         if self.run is None:
-            return list(self._ended if self.ledger is None else self.ledger.runs)
+            if self._followed is not None:
+                return list(self._followed)
+            entries = [] if self.ledger is None else self.ledger.entries
+            return [*self._beside(entries), *(e.run for e in entries if e.run.steps)]
         # The file holds what the open run reserved; what it paid for is what counts.
         return [*self.run.earlier, *([self.run.spent] if self.run.paid else [])]
+
+    @property
+    def beside_ledger(self) -> list[TrainingRun]:
+        """What trained the network and is not in the ledger's file."""
+        reads = self.ledger is not None and any(True for _ in self._history)
+        return self._beside(self.ledger.entries if reads else ())
+
+    def _beside(self, entries):
+        written = {entry.run_id for entry in entries}
+        return [run.spent for run in self._history if run.paid and run.run_id not in written]
 
     def epsilon(self, runs: Sequence[TrainingRun], delta: float) -> float:
         """Epsilon of the runs; the randomised certificates are paid for out of delta.
@@ -153,7 +171,7 @@ class Spending:
         Here nothing is written from now on.
         """
         self.ledger = None
-        self._ended = list(runs)
+        self._followed = list(runs)
 
     def begin(self, run: "ActiveRun") -> None:
         """Opens a planned run."""
@@ -164,6 +182,9 @@ class Spending:
             self.run = None
             run.close()
             raise
+        for other in self._history:
+            other.overtaken = True
+        self._history.append(run)
 
     def _allowed(self, prior, run, planned):
         """How many of the planned steps are within the budget."""
@@ -213,8 +234,8 @@ class Spending:
         if self.run is not None:
             run, self.run = self.run, None
             run.close()
-            if run.paid and self.ledger is None:
-                self._ended.append(run.spent)
+            if run.paid and self._followed is not None:
+                self._followed.append(run.spent)
 
     def epsilon_at_epoch_end(self) -> float:
         """Epsilon at the end of the epoch that is running: exact there, an upper bound before;
@@ -251,6 +272,7 @@ class ActiveRun:
         self.per_epoch = per_epoch
         self.paid = 0
         self.shown = {}
+        self.overtaken = False  # by a later run on the same network
         self._entry = None
 
     def open(self, ledger):
@@ -266,7 +288,17 @@ class ActiveRun:
     def spent(self):
         return dataclasses.replace(self.constants, steps=self.paid)
 
+    @property
+    def run_id(self):
+        """That of its entry in a ledger, if there is one."""
+        return None if self._entry is None else self._entry.run_id
+
     def pay(self, steps):
+        if self.overtaken:
+            raise RuntimeError(
+                "Another run has begun to train this network, of which this run's plan knows "
+                "nothing: begin a new run. The step has not run."
+            )
         if self._entry is not None:
             self._entry.pay(steps)
         self.paid += steps
