@@ -9,7 +9,9 @@ slope a vector-Jacobian product of a vector-Jacobian product. For a linear layer
 along that slope is one round of alternating power iteration, which ends at singular vectors.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
 
 import keras
@@ -21,6 +23,8 @@ from lipdp.bounds import network_bounds
 
 # Lengths of a step of the ascent, in radii of the ball; a whole power step is tried first.
 _STEPS = (math.inf, 0.5, 0.1)
+# How many times too large frozen weights are.
+_OUTSIDE = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +34,8 @@ class AttackResult:
     Attributes:
         ratio: the largest (norm attained) / (norm claimed); above 1 the bound is broken.
         quantity: what attains it: a variable's path, `"output"`, `"input"` (the cotangent of the
-            input, `"input_1"`, ... for further ones) or `"other examples"`.
+            input, `"input_1"`, ... for further ones), `"frozen weights"` (output or cotangent,
+            with weights that nobody trains, outside of their sets) or `"other examples"`.
         attained: the largest ratio found for each quantity.
         inputs: the example that attains `ratio`, one array for each input, without batch axis.
         weights: the kind of weights that attains it.
@@ -59,7 +64,8 @@ def attack_bounds(
     `_input_candidates`, and for each quantity an ascent over example and cotangent. The batch
     holds a second example with a zero cotangent: a cotangent that reaches it tells that examples
     are mixed, which counts as an infinite ratio. Integer inputs are tokens: all equal, all
-    different, few, random, out of range. The weights are as before afterwards.
+    different, few, random, out of range. At last the weights are frozen and three times too large,
+    as a checkpoint may be that was trained elsewhere. The weights are as before afterwards.
 
     Args:
         target: a built Sequential or functional network with one output, or a layer.
@@ -102,8 +108,13 @@ def attack_bounds(
         for name, values in _weight_settings(network, initial, search.random):
             search.use_weights(name, values)
             search.attack(steps)
-        if network.trainable_variables and steps:
-            search.ascend_weights()
+            if name == "aligned":
+                outside = [_OUTSIDE * value for value in values]
+        if network.trainable_variables:
+            if steps:
+                search.ascend_weights()
+                search.attack(steps)
+            search.use_weights("frozen", outside, frozen=True)
             search.attack(steps)
     finally:
         for variable, value in zip(network.trainable_variables, initial, strict=True):
@@ -228,6 +239,18 @@ def _scaled(array, norm):
     return array * (norm / size) if 0 < size < math.inf else array
 
 
+@contextlib.contextmanager
+def _trainable(variables, trainable):
+    before = [variable.trainable for variable in variables]
+    try:
+        for variable in variables:
+            variable.trainable = trainable
+        yield
+    finally:
+        for variable, value in zip(variables, before, strict=True):
+            variable.trainable = value
+
+
 # --- search ---------------------------------------------------------------------------------
 
 
@@ -244,10 +267,16 @@ class _Search:
         further = [f"input_{i}" for i in range(1, len(self.shapes))]
         self.names = ["output", "input", *further, *(v.path for v in self.variables)]
         self.best = dict.fromkeys([*self.names, "other examples"], 0.0)
+        self.frozen = False
         self.where = {}  # inputs and weights that attain each of them
         self._quantities = self._of_example(training)
         self._evaluate = compiled(self._slopes)
-        self._measure = fused(self._measured) if self.variables else self._measured
+        compile_bounds = fused if self.variables else lambda function: function
+        self._known = {}
+        self._measure = {
+            frozen: compile_bounds(functools.partial(self._measured, frozen))
+            for frozen in (False, True)
+        }
 
     def _of_example(self, training):
         """The function `(*weights, *inputs, g) -> [output, *input cotangents, *gradients]`."""
@@ -279,26 +308,26 @@ class _Search:
     def _flat(self, coefficients, arguments):
         return self._quantities(*arguments), [ops.zeros_like(a) for a in arguments]
 
-    def _measured(self, values):
-        """Bounds for which weights had to be measured, by name; `self.bounds` has the others."""
+    def _measured(self, frozen, values):
+        """Bounds for which weights had to be measured, by their numbers; `_known` has all others."""
         mapping = zip(self.variables, values, strict=True)
-        with keras.StatelessScope(state_mapping=mapping):
+        with keras.StatelessScope(state_mapping=mapping), _trainable(self.variables, not frozen):
             found = network_bounds(self.network, self.cotangent, self.radius)
-        gradients = [found.gradients.get(v.path, math.inf) for v in self.variables]
-        self.bounds = [found.output, *found.input_cotangents, *gradients]
-        named = zip(self.names, self.bounds, strict=True)
-        return {name: bound for name, bound in named if ops.is_tensor(bound)}
+        # Of what is frozen no gradient is taken.
+        weights = [] if frozen else self.variables
+        gradients = [found.gradients.get(v.path, math.inf) for v in weights]
+        self._known[frozen] = [found.output, *found.input_cotangents, *gradients]
+        return {i: b for i, b in enumerate(self._known[frozen]) if ops.is_tensor(b)}
 
-    def use_weights(self, name, values):
+    def use_weights(self, name, values, frozen=False):
         for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
-        self.weights, self.values = name, list(map(ops.convert_to_tensor, values))
-        measured = self._measure(self.values)
-        self.bounds = [
-            float(measured.get(n, b)) for n, b in zip(self.names, self.bounds, strict=True)
-        ]
+        self.weights, self.values = name, [ops.convert_to_tensor(v) for v in self.variables]
+        self.frozen = frozen
+        measured = self._measure[frozen](self.values)
+        self.bounds = [float(measured.get(i, b)) for i, b in enumerate(self._known[frozen])]
         if not all(map(math.isfinite, self.bounds)):
-            unbounded = [n for n, b in zip(self.names, self.bounds, strict=True) if b == math.inf]
+            unbounded = [n for n, b in zip(self.names, self.bounds, strict=False) if b == math.inf]
             raise ValueError(
                 f"There is nothing to attack, since {unbounded} have no finite bound. Give "
                 "`input_bound`, or put lipdp.layers.BallProjection after the input."
@@ -323,16 +352,19 @@ class _Search:
         values[1:last] = [v[0] for v in values[1:last]]
         ratios = [
             _norm(v) / bound if bound else (math.inf if _norm(v) else 0.0)
-            for v, bound in zip(values, self.bounds, strict=True)
+            for v, bound in zip(values, self.bounds, strict=not self.frozen)
         ]
-        named = dict(zip(self.names, ratios, strict=True))
+        named = dict(zip(self.names, ratios, strict=not self.frozen))
+        for name, ratio in named.items():
+            if name not in self.here or ratio > self.here[name][0]:
+                self.here[name] = (ratio, inputs, g)
+        if self.frozen:
+            named = {"frozen weights": max(ratios)}
         named["other examples"] = math.inf if others else 0.0
         for name, ratio in named.items():
             if name not in self.where or ratio > self.best[name]:
                 self.best[name] = ratio
                 self.where[name] = (tuple(rows[i][0] for i in range(len(inputs))), self.weights)
-            if name not in self.here or ratio > self.here[name][0]:
-                self.here[name] = (ratio, inputs, g)
         return ratios, [ops.convert_to_numpy(s) for s in slopes]
 
     def attack(self, steps):
@@ -342,7 +374,7 @@ class _Search:
         for inputs in _input_candidates(self.shapes, self.integers, self.radius, self.random):
             for g in cotangents:
                 self.evaluate(inputs, g)
-        for quantity in range(len(self.names)) if steps else ():
+        for quantity in range(len(self.bounds)) if steps else ():
             self.ascend(quantity, steps)
 
     def ascend(self, quantity, steps):

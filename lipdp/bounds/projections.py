@@ -2,14 +2,15 @@
 
 Projection happens on the variable itself, after the noisy update: it is post-processing, free
 of privacy cost, and the forward pass uses the variable as it is, so that no Jacobian of the
-projection enters a sensitivity. Every optimizer of every backend applies constraints after its
-update. Each class states the norm it certifies, which the rules in `lipdp.bounds` read.
+projection enters a sensitivity. A private step projects by itself, after the optimizer, which may
+apply constraints or not. Each class states the norm it certifies, which the rules in
+`lipdp.bounds` read.
 """
 
 import contextlib
 import contextvars
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -32,6 +33,8 @@ __all__ = [
     "RowBall",
     "SpectralBall",
     "certified_by",
+    "project",
+    "projected_later",
 ]
 
 # Sides from which on a block of probes is cheaper than products of whole matrices.
@@ -61,6 +64,30 @@ def certified_by(
         yield
     finally:
         _certificates.reset(token)
+
+
+_later = contextvars.ContextVar("later", default=False)
+
+
+@contextlib.contextmanager
+def projected_later() -> Iterator[None]:
+    """While the scope lasts, a projection that is called as a constraint leaves a weight as it is.
+
+    The private step opens it around the optimizer's update and projects after it, so that nothing
+    depends on what an optimizer does with constraints, and nothing is projected twice.
+    """
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+
+
+def project(variables: Iterable[keras.Variable]) -> None:
+    """Puts the weights that have a projection into their sets."""
+    for variable in variables:
+        if isinstance(variable.constraint, Projection):
+            variable.assign(variable.constraint(variable))
 
 
 def _read(w):
@@ -98,6 +125,8 @@ class Projection(keras.constraints.Constraint):
         self.radius = check_number(radius, "radius")
 
     def __call__(self, w: Any) -> Any:
+        if _later.get():
+            return w
         w = ops.convert_to_tensor(w)
         if _certificates.get() is not _DETERMINISTIC:  # of a step, which is compiled as a whole
             return self.project(w)

@@ -3,9 +3,9 @@
 Norms are Euclidean over all axes but the first. For one call of a layer, `X` bounds the norm
 of each input for one example and `G` the norm of the loss gradient with respect to the output
 (the cotangent). A rule turns them into a bound of the output, of the cotangents of the inputs,
-and of each weight's gradient. Bounds are Python floats where a projection certifies a weight,
-scalar tensors where the weight's current value is measured, so that a walk also works inside a
-compiled step.
+and of each weight's gradient. Bounds are Python floats where a projection holds a weight that is
+trained, scalar tensors where the weight's current value is measured, so that a walk also works
+inside a compiled step.
 """
 
 import contextlib
@@ -18,7 +18,15 @@ from typing import Any
 from keras import ops
 
 from lipdp.bounds import norms
-from lipdp.bounds.projections import AlmostOrthogonal, ConvBall, NormBall, RowBall, SpectralBall
+from lipdp.bounds.projections import (
+    AlmostOrthogonal,
+    ConvBall,
+    EntryBall,
+    NormBall,
+    Projection,
+    RowBall,
+    SpectralBall,
+)
 
 Scalar = Any  # float or scalar tensor
 
@@ -174,6 +182,10 @@ def minimum(a, b):
     return ops.minimum(a, b)
 
 
+def maximum(a, b):
+    return -minimum(-a, -b)
+
+
 def root_of_squares(values):
     """`√(Σ v²)`."""
     total = sum(v * v for v in values)
@@ -199,43 +211,55 @@ def measuring() -> Iterator[None]:
         _measuring.reset(token)
 
 
-def _constraint(variable):
-    return None if _measuring.get() else getattr(variable, "constraint", None)
+def held_by(variable: Any) -> Projection | None:
+    """The projection in whose set a weight is, or None where that has to be measured.
+
+    A step puts the weights that it trains into their sets before it reads a bound. A frozen weight
+    is projected by nobody: it lies wherever it was loaded or assigned. Whoever asks compares the
+    projection's exact class, since a subclass may project onto another set.
+    """
+    if _measuring.get() or not variable.trainable:
+        return None
+    return variable.constraint
 
 
 def matrix_norm(variable, matrix=None):
     """Bound of the spectral norm of a matrix-shaped weight, now and until it is updated; of the
     largest one if `matrix`, the weight's value rearranged, is a stack of matrices."""
-    constraint = _constraint(variable)
-    if isinstance(constraint, NormBall):
-        return constraint.radius
-    if isinstance(constraint, (AlmostOrthogonal, SpectralBall)) and len(variable.shape) == 2:
-        return constraint.radius
+    ball = held_by(variable)
+    if type(ball) is NormBall:
+        return ball.radius
+    if type(ball) in (AlmostOrthogonal, SpectralBall) and len(variable.shape) == 2:
+        return ball.radius
     return ops.max(norms.spectral_norm_bound(variable if matrix is None else matrix))
 
 
 def row_norm(variable):
     """Bound of the Euclidean norm of each row of a weight."""
-    constraint = _constraint(variable)
-    if isinstance(constraint, (RowBall, NormBall)):
-        return constraint.radius
+    ball = held_by(variable)
+    if type(ball) in (RowBall, NormBall):
+        return ball.radius
     return ops.max(norms.euclidean_norm(variable, axis=-1))
 
 
 def vector_norm(variable):
     """Bound of the Euclidean norm of a weight."""
-    constraint = _constraint(variable)
-    if isinstance(constraint, NormBall):
-        return constraint.radius
-    return norms.euclidean_norm(variable)
+    ball = held_by(variable)
+    return ball.radius if type(ball) is NormBall else norms.euclidean_norm(variable)
+
+
+def entry_norm(variable):
+    """Bound of the absolute value of each entry of a weight."""
+    ball = held_by(variable)
+    return ball.radius if type(ball) is EntryBall else ops.max(ops.abs(variable))
 
 
 def conv_norm(variable, ball=ConvBall, **geometry):
     """Bound of the operator norm of a convolution with this kernel in this geometry; `ball` is
     the projection whose certificate fits the kind of convolution."""
-    constraint = _constraint(variable)
-    if type(constraint) is ball and constraint.geometry == geometry:
-        return constraint.radius
-    if type(constraint) is AlmostOrthogonal and ball is ConvBall:
-        return constraint.radius
+    held = held_by(variable)
+    if type(held) is ball and held.geometry == geometry:
+        return held.radius
+    if type(held) is AlmostOrthogonal and ball is ConvBall:
+        return held.radius
     return ops.max(ball.bound(variable, **geometry))

@@ -309,7 +309,8 @@ def network_bounds(
             network guarantees it.
 
     Returns:
-        `NetworkBounds`; scalars are tensors where a weight had to be measured.
+        `NetworkBounds`, of the network as a private step uses it; see `gradient_bounds`. Scalars
+        are tensors where a weight had to be measured.
 
     Raises:
         UnknownLayerError: a layer has no rule, mixes examples, or adds a loss.
@@ -385,8 +386,10 @@ def gradient_bounds(
         as_tensors: leave bounds that depend on measured weights as tensors (for compiled steps).
 
     Returns:
-        `{variable.path: Δ}` with a finite Δ for each trainable weight. Where a weight has no
-        projection the bound holds for its current value only.
+        `{variable.path: Δ}` with a finite Δ for each trainable weight. A trainable weight that has
+        a projection counts as inside its set, where every step puts it before it relies on that: a
+        weight that was assigned may be outside until then. All other weights are measured, frozen
+        ones, too, and the bound holds for their current values.
 
     Raises:
         UnknownLayerError: a layer has no rule, or a trainable weight no bound.

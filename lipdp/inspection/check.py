@@ -129,7 +129,7 @@ def check(network: keras.Model) -> Check:
         traced = trace(network)
     except UnknownLayerError as error:
         return Check(network.name, (), (str(error),))
-    _call(network)
+    assigned = _assigned_in_call(network)
     problems, layers = [], []
     if len(traced.outputs) != 1:
         problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
@@ -173,7 +173,7 @@ def check(network: keras.Model) -> Check:
         if variable.path not in covered:
             problems.append(f"Trainable weight {variable.path!r} has no gradient bound.")
     if not any(layer.problem for layer in layers):
-        problems += _imprecise(network)
+        problems += assigned + _imprecise(network)
     return Check(network.name, tuple(layers), tuple(problems))
 
 
@@ -192,11 +192,11 @@ def check_trainable(network: keras.Model) -> None:
     ValueError: `network` ... has no trainable weights.
     """
     traced = trace(network)  # refuses what is no network before it is called
-    _call(network)
+    assigned = _assigned_in_call(network)
     gradient_bounds(traced, 1.0)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
-    for problem in _imprecise(network):
+    for problem in assigned + _imprecise(network):
         raise ValueError(problem)
 
 
@@ -255,15 +255,24 @@ def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
     return last, name.lower()
 
 
-def _call(network):
-    """Calls it on zeros where its shapes are known, without a trace in its variables: what a layer
-    adds to the loss shows only then, and `rule_of` finds it.
+def _assigned_in_call(network):
+    """Problems: weights that a call in training mode assigns.
+
+    It is called on zeros where its shapes are known, without a trace in its variables. What a layer
+    adds to the loss shows only then, too, and `rule_of` finds it.
     """
     inputs = network.inputs
-    if all(n is not None for t in inputs for n in t.shape[1:]):
-        zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
-        with keras.StatelessScope(collect_losses=True):
-            network(zeros if len(zeros) > 1 else zeros[0], training=True)
+    if any(n is None for t in inputs for n in t.shape[1:]):
+        return []
+    zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
+    with keras.StatelessScope(collect_losses=True) as scope:
+        network(zeros if len(zeros) > 1 else zeros[0], training=True)
+    return [
+        f"A layer assigns to {variable.path!r} while it is called in training mode: what it writes "
+        "has no noise, and no bound holds for it. Leave that out, or do it in a callback."
+        for variable in network.weights
+        if scope.get_current_value(variable) is not None
+    ]
 
 
 def _imprecise(network):

@@ -1,7 +1,8 @@
 """1-Lipschitz blocks around a matrix or a convolution in its ball.
 
-Each block is 1-Lipschitz for every weight in the ball, so the weight is projected after its
-update and used as it is. A weight that a block uses twice collects both gradients.
+Each block is 1-Lipschitz for every weight in the ball of radius 1, so the weight is projected after
+its update and used as it is. A weight that a block uses twice collects both gradients. Bounds hold
+for every norm `s` of the weight, which is 1 where it is trained and measured where it is frozen.
 """
 
 import math
@@ -14,7 +15,7 @@ from keras import ops
 from accountants.validation import check_integer, check_number
 from lipdp.bounds import Call, Rule, lipschitz, norms
 from lipdp.bounds.projections import ConvBall, NormBall, SpectralBall
-from lipdp.bounds.rule import root_of_squares, vector_norm
+from lipdp.bounds.rule import conv_norm, matrix_norm, maximum, root_of_squares, vector_norm
 from lipdp.layers.projected import Projected
 
 
@@ -71,18 +72,18 @@ class _Block(Projected, keras.layers.Layer):
 
 @keras.saving.register_keras_serializable("lipdp")
 class SandwichDense(_Block):
-    """`√2·Aᵀ·relu(√2·B·x + b)` with `s([A B]) ≤ 1` (Wang & Manchester, "Direct Parameterization of
-    Lipschitz-Bounded Deep Networks", ICML 2023).
+    """`√2·Aᵀ·relu(√2·B·x + b)` with `s = s([A B]) ≤ 1` (Wang & Manchester, "Direct
+    Parameterization of Lipschitz-Bounded Deep Networks", ICML 2023).
 
     With `D` the diagonal of the ReLU's slopes, in [0, 1], the Jacobian is `2·AᵀDB`. From
     `AAᵀ + BBᵀ ≤ I` follows `(AᵀDB)(AᵀDB)ᵀ ≤ AᵀD(I − AAᵀ)DA ≤ P − P²` with `P = AᵀDA`, whose
-    eigenvalues are in [0, 1], and `p − p² ≤ 1/4`: the Jacobian's norm is at most 1. The kernel
-    holds `A` and `B`. Over `T` positions:
+    eigenvalues are in [0, 1], and `p − p² ≤ 1/4`: the Jacobian's norm is at most 1, and `s²` where
+    both are multiplied by `s`. The kernel holds `A` and `B`. Over `T` positions:
 
-    - output at most `X + √2·√T·‖b‖`, cotangent at most `G`
-    - gradient of `A` at most `√2·(√2·X + √T·‖b‖)·G`, of `B` at most `2·X·G`; of the kernel, the
+    - output at most `s²·X + √2·s·√T·‖b‖`, cotangent at most `s²·G`
+    - gradient of `A` at most `√2·(√2·s·X + √T·‖b‖)·G`, of `B` at most `2·s·X·G`; of the kernel, the
       root of the squares of both
-    - gradient of the bias at most `√2·√T·G`
+    - gradient of the bias at most `√2·s·√T·G`
 
     Args:
         units: size of the output's last axis.
@@ -125,16 +126,16 @@ class SandwichDense(_Block):
         return (*input_shape[:-1], self.units)
 
     def bound(self, call: Call) -> Rule:
-        _check(isinstance(self.kernel.constraint, SpectralBall), self.kernel)
+        s = matrix_norm(self.kernel)
         spread, offset = self._bias_bound(call)
         root = math.sqrt(2.0)
 
         def gradients(x, g):
-            outer, inner = root * (root * x + offset) * g, 2.0 * x * g
+            outer, inner = root * (root * s * x + offset) * g, 2.0 * s * x * g
             pairs = [(self.kernel, root_of_squares([outer, inner]))]
-            return pairs if self.bias is None else [*pairs, (self.bias, root * spread * g)]
+            return pairs if self.bias is None else [*pairs, (self.bias, root * s * spread * g)]
 
-        return lipschitz(offset=root * offset, gradients=gradients)
+        return lipschitz(s * s, offset=root * s * offset, gradients=gradients)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "units": self.units, "hidden": self.hidden}
@@ -142,15 +143,15 @@ class SandwichDense(_Block):
 
 @keras.saving.register_keras_serializable("lipdp")
 class ConvexPotential(_Block):
-    """`x − 2·W·relu(Wᵀx + b)` with `s(W) ≤ 1` (Meunier et al., "A Dynamical System Perspective for
-    Lipschitz Neural Networks", ICML 2022).
+    """`x − 2·W·relu(Wᵀx + b)` with `s = s(W) ≤ 1` (Meunier et al., "A Dynamical System
+    Perspective for Lipschitz Neural Networks", ICML 2022).
 
     With `D` the diagonal of the ReLU's slopes, in [0, 1], the Jacobian is `I − 2·WDWᵀ`, symmetric
-    with eigenvalues in [−1, 1]. Over `T` positions:
+    with eigenvalues in [1 − 2·s², 1], of norm at most `l = max(1, 2·s² − 1)`. Over `T` positions:
 
-    - output at most `X + 2·√T·‖b‖`, cotangent at most `G`
-    - gradient of the kernel, used twice, at most `2·(X + √T·‖b‖)·G + 2·X·G`
-    - gradient of the bias at most `2·√T·G`
+    - output at most `l·X + 2·s·√T·‖b‖`, cotangent at most `l·G`
+    - gradient of the kernel, used twice, at most `2·(s·X + √T·‖b‖)·G + 2·s·X·G`
+    - gradient of the bias at most `2·s·√T·G`
 
     Args:
         hidden: columns of `W`; by default as many as the input has features.
@@ -188,23 +189,32 @@ class ConvexPotential(_Block):
         return input_shape
 
     def bound(self, call: Call) -> Rule:
-        _check(isinstance(self.kernel.constraint, SpectralBall), self.kernel)
-        return _potential(self, call, 1)
+        return _potential(self, call, matrix_norm(self.kernel), 1)
 
     def get_config(self) -> dict:
         return {**super().get_config(), "hidden": self.hidden}
 
 
-def _potential(layer, call, multiplicity):
-    """Rule of `x − 2·Wᵀrelu(W·x + b)` for a matrix or convolution `W`."""
+def _reflection(s):
+    """Norm of `I − 2·WDWᵀ` for `D` in [0, 1] and `‖W‖ ≤ s`."""
+    return maximum(1.0, 2.0 * s * s - 1.0)
+
+
+def _potential(layer, call, s, multiplicity):
+    """Rule of `x − 2·Wᵀrelu(W·x + b)` for a matrix or convolution `W` of norm `s`."""
     spread, offset = layer._bias_bound(call)
     reach = math.sqrt(multiplicity)
 
     def gradients(x, g):
-        pairs = [(layer.kernel, 2.0 * reach * (2.0 * x + offset) * g)]
-        return pairs if layer.bias is None else [*pairs, (layer.bias, 2.0 * spread * g)]
+        pairs = [(layer.kernel, 2.0 * reach * (2.0 * s * x + offset) * g)]
+        return pairs if layer.bias is None else [*pairs, (layer.bias, 2.0 * s * spread * g)]
 
-    return lipschitz(offset=2.0 * offset, gradients=gradients, note="the kernel acts twice")
+    return lipschitz(
+        _reflection(s),
+        offset=2.0 * s * offset,
+        gradients=gradients,
+        note="the kernel acts twice",
+    )
 
 
 @keras.saving.register_keras_serializable("lipdp")
@@ -214,7 +224,7 @@ class ConvexPotentialConv2D(_Block):
 
     With `m` the number of outputs that read one input entry, the inner product of a cotangent
     with a convolution has a gradient of norm at most `√m` times both norms, for both uses: the
-    kernel's gradient is at most `2·√m·(2·X + √T·‖b‖)·G`. All else as for `ConvexPotential`.
+    kernel's gradient is at most `2·√m·(2·s·X + √T·‖b‖)·G`. All else as for `ConvexPotential`.
 
     Args:
         kernel_size: an integer or a pair.
@@ -251,6 +261,7 @@ class ConvexPotentialConv2D(_Block):
         ball = ConvBall(
             1.0, input_shape=input_shape[1:-1], padding="same", certificate=self.certificate
         )
+        self._geometry = ball.geometry
         self._add((*self.kernel_size, channels, self.hidden or channels), ball)
         super().build(input_shape)
 
@@ -263,11 +274,11 @@ class ConvexPotentialConv2D(_Block):
         return input_shape
 
     def bound(self, call: Call) -> Rule:
-        ball = self.kernel.constraint
-        size = tuple(call.input_shape[:-1])
-        _check(isinstance(ball, ConvBall) and ball.geometry["input_shape"] == size, self.kernel)
-        multiplicity = norms.conv_multiplicity(tuple(self.kernel.shape), size, padding="same")
-        return _potential(self, call, multiplicity)
+        geometry = {**self._geometry, "input_shape": call.input_shape[:-1]}
+        multiplicity = norms.conv_multiplicity(
+            tuple(self.kernel.shape), call.input_shape[:-1], padding="same"
+        )
+        return _potential(self, call, conv_norm(self.kernel, **geometry), multiplicity)
 
     def get_config(self) -> dict:
         return {
@@ -280,10 +291,11 @@ class ConvexPotentialConv2D(_Block):
 
 @keras.saving.register_keras_serializable("lipdp")
 class BlockReflector(_Block):
-    """`x − 2·V·Vᵀ·x` with `s(V) ≤ 1`; a reflection where the columns of `V` are orthonormal.
+    """`x − 2·V·Vᵀ·x` with `s = s(V) ≤ 1`; a reflection where the columns of `V` are orthonormal.
 
-    A symmetric matrix with eigenvalues in [−1, 1]: output at most `X`, cotangent at most `G`. `V`
-    is used twice, each time with a gradient of at most `2·X·G`: at most `4·X·G`.
+    A symmetric matrix with eigenvalues in [1 − 2·s², 1], of norm at most `l = max(1, 2·s² − 1)`:
+    output at most `l·X`, cotangent at most `l·G`. `V` is used twice, each time with a gradient of
+    at most `2·s·X·G`: at most `4·s·X·G`.
 
     Args:
         rank: columns of `V`; by default half of the features, rounded up.
@@ -317,23 +329,16 @@ class BlockReflector(_Block):
         return input_shape
 
     def bound(self, call: Call) -> Rule:
-        _check(isinstance(self.kernel.constraint, SpectralBall), self.kernel)
+        s = matrix_norm(self.kernel)
         note = "the kernel acts twice"
-        return lipschitz(gradients=lambda x, g: [(self.kernel, 4.0 * x * g)], note=note)
+        return lipschitz(
+            _reflection(s), gradients=lambda x, g: [(self.kernel, 4.0 * s * x * g)], note=note
+        )
 
     def get_config(self) -> dict:
         config = super().get_config()
         del config["use_bias"], config["bias_norm"]
         return {**config, "rank": self.rank}
-
-
-def _check(fits, kernel):
-    """A block is 1-Lipschitz inside its ball only: nothing to measure outside of it."""
-    if not fits or kernel.constraint.radius > 1.0:
-        raise ValueError(
-            f"its kernel has the constraint {kernel.constraint!r} instead of the ball of radius 1 "
-            "(for a map of this size) that it was built with, without which the block has no bound"
-        )
 
 
 def _optional(value, name):

@@ -12,9 +12,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from lipdp.bounds import Call, Rule
+from lipdp.bounds import Call, Rule, norms
 from lipdp.bounds.builtin import linear
 from lipdp.bounds.projections import SpectralBall
+from lipdp.bounds.rule import held_by
 from lipdp.layers.projected import WithBias
 
 #: What rounding may add to the norm of the matrix and of the Jacobian.
@@ -47,23 +48,35 @@ class _OrthogonalDense(WithBias, keras.layers.Dense):
         self.kernel_constraint = SpectralBall(self._RADIUS)
 
     def call(self, x, training=None):
+        matrix = self._matrix(self._tall(self.kernel))
         wide = self.kernel.shape[0] < self.kernel.shape[1]
-        kernel = ops.transpose(self.kernel) if wide else ops.convert_to_tensor(self.kernel)
-        matrix = self._matrix(kernel)
         x = ops.matmul(x, ops.transpose(matrix) if wide else matrix)
         return self.activation(x if self.bias is None else x + self.bias)
+
+    @staticmethod
+    def _tall(kernel):
+        wide = kernel.shape[0] < kernel.shape[1]
+        return ops.transpose(kernel) if wide else ops.convert_to_tensor(kernel)
 
     def _bound(self, call):
         kernel = linear.weight_of(self, "kernel")
         ball = kernel.constraint
-        if not (isinstance(ball, SpectralBall) and ball.radius <= self._RADIUS):
+        inside = type(ball) is SpectralBall and ball.radius <= self._RADIUS
+        if kernel.trainable and not inside:
             raise ValueError(
                 f"its kernel has the constraint {ball!r} instead of SpectralBall({self._RADIUS}), "
                 "in which float32 computes the slopes of its orthogonal matrix"
             )
-        slope = math.sqrt(2.0) * self._SLOPE * _ROUNDING
-        note = f"the matrix' slopes, at most {slope:.3f}, are in the bound of the kernel"
-        return linear.affine(self, call, _ROUNDING, [(kernel, slope)], note)
+        if held_by(kernel) is None:
+            # Outside of the ball float32 may make another matrix of it, and slopes are unknown.
+            inside = norms.spectral_norm_bound(kernel) <= self._RADIUS * _ROUNDING
+            matrix = self._matrix(self._tall(kernel))
+            norm = ops.where(inside, _ROUNDING, norms.spectral_norm_bound(matrix))
+            slope, note = math.inf, ""
+        else:
+            norm, slope = _ROUNDING, math.sqrt(2.0) * self._SLOPE * _ROUNDING
+            note = f"the matrix' slopes, at most {slope:.3f}, are in the bound of the kernel"
+        return linear.affine(self, call, norm, [(kernel, slope)], note)
 
 
 @keras.saving.register_keras_serializable("lipdp")

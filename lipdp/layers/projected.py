@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from accountants.validation import check_number
-from lipdp.bounds.projections import NormBall, Projection
+from lipdp.bounds.projections import NormBall, project
 
 
 class Projected(keras.layers.Layer):
@@ -25,9 +25,7 @@ class Projected(keras.layers.Layer):
 
     def build(self, input_shape):
         super().build(input_shape)
-        for variable in self.weights:  # initializers know nothing of the sets
-            if isinstance(variable.constraint, Projection):
-                variable.assign(variable.constraint(variable))
+        project(self.weights)  # initializers know nothing of the sets
 
     def get_config(self) -> dict:
         config = super().get_config()

@@ -7,6 +7,7 @@ import keras
 from accountants.validation import check_number
 from lipdp.bounds import Call, Rule, lipschitz
 from lipdp.bounds.projections import EntryBall
+from lipdp.bounds.rule import entry_norm
 from lipdp.layers.projected import Projected
 
 
@@ -50,7 +51,7 @@ class ChannelGain(Projected, keras.layers.Layer):
         return input_shape
 
     def bound(self, call: Call) -> Rule:
-        return lipschitz(self.gain, gradients=lambda x, g: [(self.gamma, x * g)])
+        return lipschitz(entry_norm(self.gamma), gradients=lambda x, g: [(self.gamma, x * g)])
 
     def get_config(self) -> dict:
         return {**super().get_config(), "gain": self.gain}

@@ -17,6 +17,7 @@ from accountants import Budget
 from accountants.sampling import Sampling
 from accountants.validation import check_integer, check_number
 from lipdp import losses
+from lipdp.bounds.projections import project
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.devices import SINGLE_DEVICE
@@ -34,7 +35,8 @@ from lipdp.training.clipping import (
     TrackedClip,
     check_clip,
 )
-from lipdp.training.plan import Plan, make_plan, project, step_of
+from lipdp.training.history import History
+from lipdp.training.plan import Plan, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
 
@@ -146,7 +148,11 @@ class PrivateModel(keras.Model):
         # Whatever the policy of the day: what it adds to the network is computed in float32.
         super().__init__(name=name, dtype="float32")
         self.spending = Spending(
-            budget, noise_multiplier, ledger, lambda: certificates(self.network)
+            budget,
+            noise_multiplier,
+            ledger,
+            lambda: certificates(self.network),
+            History(lambda: self.network._flatten_layers()),
         )
         if not isinstance(sampling, Sampling):
             raise TypeError(
@@ -200,7 +206,16 @@ class PrivateModel(keras.Model):
         self._steps_per_call = 1
         self._paying = False
         self._open_batch = None
+        self._held_weights = None  # the trainable ones, as the last step left them
         self.built = True
+        before = sum(run.steps for run in self.spending.beside_ledger)
+        if before:
+            warnings.warn(
+                f"This network was trained privately before, in {before} steps that count: "
+                "spent() and the budget begin with them. To start anew, build the network again, "
+                "or take keras.models.clone_model(network).",
+                stacklevel=2,
+            )
 
     # --- Keras -------------------------------------------------------------------------------
 
@@ -379,7 +394,8 @@ class PrivateModel(keras.Model):
                     shuffle=False,
                 )
             if self.optimizer.use_ema:
-                project(self.network)  # Keras averages weights as they are before their projection
+                # Keras averages weights as they are before their projection.
+                project(self.network.trainable_variables)
             return history
 
     def batches(
@@ -420,7 +436,7 @@ class PrivateModel(keras.Model):
         `fit`, and a loop over `batches`, end theirs themselves, also where an error or an interrupt
         ends them. This is for a loop that was left while its generator is still kept somewhere.
         """
-        self._open_batch = self._plan = None
+        self._open_batch = self._plan = self._held_weights = None
         self.spending.settle()
 
     def train_on_batch(self, batch: DrawnBatch, y: None = None, return_dict: bool = False) -> Any:
@@ -455,10 +471,15 @@ class PrivateModel(keras.Model):
             try:
                 args = steps.backend().prefetch(args, self._steps_per_call)
                 self._check_settings()
+                # Released, so that the step may write into the memory of the weights.
+                held, self._held_weights = self._held_weights, None
+                args = steps.backend().put_inside(self, args, held)
+                del held
                 # Paid for before it runs; every entrance of Keras comes by here.
                 self.spending.pay(self._steps_per_call)
                 self._paying = True
                 result = inner(*args)
+                self._held_weights = steps.backend().held_weights(self, result)
             except BaseException:
                 steps.backend().give_back(self, args)
                 raise
@@ -613,6 +634,7 @@ class PrivateModel(keras.Model):
             self._follow(plan)
             self.spending.begin(plan.run)
             self._plan = plan
+            self._held_weights = steps.backend().held_weights(self)
             yield plan.batches
         finally:
             try:

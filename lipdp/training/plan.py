@@ -17,7 +17,7 @@ from keras import ops
 from accountants import TrainingRun
 from accountants.validation import check_integer
 from lipdp import losses
-from lipdp.bounds.projections import Projection
+from lipdp.bounds.projections import project
 from lipdp.data.batches import DrawnBatches, check_weights, padding_multiple
 from lipdp.data.repeats import repeats
 from lipdp.data.sources import Arrays, Stream, open_source
@@ -28,7 +28,7 @@ from lipdp.training import steps
 from lipdp.training.spending import ActiveRun
 from lipdp.training.steps.private_step import PrivateStep, StepConstants
 
-__all__ = ["Plan", "make_plan", "project", "run_fingerprint", "step_of"]
+__all__ = ["Plan", "make_plan", "run_fingerprint", "step_of"]
 
 
 # A row that occurs so often is asked about.
@@ -100,7 +100,9 @@ def make_plan(
     step = step_of(model, _constants(model, len(examples), noise_constants))
     with backend.scope(model):
         new_memory = model.noise.begin(model.network.trainable_variables)
-    project(model.network)  # loaded or assigned weights need not be where the bounds hold
+    project(
+        model.network.trainable_variables
+    )  # loaded or assigned weights need not be where the bounds hold
 
     position = (sum(earlier.steps for earlier in run.earlier), model.fits)
     source = model.random_source
@@ -155,13 +157,6 @@ def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
         update_metrics=model.update_metrics,
         constants=constants,
     )
-
-
-def project(network: keras.Model) -> None:
-    """Puts every trainable weight into the set in which its bounds hold."""
-    for variable in network.trainable_variables:
-        if isinstance(variable.constraint, Projection):
-            variable.assign(variable.constraint(variable))
 
 
 def run_fingerprint(

@@ -61,6 +61,9 @@ def settings_of(model: Any) -> dict[str, Any]:
     found = {f"`{name}` of PrivateModel": value for name, value in found.items()}
     found["`trainable`"] = tuple(v.path for v in network.trainable_variables)
     found["layers of the network"] = [_Itself(layer) for layer in layers]
+    found["weights of the network"] = [_Itself(v) for v in network.weights]
+    if keras.backend.backend() == "tensorflow":  # elsewhere each step makes new values
+        found["memory of the weights"] = [_Itself(v.value) for v in network.weights]
     if model.augmentation is not None:
         layers += [model.augmentation, *model.augmentation.layers]
     for number, layer in enumerate(layers):

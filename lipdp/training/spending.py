@@ -16,6 +16,7 @@ from accountants.ledger import LedgerEntry
 from accountants.sampling import Sampling
 from lipdp.bounds import norms
 from lipdp.bounds.projections import Projection
+from lipdp.training.history import History
 
 __all__ = ["BudgetExceeded", "Spending", "Spent", "certificates"]
 
@@ -40,13 +41,15 @@ class Spent:
 
 
 class Spending:
-    """The account of one model: its ended runs, its ledger, and the run that is being paid for.
+    """The account of one model: what trained its network before, its ledger, and the run that is
+    being paid for.
 
     Args:
         budget: what may be spent, or None for no cap.
         noise_multiplier: std over sensitivity, or None to calibrate it at the first run.
         ledger: path of a file that keeps what was spent, across processes, or None.
         certificates: tells how many randomised certificates a step takes.
+        history: the runs that trained the network, those of other models, too.
 
     Raises:
         TypeError: `budget` is not a Budget.
@@ -66,6 +69,7 @@ class Spending:
         noise_multiplier: float | None,
         ledger: str | os.PathLike[str] | None,
         certificates: Callable[[], int],
+        history: History | None = None,
     ) -> None:
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(
@@ -76,7 +80,8 @@ class Spending:
         self.ledger = None if ledger is None else accountants.Ledger(os.fspath(ledger))
         self.run = None
         self._certificates = certificates
-        self._ended = []
+        self._history = History() if history is None else history
+        self._followed = None  # what another process has spent, which counts for this one
         self._writer = None  # of the ledger, from before a run is planned to its end
         self._own = {}  # what this model paid for in the ledger, by the names of the runs
 
@@ -88,12 +93,28 @@ class Spending:
         if self.run is not None:
             # The file holds what the open run reserved; what it paid for is what counts.
             return [*self.run.earlier, *([self.run.spent] if self.run.paid else [])]
-        if self.ledger is None:
-            return list(self._ended)
-        locked = self._writer is not None and not self._writer.closed
-        entries = self._writer.entries if locked else self.ledger.entries
+        if self._followed is not None:
+            return list(self._followed)
+        entries = self._entries()
         self._check_own(entries)
-        return [entry.run for entry in entries if entry.run.steps]
+        return [*self._beside(entries), *(e.run for e in entries if e.run.steps)]
+
+    @property
+    def beside_ledger(self) -> list[TrainingRun]:
+        """What trained the network and is not in the ledger's file."""
+        reads = self.ledger is not None and any(True for _ in self._history)
+        return self._beside(self._entries() if reads else ())
+
+    def _entries(self):
+        """Those of the ledger: as it was read when it was locked, while it is."""
+        if self.ledger is None:
+            return []
+        locked = self._writer is not None and not self._writer.closed
+        return self._writer.entries if locked else self.ledger.entries
+
+    def _beside(self, entries):
+        written = {entry.run_id for entry in entries}
+        return [run.spent for run in self._history if run.paid and run.run_id not in written]
 
     def epsilon(self, runs: Sequence[TrainingRun], delta: float) -> float:
         """Epsilon of the runs; the randomised certificates are paid for out of delta.
@@ -221,7 +242,7 @@ class Spending:
         Here nothing is written from now on.
         """
         self.ledger = None
-        self._ended = list(runs)
+        self._followed = list(runs)
 
     def begin(self, run: "ActiveRun") -> None:
         """Opens a planned run."""
@@ -231,6 +252,9 @@ class Spending:
         except BaseException:
             self.settle()
             raise
+        for other in self._history:
+            other.overtaken = True
+        self._history.append(run)
 
     def _allowed(self, prior, run, planned):
         """How many of the planned steps are within the budget."""
@@ -281,10 +305,10 @@ class Spending:
         writer, self._writer = self._writer, None
         try:
             if run is not None:
-                if run.paid and self.ledger is None:
-                    self._ended.append(run.spent)
-                elif run.paid:
-                    self._own[run.name] = run.paid
+                if run.paid and self._followed is not None:
+                    self._followed.append(run.spent)
+                elif run.paid and run.run_id is not None:
+                    self._own[run.run_id] = run.paid
                 run.close()
         finally:
             if writer is not None:
@@ -326,6 +350,7 @@ class ActiveRun:
         self.paid = 0
         self.shown = {}
         self._writer = writer  # of the ledger that this was planned on, or None
+        self.overtaken = False  # by a later run on the same network
         self._entry = None
 
     def open(self):
@@ -333,14 +358,20 @@ class ActiveRun:
             self._entry = self._writer.open_run(self.constants, max_steps=self.allowed)
 
     @property
-    def name(self):
-        return self._entry.run_id
-
-    @property
     def spent(self):
         return dataclasses.replace(self.constants, steps=self.paid)
 
+    @property
+    def run_id(self):
+        """That of its entry in a ledger, if there is one."""
+        return None if self._entry is None else self._entry.run_id
+
     def pay(self, steps):
+        if self.overtaken:
+            raise RuntimeError(
+                "Another run has begun to train this network, of which this run's plan knows "
+                "nothing: begin a new run. The step has not run."
+            )
         if self._entry is not None:
             self._entry.pay(steps)
         self.paid += steps

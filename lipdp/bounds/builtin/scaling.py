@@ -4,7 +4,7 @@ import math
 
 import keras
 import numpy as np
-from keras import layers
+from keras import layers, ops
 
 from lipdp.bounds.rule import Rule, lipschitz, register, size
 
@@ -54,8 +54,13 @@ def normalization(layer, call):
             "its statistics come from `adapt`, so they tell about the examples; give it a public "
             "`mean` and `variance`"
         )
-    mean = fitting(np.asarray(layer.input_mean, dtype=float), call.input_shape)
-    variance = fitting(np.asarray(layer.input_variance, dtype=float), call.input_shape)
+    if layer.mean.shape[0] != 1:
+        raise ValueError("its statistics differ between the rows of a batch; use other axes")
+    # Those that it computes with, which the arguments may be no more.
+    mean, variance = (
+        fitting(ops.convert_to_numpy(statistic)[0], call.input_shape)
+        for statistic in (layer.mean, layer.variance)
+    )
     deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
     if layer.invert:
         return lipschitz(float(deviation.max()), offset=spread_norm(mean, call.input_shape))

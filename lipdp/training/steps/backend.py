@@ -92,6 +92,29 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
+    def held_weights(self, model: Any, result: Any = None) -> tuple[Tensor, ...]:
+        """The trainable weights as a call of the train function, or a plan, has left them.
+
+        While the tensors are held, nothing can be written into their memory. A weight that is
+        assigned then lies elsewhere, whoever assigns it and whatever the value is.
+
+        Args:
+            model: the model.
+            result: what the train function returned; None after a plan.
+        """
+
+    @abc.abstractmethod
+    def put_inside(
+        self, model: Any, arguments: Sequence[Any], held: Sequence[Tensor] | None
+    ) -> Sequence[Any]:
+        """Projects each trainable weight that is not where `held_weights` has left it, or all of
+        them where `held` is None, before a step relies on their bounds.
+
+        Returns:
+            Arguments of Keras' train function, with the weights where they hold them.
+        """
+
+    @abc.abstractmethod
     def keep_weights(self, model: Any) -> contextlib.AbstractContextManager:
         """Has the model's variables hold the state of the last step when `fit` ends, also where an
         error ends it.

@@ -7,6 +7,7 @@ import jax
 import keras
 import numpy as np
 
+from lipdp.bounds.projections import Projection
 from lipdp.data.batches import KerasBatches
 from lipdp.training.steps.jax_devices import JaxDevices, replicas, replicate_features
 from lipdp.training.steps.private_step import read_batch, update_weights
@@ -148,6 +149,22 @@ class JaxBackend(JaxDevices):
                     variable.assign(value)
         model._jax_state, model.half_step = None, None
 
+    def held_weights(self, model, result=None):
+        if result is None:
+            return tuple(v.value for v in model.trainable_variables)
+        _, (trainable, *_) = result
+        return tuple(trainable)
+
+    def put_inside(self, model, arguments, held):
+        # Arrays are never written into: what is another array may have another value.
+        (trainable, *rest), iterator = arguments
+        inside = list(trainable)
+        for i, variable in enumerate(model.trainable_variables):
+            moved = held is None or held[i] is not inside[i]
+            if moved and isinstance(variable.constraint, Projection):
+                inside[i] = _placed_like(inside[i], variable.constraint(inside[i]))
+        return (inside, *rest), iterator
+
     @contextlib.contextmanager
     def keep_weights(self, model):
         model._jax_state = None  # of an earlier fit
@@ -182,6 +199,11 @@ class JaxBackend(JaxDevices):
                 "their bounds. Call jax.config.update('jax_default_matmul_precision', 'float32') "
                 f"first; got {precision!r}."
             )
+
+
+def _placed_like(array, new):
+    same = new.sharding.is_equivalent_to(array.sharding, array.ndim)
+    return new if same else jax.device_put(new, array.sharding)
 
 
 def _flat(array):

@@ -17,7 +17,7 @@ from keras import ops
 from lipdp import losses
 from lipdp.autodiff import gradient
 from lipdp.bounds import gradient_bounds, norms
-from lipdp.bounds.projections import certified_by
+from lipdp.bounds.projections import certified_by, project, projected_later
 from lipdp.bounds.walk import ROUNDING
 from lipdp.data.augmentation import Augmentation
 from lipdp.local.calls import LayerUnits
@@ -187,8 +187,10 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
         probe = backend.compiled(standard_normal)(key, np.uint32(next(streams)), shape)
         return backend.compiled(norms.probable_norm_bound)(matrix, probe, expected)
 
-    with certified_by(certificate, backend.compiled):
+    with projected_later():
         step.optimizer.apply(backend.on_first_replica(updates), variables)
+    with certified_by(certificate, backend.compiled):
+        project(variables)
 
     if step.clip.counts:
         step.clip.update(noisy[-1] / divisor + 0.5)

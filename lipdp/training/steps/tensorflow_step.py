@@ -1,10 +1,12 @@
 """The private step on TensorFlow, where variables change in place."""
 
 import contextlib
+import ctypes
 import functools
 
 import tensorflow as tf
 
+from lipdp.bounds.projections import project
 from lipdp.data.batches import KerasBatches
 from lipdp.training.steps.private_step import private_step
 from lipdp.training.steps.tensorflow_devices import TensorFlowDevices, replica_context
@@ -115,6 +117,18 @@ class TensorFlowBackend(TensorFlowDevices):
     def give_back(self, model, arguments):
         pass  # a step changes the variables themselves
 
+    def held_weights(self, model, result=None):
+        return tuple(tf.convert_to_tensor(v.value) for v in model.trainable_variables)
+
+    def put_inside(self, model, arguments, held):
+        # A tensor that was read keeps its value: while somebody holds it, TensorFlow writes what a
+        # variable becomes elsewhere.
+        for i, variable in enumerate(model.trainable_variables):
+            value = tf.convert_to_tensor(variable.value)
+            if held is None or _address(value) != _address(held[i]):
+                project([variable])
+        return arguments
+
     def keep_weights(self, model):
         return contextlib.nullcontext()
 
@@ -150,6 +164,17 @@ class TensorFlowBackend(TensorFlowDevices):
                 "11 bits, and norms and gradients may surpass their bounds. Call "
                 "tf.config.experimental.enable_tensor_float_32_execution(False) first."
             )
+
+
+_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+    ("PyCapsule_GetPointer", ctypes.pythonapi)
+)
+
+
+def _address(tensor):
+    """Where the memory of an eager tensor begins: the first field of its DLPack structure."""
+    capsule = tf.experimental.dlpack.to_dlpack(tensor)
+    return ctypes.cast(_pointer(capsule, b"dltensor"), ctypes.POINTER(ctypes.c_void_p))[0]
 
 
 @functools.cache

@@ -303,7 +303,6 @@ REFUSED = {
     "unknown map, depthwise": (lambda: K.DepthwiseConv2D(3), (None, 4, 1), "unknown size"),
     "unknown map, transposed": (lambda: K.Conv2DTranspose(3, 3), (None, 4, 1), "unknown size"),
     "subclass of a block": (lambda: LouderReflector(2), (3,), "No bound is known"),
-    "block without its ball": (lambda: freed(layers.SandwichDense(3)), (3,), "no bound"),
     "cayley without its ball": (lambda: freed(layers.CayleyDense(3)), (3,), "SpectralBall"),
     "exponential of a larger ball": (
         lambda: freed(layers.ExponentialDense(3), SpectralBall(2.0)), (3,), "SpectralBall",

@@ -94,7 +94,7 @@ def attained(name: str) -> dict[str, float]:
     ratios = defaultdict(float)
     for quantity, ratio in result.attained.items():
         end = "input" if quantity.startswith("input") else quantity.rpartition("/")[2]
-        if end != "other examples" or ratio:
+        if end not in ("frozen weights", "other examples") or ratio > 1.0 + 1e-5:
             ratios[end] = max(ratios[end], ratio)
     return dict(ratios)
 

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from lipdp import layers
-from lipdp.bounds import lipschitz, norms, projections
+from lipdp.bounds import lipschitz, norms, projections, rule
 from lipdp.bounds.rule import Rule
 from lipdp.layers.projected import Projected
 from tests.lipdp.mutants.mutant import mutant
@@ -22,6 +22,36 @@ def projection_that_does_nothing(patch):
 def initial_weights_outside_of_their_sets(patch):
     patch.setattr(Projected, "build", lambda self, shape: super(Projected, self).build(shape))
     return layers.SpectralDense(3, kernel_initializer="ones"), (4,)
+
+
+@mutant
+def frozen_weights_believed_to_be_inside(patch):
+    patch.setattr(rule, "held_by", lambda variable: variable.constraint)
+    return layers.SpectralDense(3, use_bias=False), (4,)
+
+
+@mutant
+def frozen_block_believed_to_be_inside(patch):
+    patch.setattr(rule, "held_by", lambda variable: variable.constraint)
+    return layers.ConvexPotential(use_bias=False), (3,)
+
+
+@mutant
+def gain_of_a_frozen_layer_believed(patch):
+    patch.setattr(layers.ChannelGain, "bound", lambda self, call: lipschitz(
+        self.gain, gradients=lambda x, g: [(self.gamma, x * g)]
+    ))  # fmt: skip
+    return layers.ChannelGain(2.0), (3, 2)
+
+
+@mutant
+def sandwich_by_the_norm_instead_of_its_square(patch):
+    def bound(self, call):
+        s = rule.matrix_norm(self.kernel)
+        return lipschitz(s, gradients=lambda x, g: [(self.kernel, 4.0 * x * g)])
+
+    patch.setattr(layers.SandwichDense, "bound", bound)
+    return layers.SandwichDense(3, use_bias=False), (3,)
 
 
 @mutant

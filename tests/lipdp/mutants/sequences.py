@@ -55,7 +55,7 @@ def embedding_bag_as_if_tokens_differ(patch):
 def rows_projected_as_one_matrix(patch):
     """Divided by the spectral norm of the table, which the rows together may reach."""
     patch.setattr(
-        "lipdp.bounds.projections.RowBall.__call__", lambda self, w: w / math.sqrt(w.shape[0])
+        "lipdp.bounds.projections.RowBall.project", lambda self, w: w / math.sqrt(w.shape[0])
     )
     return layers.Embedding(6, 3, radius=0.1), (5,)
 
