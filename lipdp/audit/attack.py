@@ -309,7 +309,7 @@ class _Search:
         return self._quantities(*arguments), [ops.zeros_like(a) for a in arguments]
 
     def _measured(self, frozen, values):
-        """Bounds for which weights had to be measured, by their numbers; `_known` has all others."""
+        """Bounds for which weights had to be measured, by number; `_known` has all others."""
         mapping = zip(self.variables, values, strict=True)
         with keras.StatelessScope(state_mapping=mapping), _trainable(self.variables, not frozen):
             found = network_bounds(self.network, self.cotangent, self.radius)
