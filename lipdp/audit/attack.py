@@ -108,12 +108,13 @@ def attack_bounds(
         for name, values in _weight_settings(network, initial, search.random):
             search.use_weights(name, values)
             search.attack(steps)
-            if name == "aligned":
-                outside = [_OUTSIDE * value for value in values]
         if network.trainable_variables:
             if steps:
                 search.ascend_weights()
                 search.attack(steps)
+            search.random = np.random.default_rng(seed)  # whatever the initial weights were
+            settings = dict(_weight_settings(network, initial, search.random))
+            outside = [_OUTSIDE * value for value in settings["aligned"]]
             search.use_weights("frozen", outside, frozen=True)
             search.attack(steps)
     finally:
