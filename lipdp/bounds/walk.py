@@ -23,6 +23,12 @@ from lipdp.bounds.rule import (
 #: passes, which the rules, being about exact arithmetic, do not know.
 ROUNDING = 1.0 + 1e-4
 
+#: The longest example that a step reads: longer ones are scaled to it, each by itself.
+LONGEST_INPUT = 1e16
+
+#: A vector of at most this norm has squares that float32 can add up.
+LONGEST_SQUARED = 1e19
+
 #: A cotangent so short that no ClipGradient, which is the identity forwards, cuts it.
 UNIT = 2.0**-30
 

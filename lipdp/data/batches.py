@@ -12,7 +12,7 @@ from keras import tree
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from accountants.sampling import Draws, Sampling
-from lipdp.data.sources import Arrays, Records, Stream, as_array, padded
+from lipdp.data.sources import Arrays, Records, Stream, as_array, as_type, padded
 from lipdp.devices import SINGLE_DEVICE, Devices
 from lipdp.randomness import RandomSource
 
@@ -338,7 +338,12 @@ class DrawnBatches:
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0
         weights = None if self.weights is None else padded(self.weights, rows, size)
-        return DrawnBatch(*self.examples.take(rows, size), mask, key, weights, self.draw_noise())
+        inputs, targets = tree.map_structure(_single, self.examples.take(rows, size))
+        return DrawnBatch(inputs, targets, mask, key, weights, self.draw_noise())
+
+
+def _single(array):
+    return as_type(array, np.float32) if array.dtype == np.float64 else array
 
 
 class KerasBatches(DataAdapter):

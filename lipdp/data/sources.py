@@ -95,7 +95,7 @@ class Records:
                         f"records must all have the shapes of the first one, {array.shape[1:]}; "
                         f"got one of {np.shape(value)}."
                     )
-                array[place] = value
+                array[place] = as_type(np.asarray(value), array.dtype)
         return filled
 
 
@@ -191,6 +191,12 @@ def padded(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
         else:
             taken[: len(rows)] = values[rows]
     return taken
+
+
+def as_type(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """A cast that keeps silent of what does not fit: no warning tells that an example is there."""
+    with np.errstate(all="ignore"):
+        return values.astype(dtype, copy=False)
 
 
 def _aligned(shape, dtype):
@@ -328,10 +334,11 @@ def _check_rows(x, input_shape, examples):
         # Not all of a file: what is broken further on is read as zeros when it is drawn.
         end = rows if isinstance(x, np.memmap) else len(x)
         for start in range(0, end, rows):
-            if not np.isfinite(x[start : start + rows]).all():
+            if not np.isfinite(as_type(x[start : start + rows], np.float32)).all():
                 raise ValueError(
-                    "`x` holds NaN or infinite values; clean them before training (a bound would "
-                    "hold all the same, but the examples would be read as zeros)."
+                    "`x` holds values that are NaN or infinite in float32; clean them before "
+                    "training (a bound would hold all the same, but the examples would be read as "
+                    "zeros)."
                 )
 
 

@@ -20,6 +20,7 @@ from lipdp.losses.properties import (
     get,
     gradient_bound,
     per_example,
+    readable_targets,
     takes_logits,
 )
 from lipdp.losses.similarity import CosineSimilarity
@@ -44,5 +45,6 @@ __all__ = [
     "get",
     "gradient_bound",
     "per_example",
+    "readable_targets",
     "takes_logits",
 ]

@@ -21,7 +21,15 @@ from lipdp.losses.entropies import (
 from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
 from lipdp.losses.similarity import CosineSimilarity
 
-__all__ = ["Loss", "check_targets", "get", "gradient_bound", "per_example", "takes_logits"]
+__all__ = [
+    "Loss",
+    "check_targets",
+    "get",
+    "gradient_bound",
+    "per_example",
+    "readable_targets",
+    "takes_logits",
+]
 
 
 Loss = keras.losses.Loss | Callable[[Any, Any], Any]
@@ -219,6 +227,32 @@ def _as_signs(y_true):
     axes = tuple(range(1, len(y_true.shape)))
     binary = ops.logical_or(ops.equal(y_true, 0), ops.equal(y_true, 1))
     return ops.where(ops.all(binary, axis=axes, keepdims=True), 2.0 * y_true - 1.0, y_true)
+
+
+def readable_targets(loss: Loss, y_true: Any, output_shape: Sequence[int]) -> Any:
+    """Targets as a step may read them: a label out of range becomes the nearest one in range.
+
+    One that is not would end a step with an error on one backend, and make NaN on another.
+
+    Args:
+        loss: as in `per_example`.
+        y_true: targets, `(batch, ...)`.
+        output_shape: shape of the network's output for one example.
+
+    >>> loss = SparseCategoricalCrossentropy()
+    >>> [int(y) for y in readable_targets(loss, ops.array([-7, 1, 9]), (3,))]
+    [0, 1, 2]
+    """
+    if _targets(loss) != "labels":
+        return y_true
+    largest = output_shape[-1] - 1
+    if "float" in keras.backend.standardize_dtype(y_true.dtype):
+        # What a cast makes of others depends on the backend.
+        y_true = ops.where(ops.isfinite(y_true), ops.clip(y_true, -(2.0**30), 2.0**30), 0.0)
+    labels = ops.cast(y_true, "int32")
+    nearest = ops.clip(labels, 0, largest)
+    ignored = getattr(loss, "ignore_class", None)
+    return nearest if ignored is None else ops.where(ops.equal(labels, ignored), labels, nearest)
 
 
 def _targets(loss):

@@ -22,6 +22,7 @@ from lipdp.data.augmentation import Augmentation
 from lipdp.noise import GaussianNoise, standard_deviations
 from lipdp.noise.gaussian_rng import standard_normal
 from lipdp.training.clipping import FixedClip, TrackedClip, clamp_weights, clip_rows, scale_rows
+from lipdp.training.rows import readable_inputs
 from lipdp.training.steps.backend import Backend
 
 
@@ -107,6 +108,7 @@ def read_batch(step: PrivateStep, data: tuple, backend: Backend) -> tuple[list, 
         adaptive clip the count; and the metrics' results.
     """
     features, y, mask = data
+    y = losses.readable_targets(step.loss, y, step.network.output_shape[1:])
     x, weights = features["inputs"], features.get("weights")
     clip = step.clip.current()
 
@@ -190,9 +192,10 @@ def gradient_sums(
     targets = y
     if views is not None:
         x, targets, mask = views(x), views.repeated(y), views.repeated(mask)
+    x, finite = readable_inputs(step.network, x)
     outputs, pull_back = backend.pull_back(step.network, x)
     values, gradients = gradient(lambda z: losses.per_example(step.loss, targets, z), outputs)
-    rows, within = clip_rows(gradients, clip, mask)
+    rows, within = clip_rows(gradients, clip, mask * finite)
     if weights is not None:
         # Behind the clip, which would undo them, and up to the maximum that the bounds start at.
         weights = weights if views is None else views.repeated(weights)
