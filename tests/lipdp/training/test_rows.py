@@ -1,4 +1,4 @@
-"""Rows that no data set should have: each is an example like any other, and tells nobody of itself."""
+"""Rows that no data set should have: each is an example like any other, and nothing tells of it."""
 
 import dataclasses
 import warnings
