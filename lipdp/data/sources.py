@@ -348,7 +348,12 @@ def _checked_records(records, pack, network):
     if len(records) == 0:
         raise ValueError("`x` is empty.")
     source = Records(records, pack)
-    like, _ = source.like
+    like, target = source.like
+    if target.dtype.kind not in "buif":
+        raise TypeError(
+            "records must hold numbers as targets, one array an example; got "
+            f"{type(records[0][1]).__name__}."
+        )
     for tensor in network.inputs:
         value = like[tensor.name] if isinstance(like, dict) else like
         if value.dtype.kind not in "buif" or not _fits(value.shape, tuple(tensor.shape[1:])):
@@ -373,7 +378,7 @@ def _check_dataset(dataset, pack, network):
             "part as if it were several. Say epochs=... instead."
         )
     spec = dataset.element_spec
-    if not isinstance(spec, (tuple, list)) or len(spec) != 2:
+    if not isinstance(spec, (tuple, list)) or len(spec) != 2 or tree.is_nested(spec[1]):
         raise TypeError(f"`x` must give batches (x, y), or examples (x, y); got {spec}.")
     inputs = pack(spec[0])
     kinds = set()

@@ -16,6 +16,7 @@ from lipdp.losses.entropies import (
 from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
 from lipdp.losses.properties import (
     Loss,
+    check_target_shape,
     check_targets,
     get,
     gradient_bound,
@@ -41,6 +42,7 @@ __all__ = [
     "MulticlassHinge",
     "MulticlassKR",
     "SparseCategoricalCrossentropy",
+    "check_target_shape",
     "check_targets",
     "get",
     "gradient_bound",

@@ -23,6 +23,7 @@ from lipdp.losses.similarity import CosineSimilarity
 
 __all__ = [
     "Loss",
+    "check_target_shape",
     "check_targets",
     "get",
     "gradient_bound",
@@ -199,10 +200,14 @@ def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
         y_true: targets, `(batch, ...)`.
         y_pred: outputs, `(batch, ...)`.
 
+    Raises:
+        ValueError: targets of a shape that the loss does not take for these outputs.
+
     >>> y, z = ops.array([0, 1]), ops.zeros((2, 2))
     >>> [round(float(v), 3) for v in per_example(SparseCategoricalCrossentropy(), y, z)]
     [0.693, 0.693]
     """
+    check_target_shape(loss, y_true.shape[1:], y_pred.shape[1:])
     function = loss.call if isinstance(loss, keras.losses.Loss) else loss
     targets = _targets(loss)
     if targets != "labels":
@@ -261,6 +266,48 @@ def _targets(loss):
     return _KERAS.get(type(loss))
 
 
+def check_target_shape(
+    loss: Loss, shape: Sequence[int | None], output_shape: Sequence[int | None]
+) -> None:
+    """Refuses targets of a shape that the loss does not take for these outputs.
+
+    One that is merely broadcast could set one example's target beside another's output.
+
+    Args:
+        loss: as in `per_example`. One that is not known is called with examples one by one, and may
+            take whatever it wants.
+        shape: of the targets of one example; sizes that are not known are None.
+        output_shape: of the network's output for one example.
+
+    Raises:
+        ValueError: the shape does not fit.
+
+    >>> check_target_shape(SparseCategoricalCrossentropy(), (1,), (3,))
+    >>> check_target_shape(SparseCategoricalCrossentropy(), (3,), (3,))
+    Traceback (most recent call last):
+        ...
+    ValueError: `y` must have one label for an example: shape () or (1,); got (3,).
+    """
+    shape, output_shape, targets = tuple(shape), tuple(output_shape), _targets(loss)
+    if targets is None:
+        return
+    positions = output_shape[:-1]
+    if targets == "labels":
+        accepted = [positions, (*positions, 1)]
+        what = "one label for an example" if not positions else "one label for each position"
+    else:
+        accepted = [output_shape] + ([positions] if output_shape[-1:] == (1,) else [])
+        what = "for each example the shape of the outputs"
+    if not any(
+        len(shape) == len(wanted)
+        and all(n == m or n is None or m is None for n, m in zip(shape, wanted, strict=True))
+        for wanted in accepted
+    ):
+        raise ValueError(
+            f"`y` must have {what}: shape {' or '.join(map(str, accepted))}; got {shape}."
+        )
+
+
 def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> None:
     """Refuses targets the loss cannot mean.
 
@@ -274,6 +321,7 @@ def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> Non
             values outside [0, 1] or [−1, 1], numbers that are not finite, or a shape that does
             not fit.
     """
+    check_target_shape(loss, y.shape[1:], output_shape)
     classes = output_shape[-1]
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         raise ValueError("`y` holds NaN or infinite values.")
@@ -281,24 +329,12 @@ def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> Non
     if targets is None:
         return
     if targets == "labels":
-        shape = y.shape[1:-1] if y.ndim > len(output_shape) and y.shape[-1] == 1 else y.shape[1:]
-        if tuple(shape) != tuple(output_shape[:-1]):
-            raise ValueError(
-                f"`y` must hold one label for each of the positions {tuple(output_shape[:-1])} of "
-                f"an example; got shape {y.shape}."
-            )
         if y.size and (y.min() < 0 or y.max() >= classes or (y != np.floor(y)).any()):
             raise ValueError(
                 f"`y` must hold integer labels from 0 to {classes - 1}, one less than the outputs "
                 f"of the network; got values from {y.min()} to {y.max()}."
             )
         return
-    # A shape that is merely broadcast could set one example's target beside another's output.
-    if y.shape[1:] != tuple(output_shape) and y.shape[1:] + (1,) != tuple(output_shape):
-        raise ValueError(
-            f"`y` must have the shape of the outputs, {tuple(output_shape)}, for each example; "
-            f"got shape {y.shape}."
-        )
     least = {"simplex": 0, "unit": 0, "signs": -1}.get(targets, -math.inf)
     most = 1 if math.isfinite(least) else math.inf
     if y.size and (y.min() < least or y.max() > most):
