@@ -329,11 +329,6 @@ class DrawnBatches:
         rows = rows[self.devices.process * size :][:size]
         return self._batch(rows, size, self.source.key(*self.position, epoch, index))
 
-    def blank(self) -> DrawnBatch:
-        """Padding alone, in the shapes and types of a drawn batch. Nothing is drawn or read."""
-        size = self.bucket // self.devices.processes
-        return self._batch(np.arange(0), size, np.zeros(4, np.uint32))
-
     def _batch(self, rows, size, key):
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0

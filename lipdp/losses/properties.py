@@ -23,10 +23,13 @@ from lipdp.losses.similarity import CosineSimilarity
 
 __all__ = [
     "Loss",
+    "as_written",
+    "check_axis",
     "check_target_shape",
     "check_targets",
     "get",
     "gradient_bound",
+    "is_known",
     "per_example",
     "readable_targets",
     "takes_logits",
@@ -94,6 +97,7 @@ def gradient_bound(loss: Loss, output_shape: Sequence[int]) -> float:
     if isinstance(loss, BoundedLoss):
         # A subclass that changes the loss alone is not believed.
         believed = _definer(loss, "call") is _definer(loss, "bound")
+        believed = believed and not {"call", "bound"} & vars(loss).keys()
         bound = loss.bound(classes) if believed else math.inf
     else:
         bound = _keras_bound(loss, classes)
@@ -106,6 +110,8 @@ def _definer(loss, method):
 
 def _keras_bound(loss, classes):
     kind = type(loss)
+    if not is_known(loss):
+        return math.inf
     if kind is keras_losses.CategoricalHinge:
         return math.sqrt(2.0)
     if kind in (keras_losses.SparseCategoricalCrossentropy, keras_losses.CategoricalCrossentropy):
@@ -207,20 +213,63 @@ def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
     >>> [round(float(v), 3) for v in per_example(SparseCategoricalCrossentropy(), y, z)]
     [0.693, 0.693]
     """
+    check_axis(loss, len(y_pred.shape))
     check_target_shape(loss, y_true.shape[1:], y_pred.shape[1:])
-    function = loss.call if isinstance(loss, keras.losses.Loss) else loss
-    targets = _targets(loss)
-    if targets != "labels":
+    if is_known(loss):
+        values = as_written(loss, y_true, y_pred)
+    else:
+        values = ops.vectorized_map(
+            lambda pair: ops.mean(as_written(loss, pair[0][None], pair[1][None])), (y_true, y_pred)
+        )
+    return ops.mean(ops.reshape(values, (ops.shape(values)[0], -1)), axis=1)
+
+
+def as_written(loss: Loss, y_true: Any, y_pred: Any) -> Any:
+    """What a loss gives for a batch, called once: `(batch, ...)`, if it treats examples one by one.
+
+    >>> as_written(lambda y, z: ops.mean(z), ops.zeros((2, 1)), ops.ones((2, 1))).shape == ()
+    True
+    """
+    if _targets(loss) != "labels":
         y_true = align_targets(ops.cast(y_true, y_pred.dtype), y_pred)
     if type(loss) in _KERAS_HINGES:
         y_true = _as_signs(y_true)
-    if type(loss) in (*_OWN, *_KERAS):
-        values = function(y_true, y_pred)
-    else:
-        values = ops.vectorized_map(
-            lambda pair: ops.mean(function(pair[0][None], pair[1][None])), (y_true, y_pred)
-        )
-    return ops.mean(ops.reshape(values, (ops.shape(values)[0], -1)), axis=1)
+    return (loss.call if isinstance(loss, keras.losses.Loss) else loss)(y_true, y_pred)
+
+
+def is_known(loss: Loss) -> bool:
+    """True if the loss is known to treat examples one by one: a loss of this package or of Keras,
+    and not one of which the function was replaced.
+
+    >>> is_known(SparseCategoricalCrossentropy()), is_known(keras_losses.Dice())
+    (True, False)
+    """
+    if type(loss) not in (*_OWN, *_KERAS) or {"call", "bound"} & vars(loss).keys():
+        return False
+    return type(loss) in _OWN or loss.fn is type(loss)().fn
+
+
+def check_axis(loss: Loss, rank: int) -> None:
+    """Refuses a loss along another axis than the last, which may be that of the examples.
+
+    Args:
+        loss: as in `per_example`.
+        rank: of the outputs, with the batch axis.
+
+    Raises:
+        ValueError: the loss has such an `axis`.
+
+    >>> check_axis(keras_losses.CategoricalCrossentropy(axis=0), 2)
+    Traceback (most recent call last):
+        ...
+    ValueError: `loss` must work along the last axis, axis=-1; got axis=0, which ...
+    """
+    for axis in (getattr(loss, "axis", -1), getattr(loss, "_fn_kwargs", {}).get("axis", -1)):
+        if isinstance(axis, int) and axis not in (-1, rank - 1):
+            raise ValueError(
+                f"`loss` must work along the last axis, axis=-1; got axis={axis}, which may mix "
+                "the examples of a batch."
+            )
 
 
 def _as_signs(y_true):

@@ -25,6 +25,7 @@ from lipdp.noise import resolve_allocation
 from lipdp.training import steps
 from lipdp.training.spending import ActiveRun
 from lipdp.training.steps.private_step import PrivateStep, StepConstants
+from lipdp.training.trial import try_augmentation, try_loss, try_metrics, try_validation
 
 __all__ = ["Plan", "make_plan", "project", "run_fingerprint", "step_of"]
 
@@ -63,6 +64,7 @@ def make_plan(
     sample_weight: Any = None,
     class_weight: dict[int, float] | None = None,
     steps_per_call: int = 1,
+    validation: tuple[Any, int | None] = (None, None),
 ) -> Plan:
     """The plan of a run of a compiled `PrivateModel`; calibrates the noise of its first one.
 
@@ -70,6 +72,7 @@ def make_plan(
         model: the model.
         x, y, epochs, steps_per_epoch, sample_weight, class_weight: as for `fit`.
         steps_per_call: how many steps run, and are paid for, together.
+        validation: data that `fit` evaluates, and its batch size.
 
     Raises:
         BudgetExceeded: not one step is left.
@@ -83,6 +86,8 @@ def make_plan(
     examples, weights = _open_data(model, x, y, sample_weight, class_weight, devices)
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
     check_trainable(model.network)
+    with backend.scope(model):  # metrics have variables, which are made here
+        _try(model, examples, *validation)
     if devices.processes > 1:
         _follow_chief(model.spending, all_gather, devices)
 
@@ -205,6 +210,25 @@ def _open_data(model, x, y, sample_weight, class_weight, devices):
         )
     model.sampling.validate(len(examples))
     return examples, check_weights(sample_weight, class_weight, examples, model.max_sample_weight)
+
+
+def _target_of(examples):
+    """Shape and type of the target of one example; nothing is read."""
+    _, targets = examples.take(np.arange(0), 1)
+    return targets.shape[1:], targets.dtype
+
+
+def _try(model, examples, validation_data, validation_batch_size):
+    """Whatever a step or an evaluation would fail at, on made-up rows."""
+    target = _target_of(examples)
+    if model.tried != target:
+        try_loss(model.private_loss, model.network.output_shape[1:], target)
+        try_metrics(model, target)
+        if model.augmentation is not None:
+            try_augmentation(model.augmentation, model.network)
+        model.tried = target
+    if validation_data is not None:
+        try_validation(model, validation_data, validation_batch_size)
 
 
 def _steps_per_epoch(sampling, examples, asked, steps_per_call):
