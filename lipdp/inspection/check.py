@@ -125,6 +125,10 @@ def check(network: keras.Model) -> Check:
     problems, layers = [], []
     if len(traced.outputs) != 1:
         problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
+    elif len(network.outputs[0].shape) < 2:
+        problems.append(
+            "The network's output has no axis but the batch: end it with Reshape((1,))."
+        )
 
     bounds = dict.fromkeys(traced.inputs, math.inf)
     covered, unbounded = set(), []
