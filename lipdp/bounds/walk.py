@@ -354,17 +354,17 @@ def network_bounds(
         raise ValueError(
             f"`network` must have one output; {traced.network.name!r} has {len(traced.outputs)}."
         )
-    if len(traced.network.outputs[0].shape) < 2:
-        raise ValueError(
-            f"`network` must give each example an axis, (batch, 1) say; {traced.network.name!r} "
-            "gives (batch,). End it with keras.layers.Reshape((1,))."
-        )
     calls, (output,) = traced.calls, traced.outputs
     forward = dict.fromkeys(traced.inputs, input_bound)
     rules = []
     for call in calls:
         rules.append(rule_of(call))
         forward[call.outputs[0]] = rules[-1].forward([forward[s] for s in call.inputs])
+    if len(traced.network.outputs[0].shape) < 2:
+        raise ValueError(
+            f"`network` must give each example an axis, (batch, 1) say; {traced.network.name!r} "
+            "gives (batch,). End it with keras.layers.Reshape((1,))."
+        )
 
     def backwards(start):
         cotangents = {output: start}

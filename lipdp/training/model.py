@@ -281,7 +281,7 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
-        self.tried = None  # the type of the targets, once all was tried for it
+        self.tried = None  # for which targets losses and metrics were tried
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
         self.clip_state = self._clip_of(bound)
@@ -335,6 +335,10 @@ class PrivateModel(keras.Model):
         """
         epochs = check_integer(epochs, "epochs")
         initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
+        if not isinstance(validation_freq, (list, tuple)):
+            check_integer(validation_freq, "validation_freq")
+        if validation_batch_size is not None:
+            check_integer(validation_batch_size, "validation_batch_size")
         planned = max(0, epochs - initial_epoch)
         _warn_of_monitors(callbacks)
         with self._running(

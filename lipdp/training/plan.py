@@ -220,13 +220,15 @@ def _target_of(examples):
 
 def _try(model, examples, validation_data, validation_batch_size):
     """Whatever a step or an evaluation would fail at, on made-up rows."""
-    target = _target_of(examples)
-    if model.tried != target:
-        try_loss(model.private_loss, model.network.output_shape[1:], target)
+    target, output_shape = _target_of(examples), model.network.output_shape[1:]
+    labels = examples.y if isinstance(examples, Arrays) else None
+    in_range = labels is not None and bool(0 <= labels.min() and labels.max() < output_shape[-1])
+    if model.tried != (target, in_range):
+        try_loss(model.private_loss, output_shape, target, in_range)
         try_metrics(model, target)
         if model.augmentation is not None:
             try_augmentation(model.augmentation, model.network)
-        model.tried = target
+        model.tried = target, in_range
     if validation_data is not None:
         try_validation(model, validation_data, validation_batch_size)
 

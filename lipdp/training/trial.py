@@ -27,6 +27,7 @@ def try_loss(
     loss: losses.Loss,
     output_shape: Sequence[int],
     target: tuple[Sequence[int], Any] | None = None,
+    in_range: bool = False,
 ) -> None:
     """Refuses a loss of somebody's own that gives an example another value among others than
     alone. A step calls it with examples one by one, and what it says of a whole batch, such as how
@@ -37,6 +38,7 @@ def try_loss(
         output_shape: shape of the network's output for one example.
         target: shape and type of the target of one example. Where it is not known yet some usual
             ones are tried, and a loss that takes none of them is left for later.
+        in_range: whether all labels are known to be among the classes.
 
     Raises:
         ValueError: it mixes examples, gives one number for all of them, or cannot be computed.
@@ -62,7 +64,7 @@ def try_loss(
                 f"{type(error).__name__}: {error}"
             ) from error
         _check_values(values)
-        if target is not None and np.dtype(dtype).kind in "iu":
+        if target is not None and not in_range and np.dtype(dtype).kind in "iu":
             _try_labels_out_of_range(loss, y, output_shape)
         return
 

@@ -226,6 +226,26 @@ def test_training_on_broken_rows_of_a_mapped_file(tmp_path):
     assert all(np.isfinite(w).all() for w in weights(model))
 
 
+@pytest.mark.parametrize("physical", [8, None])
+def test_training_on_broken_rows_with_all_that_reads_them(physical):
+    network = keras.Sequential(
+        [keras.Input((6,)), K.RMSNormalization(), layers.SpectralDense(3, use_bias=False)]
+    )
+    model = private(
+        network,
+        sampling=lipdp.FullBatch(),
+        clip=lipdp.AdaptiveClip(0.5),
+        augmentation=lipdp.Augmentation(K.GaussianNoise(0.1), views=2),
+        physical_batch_size=physical,
+        compile=dict(max_sample_weight=2.0),
+        run_eagerly=False,
+    )
+    for row in ROWS.values():
+        model.fit(Records(bad_x=row), sample_weight=np.linspace(0, 2, 24), verbose=0)
+    assert all(np.isfinite(w).all() for w in weights(model))
+    assert np.isfinite(float(model.current_clip()))
+
+
 @pytest.mark.any_backend
 def test_arrays_that_overflow_float32_are_refused_before_anything_is_spent():
     x = np.ones((24, 6))

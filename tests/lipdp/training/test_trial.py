@@ -155,12 +155,16 @@ def test_a_loss_of_unusual_targets_is_tried_with_those_of_the_data():
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX gathers without an error")
 def test_a_loss_that_ends_in_an_error_at_a_label_out_of_range_is_refused():
     plain = SEPARATE["labels"]
+    x, y = data()
+    records = list(zip(x, y, strict=True))
     model = private(loss=plain, clip=1.0)
-    with pytest.raises(ValueError, match=r"begin it with `y_true = ops.clip\(y_true, 0, 2\)`"):
-        model.fit(*data(), verbose=0)
-    assert model.spent(1e-5).steps == 0
+    model.fit(x, y, verbose=0)  # arrays are known to hold none
+    for given in ((records, None), (x, y + 1)):
+        with pytest.raises(ValueError, match=r"begin it with `y_true = ops.clip\(y_true, 0, 2\)`"):
+            model.fit(*given, verbose=0)
+    assert model.spent(1e-5).steps == 4
     model = private(loss=lambda y, z: plain(ops.clip(y, 0, 2), z), clip=1.0)
-    model.fit(*data(), verbose=0)
+    model.fit(records, verbose=0)
 
 
 def test_without_trials_a_contrastive_loss_trains_on_nothing(monkeypatch):
@@ -322,6 +326,15 @@ def test_validation_data_that_can_be_evaluated(kind):
     model = private(seed=1)
     history = model.fit(x, y, verbose=0, validation_data=given)
     assert np.isfinite(history.history["val_loss"]).all()
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("argument", ["validation_freq", "validation_batch_size"])
+def test_how_often_and_how_many_are_checked_first(argument):
+    model = private()
+    with pytest.raises(ValueError, match=f"`{argument}` must be an integer"):
+        model.fit(*data(), verbose=0, validation_data=data(), **{argument: 0})
+    assert model.spent(1e-5).steps == 0
 
 
 # --- augmentation ---------------------------------------------------------------------------------
