@@ -184,6 +184,7 @@ class PrivateModel(keras.Model):
         self.step = None  # a PrivateStep: all that a private step reads
         self.step_halves = self.half_step = None  # on JAX
         self.settings = None  # those that `compile` saw
+        self.tried = None  # for which targets losses and metrics were tried
         self._steps_per_call = 1
         self._paying = False
         self._open_batch = None
@@ -281,7 +282,7 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
-        self.tried = None  # for which targets losses and metrics were tried
+        self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
         self.clip_state = self._clip_of(bound)

@@ -221,8 +221,8 @@ def _target_of(examples):
 def _try(model, examples, validation_data, validation_batch_size):
     """Whatever a step or an evaluation would fail at, on made-up rows."""
     target, output_shape = _target_of(examples), model.network.output_shape[1:]
-    labels = examples.y if isinstance(examples, Arrays) else None
-    in_range = labels is not None and bool(0 <= labels.min() and labels.max() < output_shape[-1])
+    own, arrays = not losses.is_known(model.private_loss), isinstance(examples, Arrays)
+    in_range = own and arrays and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
     if model.tried != (target, in_range):
         try_loss(model.private_loss, output_shape, target, in_range)
         try_metrics(model, target)

@@ -108,3 +108,16 @@ def test_constants_are_welcome():
     x = keras.Input((4,))
     h = layers.SpectralDense(3)(layers.BallProjection(1.0)(x))
     private(keras.Model(x, ops.maximum(h * np.ones(3, "float32") + 1.0, ops.ones((3,)))))
+
+
+def test_without_the_check_a_network_of_one_batch_size_mixes_examples(monkeypatch):
+    """Mutant: eight examples are taken for the channels of one."""
+    monkeypatch.setattr("lipdp.bounds.walk._check_batch_axis", lambda graph: None)
+    monkeypatch.setattr("lipdp.bounds.walk._GIVES_AN_AXIS", object)
+    body = layers.GroupSort(), K.Reshape((1,)), layers.BallProjection(1.0)
+    network = sequential(keras.Input(batch_shape=(8,)), *body)
+    assert lipdp.gradient_bounds(network)
+    x = np.arange(8.0, dtype="float32")
+    other = x.copy()
+    other[0] = 50.0
+    assert (np.asarray(network(x)) != np.asarray(network(other)))[1:].any()

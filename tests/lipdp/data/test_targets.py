@@ -144,3 +144,16 @@ def test_targets_of_a_data_set_are_one_array():
     refusing = model("mse", (1,), "stream")
     with pytest.raises(TypeError, match=r"examples \(x, y\)"):
         refusing.fit(dataset(X, {"a": X[:, 0], "b": X[:, 0]}), verbose=0)
+
+
+def test_without_the_check_a_target_reaches_other_examples(monkeypatch):
+    """Mutant: targets of the shape (batch,) for outputs of (batch, 1, 1)."""
+    monkeypatch.setattr(losses.properties, "check_target_shape", lambda *args: None)
+    y = np.zeros(COUNT, "float32")
+    other = y.copy()
+    other[0] = 9.0
+    z = keras.ops.ones((COUNT, 1, 1))
+    first, second = (
+        keras.ops.convert_to_numpy(losses.per_example(losses.get("mse"), v, z)) for v in (y, other)
+    )
+    assert (first != second).all()

@@ -246,6 +246,18 @@ def test_training_on_broken_rows_with_all_that_reads_them(physical):
     assert np.isfinite(float(model.current_clip()))
 
 
+@pytest.mark.parametrize("dtype", one_in(2, ["int32", "float32", "uint8"]))
+def test_training_on_tokens_out_of_range(dtype):
+    network = keras.Sequential(
+        [keras.Input((6,), dtype=dtype), layers.EmbeddingBag(5, 4), layers.SpectralDense(3)]
+    )
+    for token in (-1, 99, 2**40, np.nan, np.inf):
+        found = trained(
+            Records(bad_x=lambda x, v=token: np.where(np.arange(6) == 2, v, x)), network
+        )
+        assert all(np.isfinite(w).all() for w in found)
+
+
 @pytest.mark.any_backend
 def test_arrays_that_overflow_float32_are_refused_before_anything_is_spent():
     x = np.ones((24, 6))
@@ -319,3 +331,11 @@ def test_a_label_is_read_as_the_nearest_and_one_that_is_ignored_as_itself():
     y = np.array([-1.0, np.nan, np.inf, -np.inf, 1e30], "float32")
     found = ops.convert_to_numpy(losses.readable_targets(plain, y, (3,)))
     assert found.tolist() == [0, 0, 0, 0, 2]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX gathers without an error")
+def test_without_readable_targets_an_error_tells_of_a_label(monkeypatch):
+    """Mutant: the loss reads what came."""
+    monkeypatch.setattr(losses, "readable_targets", lambda loss, y, shape: y)
+    with pytest.raises(Exception, match="label value of 9 which is outside"):
+        trained(Records(bad_y=[9]))
