@@ -199,8 +199,9 @@ def _open_data(model, x, y, sample_weight, class_weight, devices):
     """The source of the examples, and the weight of each."""
     in_order = model.sampling.batch_size if model.sampling.streamable else None
     examples = open_source(x, y, model.network, stream=in_order)
-    _, targets = examples.take(np.arange(0), 1)
-    losses.check_target_shape(model.private_loss, targets.shape[1:], model.network.output_shape[1:])
+    losses.check_target_shape(
+        model.private_loss, _target_of(examples)[0], model.network.output_shape[1:]
+    )
     if isinstance(examples, Arrays):  # for others the shape of the targets is known, no more
         losses.check_targets(model.private_loss, examples.y, model.network.output_shape[1:])
     if isinstance(examples, Stream) and devices.processes > 1:

@@ -210,7 +210,8 @@ def _try_metric(metric, y, z):
 
         return update
 
-    if type(metric).__module__.startswith(("keras.", "lipdp.")):
+    makers = type(metric), getattr(metric, "_fn", type(metric))  # Keras wraps a function
+    if all(maker.__module__.startswith(("keras.", "lipdp.")) for maker in makers):
         _run(state_after(_ROWS, _ROWS), y, z, values=False)
         return
     filled = _run(state_after(_ROWS, 2), y, z)

@@ -201,6 +201,10 @@ class CountsPadding(Seen):
         self.count.assign_add(ops.cast(ops.shape(y_pred)[0], "float32"))
 
 
+def of_the_batch(y, z):
+    return ops.mean(z)
+
+
 class Broken(Seen):
     def update_state(self, y_true, y_pred, sample_weight=None):
         self.count.assign_add(ops.sum(ops.matmul(y_pred, y_pred)))
@@ -211,6 +215,7 @@ class Broken(Seen):
     [
         (Plain, TypeError, "'seen'.*must take `sample_weight`"),
         (CountsPadding, TypeError, "'seen'.*counts rows whose `sample_weight` is 0"),
+        (lambda: of_the_batch, ValueError, "'of_the_batch' does not fit outputs of shape"),
         (Broken, ValueError, "'seen' does not fit outputs of shape"),
         (lambda: M.SparseCategoricalCrossentropy(axis=5), ValueError, "does not fit"),
         (M.CategoricalCrossentropy, ValueError, r"does not fit .* \('batch', 3\)"),
@@ -224,7 +229,15 @@ def test_metrics_that_do_not_fit_cost_nothing(metric, error, words, weighted):
     with pytest.raises(error, match=words):
         model.fit(*data(), verbose=0)
     assert model.spent(1e-5).steps == 0
-    assert not any(np.asarray(v).any() for v in metric.variables)
+    assert not any(np.asarray(v).any() for v in getattr(metric, "variables", ()))
+
+
+def of_each(y, z):
+    return ops.mean(z, axis=-1)
+
+
+def test_a_function_of_each_example_is_a_metric():
+    private(compile=dict(metrics=[of_each])).fit(*data(), verbose=0)
 
 
 def maps(outputs):
