@@ -293,7 +293,7 @@ class PrivateModel(keras.Model):
                 f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
                 "`clip`, a number or lipdp.AdaptiveClip(...)."
             )
-        try_loss(loss, self.network.output_shape[1:])
+        try_loss(loss, self.graph.output_shape[1:])
         optimizer.build(self.network.trainable_variables)
         built_for = set(map(id, optimizer._trainable_variables))
         if not built_for.issuperset(map(id, self.network.trainable_variables)):
