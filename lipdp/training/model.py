@@ -22,7 +22,7 @@ from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import as_graph, check_trainable, check_units, final_activation
-from lipdp.noise import SecureNoise, make_noise, resolve_allocation
+from lipdp.noise import SecureNoise, make_noise
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
@@ -36,7 +36,7 @@ from lipdp.training.clipping import (
     check_clip,
 )
 from lipdp.training.history import History
-from lipdp.training.plan import Plan, make_plan, step_of
+from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
 
@@ -191,9 +191,9 @@ class PrivateModel(keras.Model):
             self.units = check_units(network)
         else:
             check_trainable(network)
-        resolve_allocation(allocation, network.trainable_variables)
-        self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         self.network = network
+        self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
+        allocation_of(self)
         self.random_source = RandomSource(seed)
         self.fits = 0  # runs that were begun
         self.devices = SINGLE_DEVICE
@@ -670,17 +670,7 @@ class PrivateModel(keras.Model):
     def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip | LayerThresholds:
         """The clip's state: that of an earlier `compile` goes on."""
         if self.units is not None:
-            shape = (len(self.units.units),)
-            if self.clip_state is not None and self.clip_state.variable.shape == shape:
-                return self.clip_state
-            variable = self.add_weight(
-                shape=shape,
-                initializer=keras.initializers.Constant(self.clip.threshold or self.clip.initial),
-                trainable=False,
-                name="thresholds",
-                aggregation="only_first_replica",
-            )
-            return LayerThresholds(self.clip, variable)
+            return self._thresholds()
         if not isinstance(self.clip, AdaptiveClip):
             norm = math.inf if self.clip is None else self.clip
             return FixedClip(norm, loss_gradient_bound)
@@ -698,6 +688,29 @@ class PrivateModel(keras.Model):
                 aggregation="only_first_replica",
             )
         return TrackedClip(self.clip, loss_gradient_bound, variable)
+
+    def _thresholds(self) -> LayerThresholds:
+        """The thresholds of the units. Layers that an earlier `compile` found keep theirs."""
+        if not self.clip.adaptive:
+            return LayerThresholds(self.clip, self.units)
+        layers = [unit.layer for unit in self.units.units]
+        known = {}
+        if self.clip_state is not None:
+            values = ops.convert_to_numpy(self.clip_state.variable)
+            earlier = [unit.layer for unit in self.clip_state.units.units]
+            known = {id(k): float(v) for k, v in zip(earlier, values, strict=True)}
+            if list(known) == list(map(id, layers)):
+                return LayerThresholds(self.clip, self.units, self.clip_state.variable)
+            self._untrack_variable(self.clip_state.variable)
+        values = [known.get(id(layer), self.clip.initial) for layer in layers]
+        variable = self.add_weight(
+            shape=(len(layers),),
+            initializer=lambda shape, dtype: ops.cast(values, dtype),
+            trainable=False,
+            name="thresholds",
+            aggregation="only_first_replica",
+        )
+        return LayerThresholds(self.clip, self.units, variable)
 
 
 def _check_head(network, loss):
