@@ -1,6 +1,7 @@
 """Networks whose layers clip their own gradients, with everything that a step can have."""
 
 import math
+import threading
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ import lipdp
 from lipdp import noise
 from lipdp.autodiff import fused, gradient
 from lipdp.bounds.walk import ROUNDING
+from lipdp.local.calls import layer_units
 from lipdp.training import steps
 from lipdp.training.clipping import LayerThresholds
 from lipdp.training.steps import private_step
@@ -73,8 +75,11 @@ class Step:
         self.start = weights_of(self.model)
         self._gradients = fused(self._gradients_of_one)
         each = [self.norms(row) for row in range(len(y))]
-        # About half of the examples are clipped.
-        self.thresholds = np.median(each, axis=0)
+        # Of each unit another part of the examples is clipped.
+        parts = np.linspace(0.3, 0.8, len(each[0]))
+        self.thresholds = np.array(
+            [np.quantile(n, part) for n, part in zip(np.transpose(each), parts, strict=True)]
+        )
 
     def _gradients_of_one(self, values, x, y):
         model = self.model
@@ -309,7 +314,9 @@ def test_noise_of_the_units_is_what_the_accountant_supposes(allocation):
         assert sample.std() * std / scale < 20, name
     # All of it is one Gaussian mechanism of the multiplier that is paid for.
     count_std = 0.5 * math.sqrt(3) * constants.count_noise_multiplier
-    joint = sum((b / s) ** 2 for b, s in zip(bounds, stds, strict=True)) + 3 * (0.5 / count_std) ** 2
+    joint = (
+        sum((b / s) ** 2 for b, s in zip(bounds, stds, strict=True)) + 3 * (0.5 / count_std) ** 2
+    )
     assert joint**-0.5 == pytest.approx(1.7, rel=1e-6)
     sample = np.concatenate(counts) * BATCH / count_std
     assert abs((sample.std() - 1.0) * math.sqrt(2 * sample.size)) < 4.5
@@ -326,7 +333,9 @@ def test_secure_noise_has_an_entry_for_each_count_and_charges_its_rounding():
     for move in moves:
         sample = move * BATCH / (math.sqrt(3) * constants.gradient_noise_multiplier)
         assert abs((sample.std() - 1.0) * math.sqrt(2 * sample.size)) < 4.5
-    sample = np.concatenate(counts) * BATCH / (0.5 * math.sqrt(3) * constants.count_noise_multiplier)
+    sample = (
+        np.concatenate(counts) * BATCH / (0.5 * math.sqrt(3) * constants.count_noise_multiplier)
+    )
     assert abs((sample.std() - 1.0) * math.sqrt(2 * sample.size)) < 4.5
 
 
@@ -485,7 +494,9 @@ def test_thresholds_by_layer():
     given["head"] = 9.0  # what is given is kept as it was
     assert clip_of(model).tolist() == [0.5, 0.25, 1.5]
     for wrong in ({"head": 1.0}, {**given, "other": 1.0}, {}):
-        with pytest.raises(ValueError, match="a threshold for each layer .*'first', 'norm', 'head'"):
+        with pytest.raises(
+            ValueError, match="a threshold for each layer .*'first', 'norm', 'head'"
+        ):
             private(network(), clip=lipdp.PerLayerClip(threshold=wrong))
     for wrong in (0.0, -1.0, math.nan, math.inf, 1e-12, 1e20):
         for named in (wrong, {"head": wrong}):
@@ -546,7 +557,9 @@ def test_layers_that_are_trained_are_found_anew_by_compile():
 @pytest.mark.any_backend
 def test_settings_that_change_are_refused():
     x, y = data()
-    model = private(network(), clip=lipdp.PerLayerClip(threshold={"first": 1.0, "norm": 1, "head": 2}))
+    model = private(
+        network(), clip=lipdp.PerLayerClip(threshold={"first": 1.0, "norm": 1, "head": 2})
+    )
     model.clip.threshold["head"] = 3.0
     with pytest.raises(RuntimeError, match="clip"):
         model.fit(x, y, verbose=0)
@@ -565,6 +578,51 @@ def test_thresholds_are_part_of_a_checkpoint(tmp_path):
     np.testing.assert_array_equal(clip_of(other), clip_of(model))
     for a, b in zip(weights(model), weights(other), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+class Meeting(K.Layer):
+    """Where replicas wait for each other, if there are any."""
+
+    barrier = None
+
+    def call(self, x):
+        if self.barrier is not None:
+            self.barrier.wait(timeout=60)
+        return x
+
+
+@pytest.mark.any_backend
+def test_forward_passes_of_several_threads_are_recorded_apart():
+    meeting, inner = Meeting(), K.Dense(4, name="inner")
+    made = keras.Sequential([keras.Input((6,)), inner, meeting, K.Dense(3, name="head")])
+    units = layer_units(made)
+    meeting.barrier = threading.Barrier(3)
+    found, ended = {}, threading.Event()
+
+    def replica(name):
+        def tap(number, value):
+            return value
+
+        with units.recorded(tap, 2) as calls:
+            made(np.full((2, 6), name, "float32"))
+            if name:  # the first that came is the first that leaves
+                ended.wait(timeout=60)
+        found[name] = [(call.unit, float(np.mean(call.saved[0]))) for call in calls]
+        ended.set()
+
+    threads = [threading.Thread(target=replica, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [0, 1, 2]
+    for name, calls in found.items():
+        assert [unit for unit, _ in calls] == [0, 1]
+        assert calls[0][1] == name
+    assert not {"call"} & {*vars(inner), *vars(made.layers[-1])}
 
 
 # --- mutants --------------------------------------------------------------------------------------
