@@ -38,13 +38,14 @@ WARMUP = 5  # steps that are not timed, fewer if they are slow
 SHAPES_WARMUP = 15  # where each new shape of a batch is compiled
 
 _OURS = {"private": "private", "plain": "plain", "relu": "relu"}
+_PER_LAYER = {"private": "per_layer", "plain": "relu"}
 _TENSORFLOW, _JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
 
 
-def _ours(name, variables):
+def _ours(name, variables, kinds=_OURS):
     warmup = SHAPES_WARMUP if variables == _JAX else WARMUP
     worker = "experiments.baselines.ours"
-    return Method("lipdp", name, worker, _OURS, NETWORKS, warmup, variables)
+    return Method("lipdp", name, worker, kinds, NETWORKS, warmup, variables)
 
 
 def _baseline(library, name, private, plain="plain", networks=NETWORKS, **more):
@@ -56,6 +57,8 @@ def _baseline(library, name, private, plain="plain", networks=NETWORKS, **more):
 METHODS = (
     _ours("lipdp, TensorFlow", _TENSORFLOW),
     _ours("lipdp, JAX", _JAX),
+    _ours("lipdp per layer, TensorFlow", _TENSORFLOW, _PER_LAYER),
+    _ours("lipdp per layer, JAX", _JAX, _PER_LAYER),
     _baseline("opacus", "Opacus, ghost clipping", "ghost"),
     _baseline("opacus", "Opacus, hooks", "hooks"),
     # Of the layers that these networks have, it knows the dense ones. With any other it does what

@@ -1,7 +1,8 @@
 """Steps of lipdp, and plain ones of the same layers, on the backend that KERAS_BACKEND names.
 
 Methods: `private`; `secure`, with noise="secure"; `plain`, the same layers without projections;
-`relu`, the plain step with ReLU and maximum pooling.
+`relu`, the plain step with ReLU and maximum pooling; `per_layer`, that network trained privately,
+each of its layers with a threshold.
 """
 
 import functools
@@ -47,10 +48,12 @@ def build(method, name, batch_size):
     made = record.provenance()
     about = {"commit": made["commit"], **made["versions"]}
     x, y = worker.examples(name, batch_size)
-    if method in ("private", "secure"):
+    if method in ("private", "secure", "per_layer"):
+        per_layer = method == "per_layer"
         model = lipdp.PrivateModel(
-            network_of(name),
+            keras.Model(*networks.layers_of(name, keras)) if per_layer else network_of(name),
             noise_multiplier=1.0,
+            clip=lipdp.PerLayerClip() if per_layer else None,
             sampling=lipdp.PoissonSampling(batch_size),
             noise="secure" if method == "secure" else "gaussian",
         )

@@ -108,12 +108,13 @@ def attack_bounds(
         for name, values in _weight_settings(network, initial, search.random):
             search.use_weights(name, values)
             search.attack(steps)
-            if name == "aligned":
-                outside = [_OUTSIDE * value for value in values]
         if network.trainable_variables:
             if steps:
                 search.ascend_weights()
                 search.attack(steps)
+            search.random = np.random.default_rng(seed)  # whatever the initial weights were
+            settings = dict(_weight_settings(network, initial, search.random))
+            outside = [_OUTSIDE * value for value in settings["aligned"]]
             search.use_weights("frozen", outside, frozen=True)
             search.attack(steps)
     finally:
@@ -309,7 +310,7 @@ class _Search:
         return self._quantities(*arguments), [ops.zeros_like(a) for a in arguments]
 
     def _measured(self, frozen, values):
-        """Bounds for which weights had to be measured, by their numbers; `_known` has all others."""
+        """Bounds for which weights had to be measured, by number; `_known` has all others."""
         mapping = zip(self.variables, values, strict=True)
         with keras.StatelessScope(state_mapping=mapping), _trainable(self.variables, not frozen):
             found = network_bounds(self.network, self.cotangent, self.radius)

@@ -88,6 +88,7 @@ class Rule:
         gradients: `([X, ...], G) -> [(variable, bound of its gradient), ...]`.
         note: where the bound comes from or is loose, for the report.
         masks: whether the bounds hold for every Keras mask that the layer may be called with.
+        any_input: whether they hold for every number that float32 has, NaN and infinity too.
     """
 
     forward: Callable[[Sequence[Scalar]], Scalar]
@@ -95,6 +96,7 @@ class Rule:
     gradients: Callable[[Sequence[Scalar], Scalar], Sequence[tuple]] = lambda xs, g: ()
     note: str = ""
     masks: bool = False
+    any_input: bool = False
 
 
 def lipschitz(

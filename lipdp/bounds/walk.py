@@ -6,6 +6,7 @@ import math
 
 import keras
 from keras import ops, tree
+from keras.src import ops as keras_ops
 from keras.src.backend import get_keras_mask
 from keras.src.models.functional import Functional
 
@@ -22,6 +23,12 @@ from lipdp.bounds.rule import (
 #: Every sensitivity is multiplied by it: room for the float32 rounding of forward and backward
 #: passes, which the rules, being about exact arithmetic, do not know.
 ROUNDING = 1.0 + 1e-4
+
+#: The longest example that a step reads: longer ones are scaled to it, each by itself.
+LONGEST_INPUT = 1e16
+
+#: A vector of at most this norm has squares that float32 can add up.
+LONGEST_SQUARED = 1e19
 
 #: A cotangent so short that no ClipGradient, which is the identity forwards, cuts it.
 UNIT = 2.0**-30
@@ -138,7 +145,7 @@ def trace(network: keras.Model) -> Trace:
 
     Raises:
         TypeError, ValueError: as `network_bounds`.
-        UnknownLayerError: a mask that might mix examples.
+        UnknownLayerError: a mask that might mix examples, or a variable among the operands.
     """
     numbers = itertools.count()
     graph = _graph(network)
@@ -149,12 +156,14 @@ def trace(network: keras.Model) -> Trace:
     masked = set()
 
     def follow(graph, inputs):
+        _check_batch_axis(graph)
         slots = {id(t): s for t, s in zip(graph._inputs, inputs, strict=True)}
         for depth in sorted(graph._nodes_by_depth, reverse=True):
             for node in graph._nodes_by_depth[depth]:
                 if node.is_input:
                     continue
                 operation = node.operation
+                _check_operands(node)
                 if all(t.dtype == "bool" for t in node.outputs) and not (
                     has_rule(operation) and all(id(t) in slots for t in node.input_tensors)
                 ):
@@ -193,6 +202,12 @@ def rule_of(call: LayerCall) -> Rule:
     """
     operation = call.operation
     _check_layer(operation)
+    if () in call.signature.input_shapes and not isinstance(operation, _GIVES_AN_AXIS):
+        raise UnknownLayerError(
+            f"Layer {operation.name!r} ({type(operation).__name__}) reads a tensor of shape "
+            "(batch,), whose only axis is that of the examples, and may mix them. Put "
+            "keras.layers.Reshape((1,)) in front of it."
+        )
     if len(call.outputs) != 1:
         raise UnknownLayerError(
             f"Layer {operation.name!r} has {len(call.outputs)} outputs; rules are for layers "
@@ -214,6 +229,38 @@ def rule_of(call: LayerCall) -> Rule:
             "keras.layers.Masking)."
         )
     return rule
+
+
+# What may read a tensor that has the batch axis alone: each gives an example an axis of its own.
+_GIVES_AN_AXIS = (
+    keras.layers.Embedding,
+    keras.layers.Flatten,
+    keras.layers.Reshape,
+    keras_ops.numpy.ExpandDims,
+)
+
+
+def _check_batch_axis(graph):
+    for tensor in graph._inputs:
+        if tensor.shape[0] is not None:
+            raise ValueError(
+                f"`network` must take batches of any size: its input {tensor.name!r} has the shape "
+                f"{tuple(tensor.shape)}. Say keras.Input({tuple(tensor.shape[1:])}), without the "
+                "batch."
+            )
+
+
+def _check_operands(node):
+    """No rule looks at a variable's value more than once, and no optimizer knows it."""
+    operands = [node.arguments.args, node.arguments.kwargs]
+    if not isinstance(node.operation, keras.layers.Layer):
+        operands += vars(node.operation).values()
+    if any(hasattr(operand, "assign") for operand in tree.flatten(operands)):
+        raise UnknownLayerError(
+            f"Operation {node.operation.name!r} reads a variable, whose value may change after its "
+            "bound was found, and which is not trained. Use a layer with a weight, such as "
+            "lipdp.layers.ChannelGain or PositionalEmbedding, or a constant."
+        )
 
 
 def _takes_masks(operation):
@@ -328,6 +375,11 @@ def network_bounds(
     for call in calls:
         rules.append(rule_of(call))
         forward[call.outputs[0]] = rules[-1].forward([forward[s] for s in call.inputs])
+    if len(traced.network.outputs[0].shape) < 2:
+        raise ValueError(
+            f"`network` must give each example an axis, (batch, 1) say; {traced.network.name!r} "
+            "gives (batch,). End it with keras.layers.Reshape((1,))."
+        )
 
     def backwards(start):
         cotangents = {output: start}

@@ -10,9 +10,9 @@ __all__ = ["Augmentation"]
 
 K = keras.layers
 
-# Layers that change each example by itself; the tests hold them to it.
-_SEPARATE = (
-    K.GaussianNoise,
+# Layers of images that change each example by itself; the tests hold them to it. Others do not:
+# AugMix and Equalization, and so RandAugment, were seen to mix examples, as MixUp and CutMix do.
+_OF_IMAGES = (
     K.RandomBrightness,
     K.RandomContrast,
     K.RandomCrop,
@@ -21,6 +21,7 @@ _SEPARATE = (
     K.RandomTranslation,
     K.RandomZoom,
 )
+_SEPARATE = (K.GaussianNoise, *_OF_IMAGES)
 
 
 class Augmentation(keras.layers.Layer):
@@ -40,11 +41,13 @@ class Augmentation(keras.layers.Layer):
             RandomBrightness, GaussianNoise.
         views: views of each example.
 
-    Input shape: `(batch, ...)`. Output shape: `(batch·views, ...)`, an example's views together.
+    Input shape: images `(batch, height, width, channels)` or, gray, `(batch, height, width)`; for
+    GaussianNoise alone any `(batch, ...)`. Output shape: `(batch·views, ...)`, an example's views
+    together.
 
     Raises:
         TypeError: a layer that is none of these: it may mix examples, as MixUp and CutMix do.
-        ValueError: `views` is not a positive integer.
+        ValueError: `views` is not a positive integer; when called, examples are no images.
 
     >>> augmentation = Augmentation(K.RandomFlip("horizontal"), views=4)
     >>> augmentation(ops.ones((2, 8, 8, 1))).shape[0]
@@ -71,7 +74,7 @@ class Augmentation(keras.layers.Layer):
     def call(self, x: Any) -> Any:
         x = self.repeated(ops.cast(x, self.compute_dtype))
         for layer in self.layers:
-            x = layer(x, training=True)
+            x = _each_by_itself(layer, x)
         return x
 
     def repeated(self, values: Any) -> Any:
@@ -81,3 +84,18 @@ class Augmentation(keras.layers.Layer):
     def averaged(self, values: Any) -> Any:
         """`(batch·views, ...)` to `(batch, ...)`, the mean of an example's views."""
         return ops.mean(ops.reshape(values, (-1, self.views, *values.shape[1:])), axis=1)
+
+
+def _each_by_itself(layer, x):
+    """Calls a layer. Keras' layers of images take `(batch, height, width)` for one image whose rows
+    are examples, and would mix these: a gray image gets the axis of its one channel.
+    """
+    gray = isinstance(layer, _OF_IMAGES) and len(x.shape) == 3
+    if isinstance(layer, _OF_IMAGES) and not gray and len(x.shape) != 4:
+        raise ValueError(
+            f"{type(layer).__name__} is for images (height, width, channels) or, gray, (height, "
+            f"width); got examples of shape {tuple(x.shape[1:])}."
+        )
+    axis = 1 if getattr(layer, "data_format", None) == "channels_first" else -1
+    x = layer(ops.expand_dims(x, axis) if gray else x, training=True)
+    return ops.squeeze(x, axis) if gray else x

@@ -12,7 +12,7 @@ from keras import tree
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from accountants.sampling import Draws, Sampling
-from lipdp.data.sources import Arrays, Records, Stream, as_array, padded
+from lipdp.data.sources import Arrays, Records, Stream, as_array, as_type, padded
 from lipdp.devices import SINGLE_DEVICE, Devices
 from lipdp.randomness import RandomSource
 
@@ -329,16 +329,16 @@ class DrawnBatches:
         rows = rows[self.devices.process * size :][:size]
         return self._batch(rows, size, self.source.key(*self.position, epoch, index))
 
-    def blank(self) -> DrawnBatch:
-        """Padding alone, in the shapes and types of a drawn batch. Nothing is drawn or read."""
-        size = self.bucket // self.devices.processes
-        return self._batch(np.arange(0), size, np.zeros(4, np.uint32))
-
     def _batch(self, rows, size, key):
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0
         weights = None if self.weights is None else padded(self.weights, rows, size)
-        return DrawnBatch(*self.examples.take(rows, size), mask, key, weights, self.draw_noise())
+        inputs, targets = tree.map_structure(_single, self.examples.take(rows, size))
+        return DrawnBatch(inputs, targets, mask, key, weights, self.draw_noise())
+
+
+def _single(array):
+    return as_type(array, np.float32) if array.dtype == np.float64 else array
 
 
 class KerasBatches(DataAdapter):

@@ -95,7 +95,7 @@ class Records:
                         f"records must all have the shapes of the first one, {array.shape[1:]}; "
                         f"got one of {np.shape(value)}."
                     )
-                array[place] = value
+                array[place] = as_type(np.asarray(value), array.dtype)
         return filled
 
 
@@ -191,6 +191,12 @@ def padded(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:
         else:
             taken[: len(rows)] = values[rows]
     return taken
+
+
+def as_type(values: np.ndarray, dtype: Any) -> np.ndarray:
+    """A cast that keeps silent of what does not fit: no warning tells that an example is there."""
+    with np.errstate(all="ignore"):
+        return values.astype(dtype, copy=False)
 
 
 def _aligned(shape, dtype):
@@ -328,10 +334,11 @@ def _check_rows(x, input_shape, examples):
         # Not all of a file: what is broken further on is read as zeros when it is drawn.
         end = rows if isinstance(x, np.memmap) else len(x)
         for start in range(0, end, rows):
-            if not np.isfinite(x[start : start + rows]).all():
+            if not np.isfinite(as_type(x[start : start + rows], np.float32)).all():
                 raise ValueError(
-                    "`x` holds NaN or infinite values; clean them before training (a bound would "
-                    "hold all the same, but the examples would be read as zeros)."
+                    "`x` holds values that are NaN or infinite in float32; clean them before "
+                    "training (a bound would hold all the same, but the examples would be read as "
+                    "zeros)."
                 )
 
 
@@ -341,7 +348,12 @@ def _checked_records(records, pack, network):
     if len(records) == 0:
         raise ValueError("`x` is empty.")
     source = Records(records, pack)
-    like, _ = source.like
+    like, target = source.like
+    if target.dtype.kind not in "buif":
+        raise TypeError(
+            "records must hold numbers as targets, one array an example; got "
+            f"{type(records[0][1]).__name__}."
+        )
     for tensor in network.inputs:
         value = like[tensor.name] if isinstance(like, dict) else like
         if value.dtype.kind not in "buif" or not _fits(value.shape, tuple(tensor.shape[1:])):
@@ -366,7 +378,7 @@ def _check_dataset(dataset, pack, network):
             "part as if it were several. Say epochs=... instead."
         )
     spec = dataset.element_spec
-    if not isinstance(spec, (tuple, list)) or len(spec) != 2:
+    if not isinstance(spec, (tuple, list)) or len(spec) != 2 or tree.is_nested(spec[1]):
         raise TypeError(f"`x` must give batches (x, y), or examples (x, y); got {spec}.")
     inputs = pack(spec[0])
     kinds = set()

@@ -4,12 +4,13 @@ import dataclasses
 import math
 
 import keras
+import numpy as np
 from keras import ops, tree
 
-from lipdp.bounds import UnknownLayerError, gradient_bounds
+from lipdp.bounds import LayerBound, UnknownLayerError, network_bounds
 from lipdp.bounds.projections import Projection
 from lipdp.bounds.rule import as_float
-from lipdp.bounds.walk import rule_of, trace
+from lipdp.bounds.walk import LONGEST_INPUT, LONGEST_SQUARED, Trace, rule_of, trace
 from lipdp.local.calls import LayerUnits, layer_units
 from lipdp.rich_text import RichText
 
@@ -133,6 +134,10 @@ def check(network: keras.Model) -> Check:
     problems, layers = [], []
     if len(traced.outputs) != 1:
         problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
+    elif len(network.outputs[0].shape) < 2:
+        problems.append(
+            "The network's output has no axis but the batch: end it with Reshape((1,))."
+        )
 
     bounds = dict.fromkeys(traced.inputs, math.inf)
     covered, unbounded = set(), []
@@ -174,6 +179,8 @@ def check(network: keras.Model) -> Check:
             problems.append(f"Trainable weight {variable.path!r} has no gradient bound.")
     if not any(layer.problem for layer in layers):
         problems += assigned + _imprecise(network)
+    if not problems and not any(layer.problem for layer in layers):
+        problems += _overflows(traced, network_bounds(traced).layers)
     return Check(network.name, tuple(layers), tuple(problems))
 
 
@@ -193,10 +200,11 @@ def check_trainable(network: keras.Model) -> None:
     """
     traced = trace(network)  # refuses what is no network before it is called
     assigned = _assigned_in_call(network)
-    gradient_bounds(traced, 1.0)
+    found = network_bounds(traced)
+    found.sensitivities()
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
-    for problem in assigned + _imprecise(network):
+    for problem in [*assigned, *_imprecise(network), *_overflows(traced, found.layers)]:
         raise ValueError(problem)
 
 
@@ -291,6 +299,37 @@ def _imprecise(network):
         for variable in network.trainable_variables
         if variable.dtype != "float32"
     ]
+
+
+def _overflows(traced: Trace, layers: list[LayerBound]) -> list[str]:
+    """Problems: layers that read what may overflow. Their bounds are about numbers; what is NaN
+    forwards is NaN in the gradient of a weight, whatever cotangent comes.
+
+    An input is at most `LONGEST_INPUT` long, so most layers in front of the first that bounds what
+    it reads cannot overflow. It matters to the latter alone: nothing is trained in front of it.
+    """
+    longest = dict.fromkeys(traced.inputs, LONGEST_INPUT)
+    for slot, tensor in zip(traced.inputs, traced.network.inputs, strict=True):
+        if "int" in tensor.dtype:
+            largest = float(np.iinfo(tensor.dtype).max)
+            longest[slot] = largest * math.sqrt(math.prod(n or 1 for n in tensor.shape[1:]))
+    problems = []
+    for call, layer in zip(traced.calls, layers, strict=True):
+        xs = [longest[s] for s in call.inputs]
+        rule = rule_of(call)
+        output = as_float(layer.output)
+        if not math.isfinite(output):
+            try:  # as long as what it reads, at least: a later layer may make it short again
+                output = max(*xs, as_float(rule.forward(xs)))
+            except OverflowError:  # a power
+                output = math.inf
+        elif not rule.any_input and max(xs) > LONGEST_SQUARED:
+            problems.append(
+                f"Layer {layer.name!r} ({layer.kind}) may read numbers of which the squares "
+                "overflow: put lipdp.layers.BallProjection(radius) in front of it."
+            )
+        longest.update(dict.fromkeys(call.outputs, output))
+    return problems
 
 
 def _measured(gradients):

@@ -156,6 +156,7 @@ class LipschitzAttention(Projected):
             gradients=lambda xs, g: gradients(xs[0], g),
             note="worst case over what the scores may be",
             masks=True,
+            any_input=True,
         )
 
     def get_config(self) -> dict:

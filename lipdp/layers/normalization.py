@@ -125,6 +125,7 @@ class BallProjection(keras.layers.Layer):
         return Rule(
             forward=lambda xs: minimum(xs[0], radius),
             backward=lambda xs, g: [g],
+            any_input=True,
         )
 
     def get_config(self) -> dict:
@@ -261,6 +262,7 @@ class FlooredNormalization(keras.layers.Layer):
         return Rule(
             forward=lambda xs: minimum(slope * xs[0], largest),
             backward=lambda xs, g: [slope * g],
+            any_input=True,
         )
 
     def get_config(self) -> dict:

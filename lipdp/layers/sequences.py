@@ -66,6 +66,7 @@ class Embedding(Projected, keras.layers.Embedding):
             forward=lambda xs: positions * length,
             backward=lambda xs, g: [0.0],
             gradients=lambda xs, g: [(table, positions * g)],
+            any_input=True,
         )
 
     def get_config(self) -> dict:
@@ -176,6 +177,7 @@ class EmbeddingBag(Embedding):
             forward=lambda xs: length,
             backward=lambda xs, g: [0.0],
             gradients=lambda xs, g: [(table, g)],
+            any_input=True,
         )
 
 

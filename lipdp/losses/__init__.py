@@ -16,10 +16,15 @@ from lipdp.losses.entropies import (
 from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
 from lipdp.losses.properties import (
     Loss,
+    as_written,
+    check_axis,
+    check_target_shape,
     check_targets,
     get,
     gradient_bound,
+    is_known,
     per_example,
+    readable_targets,
     takes_logits,
 )
 from lipdp.losses.similarity import CosineSimilarity
@@ -40,9 +45,14 @@ __all__ = [
     "MulticlassHinge",
     "MulticlassKR",
     "SparseCategoricalCrossentropy",
+    "as_written",
+    "check_axis",
+    "check_target_shape",
     "check_targets",
     "get",
     "gradient_bound",
+    "is_known",
     "per_example",
+    "readable_targets",
     "takes_logits",
 ]

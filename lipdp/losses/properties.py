@@ -21,7 +21,19 @@ from lipdp.losses.entropies import (
 from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
 from lipdp.losses.similarity import CosineSimilarity
 
-__all__ = ["Loss", "check_targets", "get", "gradient_bound", "per_example", "takes_logits"]
+__all__ = [
+    "Loss",
+    "as_written",
+    "check_axis",
+    "check_target_shape",
+    "check_targets",
+    "get",
+    "gradient_bound",
+    "is_known",
+    "per_example",
+    "readable_targets",
+    "takes_logits",
+]
 
 
 Loss = keras.losses.Loss | Callable[[Any, Any], Any]
@@ -85,6 +97,7 @@ def gradient_bound(loss: Loss, output_shape: Sequence[int]) -> float:
     if isinstance(loss, BoundedLoss):
         # A subclass that changes the loss alone is not believed.
         believed = _definer(loss, "call") is _definer(loss, "bound")
+        believed = believed and not {"call", "bound"} & vars(loss).keys()
         bound = loss.bound(classes) if believed else math.inf
     else:
         bound = _keras_bound(loss, classes)
@@ -97,6 +110,8 @@ def _definer(loss, method):
 
 def _keras_bound(loss, classes):
     kind = type(loss)
+    if not is_known(loss):
+        return math.inf
     if kind is keras_losses.CategoricalHinge:
         return math.sqrt(2.0)
     if kind in (keras_losses.SparseCategoricalCrossentropy, keras_losses.CategoricalCrossentropy):
@@ -191,23 +206,70 @@ def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
         y_true: targets, `(batch, ...)`.
         y_pred: outputs, `(batch, ...)`.
 
+    Raises:
+        ValueError: targets of a shape that the loss does not take for these outputs.
+
     >>> y, z = ops.array([0, 1]), ops.zeros((2, 2))
     >>> [round(float(v), 3) for v in per_example(SparseCategoricalCrossentropy(), y, z)]
     [0.693, 0.693]
     """
-    function = loss.call if isinstance(loss, keras.losses.Loss) else loss
-    targets = _targets(loss)
-    if targets != "labels":
+    check_axis(loss, len(y_pred.shape))
+    check_target_shape(loss, y_true.shape[1:], y_pred.shape[1:])
+    if is_known(loss):
+        values = as_written(loss, y_true, y_pred)
+    else:
+        values = ops.vectorized_map(
+            lambda pair: ops.mean(as_written(loss, pair[0][None], pair[1][None])), (y_true, y_pred)
+        )
+    return ops.mean(ops.reshape(values, (ops.shape(values)[0], -1)), axis=1)
+
+
+def as_written(loss: Loss, y_true: Any, y_pred: Any) -> Any:
+    """What a loss gives for a batch, called once: `(batch, ...)`, if it treats examples one by one.
+
+    >>> as_written(lambda y, z: ops.mean(z), ops.zeros((2, 1)), ops.ones((2, 1))).shape == ()
+    True
+    """
+    if _targets(loss) != "labels":
         y_true = align_targets(ops.cast(y_true, y_pred.dtype), y_pred)
     if type(loss) in _KERAS_HINGES:
         y_true = _as_signs(y_true)
-    if type(loss) in (*_OWN, *_KERAS):
-        values = function(y_true, y_pred)
-    else:
-        values = ops.vectorized_map(
-            lambda pair: ops.mean(function(pair[0][None], pair[1][None])), (y_true, y_pred)
-        )
-    return ops.mean(ops.reshape(values, (ops.shape(values)[0], -1)), axis=1)
+    return (loss.call if isinstance(loss, keras.losses.Loss) else loss)(y_true, y_pred)
+
+
+def is_known(loss: Loss) -> bool:
+    """True if the loss is known to treat examples one by one: a loss of this package or of Keras,
+    and not one of which the function was replaced.
+
+    >>> is_known(SparseCategoricalCrossentropy()), is_known(keras_losses.Dice())
+    (True, False)
+    """
+    if type(loss) not in (*_OWN, *_KERAS) or {"call", "bound"} & vars(loss).keys():
+        return False
+    return type(loss) in _OWN or loss.fn is type(loss)().fn
+
+
+def check_axis(loss: Loss, rank: int) -> None:
+    """Refuses a loss along another axis than the last, which may be that of the examples.
+
+    Args:
+        loss: as in `per_example`.
+        rank: of the outputs, with the batch axis.
+
+    Raises:
+        ValueError: the loss has such an `axis`.
+
+    >>> check_axis(keras_losses.CategoricalCrossentropy(axis=0), 2)
+    Traceback (most recent call last):
+        ...
+    ValueError: `loss` must work along the last axis, axis=-1; got axis=0, which ...
+    """
+    for axis in (getattr(loss, "axis", -1), getattr(loss, "_fn_kwargs", {}).get("axis", -1)):
+        if isinstance(axis, int) and axis not in (-1, rank - 1):
+            raise ValueError(
+                f"`loss` must work along the last axis, axis=-1; got axis={axis}, which may mix "
+                "the examples of a batch."
+            )
 
 
 def _as_signs(y_true):
@@ -221,10 +283,78 @@ def _as_signs(y_true):
     return ops.where(ops.all(binary, axis=axes, keepdims=True), 2.0 * y_true - 1.0, y_true)
 
 
+def readable_targets(loss: Loss, y_true: Any, output_shape: Sequence[int]) -> Any:
+    """Targets as a step may read them: a label out of range becomes the nearest one in range.
+
+    One that is not would end a step with an error on one backend, and make NaN on another.
+
+    Args:
+        loss: as in `per_example`.
+        y_true: targets, `(batch, ...)`.
+        output_shape: shape of the network's output for one example.
+
+    >>> loss = SparseCategoricalCrossentropy()
+    >>> [int(y) for y in readable_targets(loss, ops.array([-7, 1, 9]), (3,))]
+    [0, 1, 2]
+    """
+    if _targets(loss) != "labels":
+        return y_true
+    largest = output_shape[-1] - 1
+    if "float" in keras.backend.standardize_dtype(y_true.dtype):
+        # What a cast makes of others depends on the backend.
+        y_true = ops.where(ops.isfinite(y_true), ops.clip(y_true, -(2.0**30), 2.0**30), 0.0)
+    labels = ops.cast(y_true, "int32")
+    nearest = ops.clip(labels, 0, largest)
+    ignored = getattr(loss, "ignore_class", None)
+    return nearest if ignored is None else ops.where(ops.equal(labels, ignored), labels, nearest)
+
+
 def _targets(loss):
     if isinstance(loss, BoundedLoss):
         return loss.targets
     return _KERAS.get(type(loss))
+
+
+def check_target_shape(
+    loss: Loss, shape: Sequence[int | None], output_shape: Sequence[int | None]
+) -> None:
+    """Refuses targets of a shape that the loss does not take for these outputs.
+
+    One that is merely broadcast could set one example's target beside another's output.
+
+    Args:
+        loss: as in `per_example`. One that is not known is called with examples one by one, and may
+            take whatever it wants.
+        shape: of the targets of one example; sizes that are not known are None.
+        output_shape: of the network's output for one example.
+
+    Raises:
+        ValueError: the shape does not fit.
+
+    >>> check_target_shape(SparseCategoricalCrossentropy(), (1,), (3,))
+    >>> check_target_shape(SparseCategoricalCrossentropy(), (3,), (3,))
+    Traceback (most recent call last):
+        ...
+    ValueError: `y` must have one label for an example: shape () or (1,); got (3,).
+    """
+    shape, output_shape, targets = tuple(shape), tuple(output_shape), _targets(loss)
+    if targets is None:
+        return
+    positions = output_shape[:-1]
+    if targets == "labels":
+        accepted = [positions, (*positions, 1)]
+        what = "one label for an example" if not positions else "one label for each position"
+    else:
+        accepted = [output_shape] + ([positions] if output_shape[-1:] == (1,) else [])
+        what = "for each example the shape of the outputs"
+    if not any(
+        len(shape) == len(wanted)
+        and all(n == m or n is None or m is None for n, m in zip(shape, wanted, strict=True))
+        for wanted in accepted
+    ):
+        raise ValueError(
+            f"`y` must have {what}: shape {' or '.join(map(str, accepted))}; got {shape}."
+        )
 
 
 def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> None:
@@ -240,6 +370,7 @@ def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> Non
             values outside [0, 1] or [−1, 1], numbers that are not finite, or a shape that does
             not fit.
     """
+    check_target_shape(loss, y.shape[1:], output_shape)
     classes = output_shape[-1]
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         raise ValueError("`y` holds NaN or infinite values.")
@@ -247,24 +378,12 @@ def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> Non
     if targets is None:
         return
     if targets == "labels":
-        shape = y.shape[1:-1] if y.ndim > len(output_shape) and y.shape[-1] == 1 else y.shape[1:]
-        if tuple(shape) != tuple(output_shape[:-1]):
-            raise ValueError(
-                f"`y` must hold one label for each of the positions {tuple(output_shape[:-1])} of "
-                f"an example; got shape {y.shape}."
-            )
         if y.size and (y.min() < 0 or y.max() >= classes or (y != np.floor(y)).any()):
             raise ValueError(
                 f"`y` must hold integer labels from 0 to {classes - 1}, one less than the outputs "
                 f"of the network; got values from {y.min()} to {y.max()}."
             )
         return
-    # A shape that is merely broadcast could set one example's target beside another's output.
-    if y.shape[1:] != tuple(output_shape) and y.shape[1:] + (1,) != tuple(output_shape):
-        raise ValueError(
-            f"`y` must have the shape of the outputs, {tuple(output_shape)}, for each example; "
-            f"got shape {y.shape}."
-        )
     least = {"simplex": 0, "unit": 0, "signs": -1}.get(targets, -math.inf)
     most = 1 if math.isfinite(least) else math.inf
     if y.size and (y.min() < least or y.max() > most):

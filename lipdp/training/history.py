@@ -23,6 +23,7 @@ class History:
         layers: tells the layers; composite ones may be among them.
 
     >>> layer = keras.layers.Dense(2)
+    >>> layer.build((None, 3))
     >>> first, second = History(lambda: [layer]), History(lambda: [layer])
     >>> first.append("a run")
     >>> list(second)

@@ -39,6 +39,7 @@ from lipdp.training.history import History
 from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
+from lipdp.training.trial import over_positions, try_loss
 
 __all__ = ["PrivateModel"]
 
@@ -203,6 +204,7 @@ class PrivateModel(keras.Model):
         self.step = None  # a PrivateStep: all that a private step reads
         self.step_halves = self.half_step = None  # on JAX
         self.settings = None  # those that `compile` saw
+        self.tried = None  # for which targets losses and metrics were tried
         self._steps_per_call = 1
         self._paying = False
         self._open_batch = None
@@ -291,6 +293,7 @@ class PrivateModel(keras.Model):
                 f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
                 "`clip`, a number or lipdp.AdaptiveClip(...)."
             )
+        try_loss(loss, self.graph.output_shape[1:])
         optimizer.build(self.network.trainable_variables)
         built_for = set(map(id, optimizer._trainable_variables))
         if not built_for.issuperset(map(id, self.network.trainable_variables)):
@@ -310,6 +313,7 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
+        self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
         self.clip_state = self._clip_of(bound)
@@ -358,15 +362,21 @@ class PrivateModel(keras.Model):
 
         Raises:
             BudgetExceeded: not one step is left.
-            TypeError, ValueError: data or arguments that cannot be trained on; nothing is spent.
+            TypeError, ValueError: data or arguments that cannot be trained on, or metrics or
+                validation data that do not fit; nothing is spent.
         """
         epochs = check_integer(epochs, "epochs")
         initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
+        if not isinstance(validation_freq, (list, tuple)):
+            check_integer(validation_freq, "validation_freq")
+        if validation_batch_size is not None:
+            check_integer(validation_batch_size, "validation_batch_size")
         planned = max(0, epochs - initial_epoch)
         _warn_of_monitors(callbacks)
         with self._running(
             *(x, y, planned, steps_per_epoch, sample_weight, class_weight),
             self.steps_per_execution,
+            (validation_data, validation_batch_size),
         ) as batches:
             if validation_data is not None and self.devices.processes > 1:
                 raise ValueError(
@@ -495,9 +505,14 @@ class PrivateModel(keras.Model):
 
         self.train_function = pay_and_step
 
+    # Everything is built when a run is planned. Keras would draw a batch to see its shapes, average
+    # it over the devices, with its key, and hand the mask to the loss as if it weighed positions.
+
+    def _symbolic_build(self, iterator=None, data_batch=None):
+        if self.spending.run is None:
+            super()._symbolic_build(iterator=iterator, data_batch=data_batch)
+
     def _maybe_symbolic_build(self, iterator=None, data_batch=None):
-        # Everything is built when a run begins; Keras would average a batch over the devices, with
-        # its key, to see its shapes.
         if self.spending.run is None:
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
@@ -521,9 +536,8 @@ class PrivateModel(keras.Model):
         self._loss_tracker.update_state(per_example_losses, sample_weight=mask)
         metrics = self._compile_metrics
         if metrics is not None:
-            if not metrics.built:
-                metrics.build(y, outputs)
             # Keras would let padding into the unweighted ones.
+            mask, weighted = (over_positions(w, outputs) for w in (mask, weighted))
             for (metric,), weight in (
                 (metrics._flat_metrics, mask),
                 (metrics._flat_weighted_metrics, weighted),
@@ -662,10 +676,6 @@ class PrivateModel(keras.Model):
             self.train_function = None
         self.step, self.devices, self._steps_per_call = now
         self.fits += 1
-        if plan.devices.distributed:
-            with steps.backend().scope(self):
-                # Metrics have variables, and on several devices none are made within a step.
-                self._symbolic_build(data_batch=plan.batches.blank().as_data())
 
     def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip | LayerThresholds:
         """The clip's state: that of an earlier `compile` goes on."""

@@ -27,6 +27,7 @@ from lipdp.noise import resolve_allocation
 from lipdp.training import steps
 from lipdp.training.spending import ActiveRun
 from lipdp.training.steps.private_step import PrivateStep, StepConstants
+from lipdp.training.trial import try_augmentation, try_loss, try_metrics, try_validation
 
 __all__ = ["Plan", "allocation_of", "make_plan", "run_fingerprint", "step_of"]
 
@@ -69,6 +70,7 @@ def make_plan(
     sample_weight: Any = None,
     class_weight: dict[int, float] | None = None,
     steps_per_call: int = 1,
+    validation: tuple[Any, int | None] = (None, None),
 ) -> Plan:
     """The plan of a run of a compiled `PrivateModel`; calibrates the noise of its first one.
 
@@ -76,6 +78,7 @@ def make_plan(
         model: the model.
         x, y, epochs, steps_per_epoch, sample_weight, class_weight: as for `fit`.
         steps_per_call: how many steps run, and are paid for, together.
+        validation: data that `fit` evaluates, and its batch size.
 
     Raises:
         BudgetExceeded: not one step is left, or too little to calibrate noise to.
@@ -91,6 +94,8 @@ def make_plan(
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
     if model.units is None:
         check_trainable(model.network)
+    with backend.scope(model):  # metrics have variables, which are made here
+        _try(model, examples, *validation)
     if devices.processes > 1:
         _follow_chief(model.spending, all_gather, devices)
 
@@ -100,9 +105,8 @@ def make_plan(
     step = step_of(model, _constants(model, len(examples), noise_constants))
     with backend.scope(model):
         new_memory = model.noise.begin(model.network.trainable_variables)
-    project(
-        model.network.trainable_variables
-    )  # loaded or assigned weights need not be where the bounds hold
+    # Loaded or assigned weights need not be where the bounds hold.
+    project(model.network.trainable_variables)
 
     position = (sum(earlier.steps for earlier in run.earlier), model.fits)
     source = model.random_source
@@ -211,7 +215,10 @@ def _open_data(model, x, y, sample_weight, class_weight, devices):
     """The source of the examples, and the weight of each."""
     in_order = model.sampling.batch_size if model.sampling.streamable else None
     examples = open_source(x, y, model.graph, stream=in_order)
-    if isinstance(examples, Arrays):
+    losses.check_target_shape(
+        model.private_loss, _target_of(examples)[0], model.graph.output_shape[1:]
+    )
+    if isinstance(examples, Arrays):  # for others the shape of the targets is known, no more
         losses.check_targets(model.private_loss, examples.y, model.graph.output_shape[1:])
     if isinstance(examples, Stream) and devices.processes > 1:
         raise ValueError(
@@ -236,6 +243,27 @@ def _warn_of_repeats(examples):
             "private: keep it where the data are.",
             stacklevel=2,
         )
+
+
+def _target_of(examples):
+    """Shape and type of the target of one example; nothing is read."""
+    _, targets = examples.take(np.arange(0), 1)
+    return targets.shape[1:], targets.dtype
+
+
+def _try(model, examples, validation_data, validation_batch_size):
+    """Whatever a step or an evaluation would fail at, on made-up rows."""
+    target, output_shape = _target_of(examples), model.graph.output_shape[1:]
+    own, arrays = not losses.is_known(model.private_loss), isinstance(examples, Arrays)
+    in_range = own and arrays and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
+    if model.tried != (target, in_range):
+        try_loss(model.private_loss, output_shape, target, in_range)
+        try_metrics(model, target)
+        if model.augmentation is not None:
+            try_augmentation(model.augmentation, model.graph)
+        model.tried = target, in_range
+    if validation_data is not None:
+        try_validation(model, validation_data, validation_batch_size)
 
 
 def _steps_per_epoch(sampling, examples, asked, steps_per_call):

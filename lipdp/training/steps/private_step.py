@@ -31,6 +31,7 @@ from lipdp.training.clipping import (
     clip_rows,
     scale_rows,
 )
+from lipdp.training.rows import readable_inputs
 from lipdp.training.steps.backend import Backend
 
 
@@ -118,6 +119,7 @@ def read_batch(step: PrivateStep, data: tuple, backend: Backend) -> tuple[list, 
         adaptive clip the count; and the metrics' results.
     """
     features, y, mask = data
+    y = losses.readable_targets(step.loss, y, step.network.output_shape[1:])
     x, weights = features["inputs"], features.get("weights")
     clip = step.clip.current()
 
@@ -237,6 +239,8 @@ def gradient_sums(
     targets = y
     if views is not None:
         x, targets, mask = views(x), views.repeated(y), views.repeated(mask)
+    x, finite = readable_inputs(step.network, x)
+    readable = mask * finite
     if weights is not None:
         weights = weights if views is None else views.repeated(weights)
         weights = clamp_weights(ops.cast(weights, "float32"), step.sample_weight_bound)
@@ -250,15 +254,15 @@ def gradient_sums(
     if step.units is None:
         outputs, pull_back = backend.pull_back(step.network, x)
         values, gradients = losses_of(outputs)
-        rows, within = clip_rows(gradients, clip, mask)
+        rows, within = clip_rows(gradients, clip, readable)
         rows = rows if weights is None else scale_rows(rows, weights)
         sums = pull_back(rows if views is None else rows * share)
     else:
         outputs, pull_back = backend.pull_back_to_calls(step.network, x, step.units)
         values, gradients = losses_of(outputs)
-        factors = share * ops.cast(ops.greater(mask, 0), "float32")
+        factors = share * ops.cast(ops.greater(readable, 0), "float32")
         factors = factors if weights is None else factors * weights
-        sums, within = step.units.clipped_sums(*pull_back(gradients), clip, factors, mask)
+        sums, within = step.units.clipped_sums(*pull_back(gradients), clip, factors, readable)
     if views is not None:
         outputs = outputs[:: views.views]
         values, within = views.averaged(values), views.averaged(within)

@@ -35,22 +35,60 @@ def image_network():
     )
 
 
-@pytest.mark.any_backend
-@pytest.mark.parametrize("cls", _SEPARATE, ids=lambda cls: cls.__name__)
-def test_a_view_depends_on_its_own_example_only(cls, rng):
-    x = rng.uniform(0, 1, (3, 6, 6, 1)).astype("float32")
+CHANGES = {"another image": None, "black": 0.0, "NaN": np.nan, "huge": 3e38}
+
+
+def views_that_change(call, shape, change, rng):
+    """Numbers of the views that another image in place of the second changes, for one draw."""
+    x = rng.uniform(0, 1, (4, *shape)).astype("float32")
     other = x.copy()
-    other[1:] = rng.uniform(0, 1, (2, 6, 6, 1))
-    first, second = (
-        ops.convert_to_numpy(lipdp.Augmentation(RANDOM[cls](), views=2)(v)) for v in (x, other)
-    )
-    np.testing.assert_allclose(first[:2], second[:2], atol=1e-6)
-    assert np.abs(first[2:] - second[2:]).max() > 0.01
+    other[1] = rng.uniform(0, 1, shape) if change is None else change
+    found = []
+    for images in (x, other):
+        with keras.StatelessScope():  # which leaves the layers' seeds as they were
+            views = call(ops.convert_to_tensor(images))
+        found.append(np.asarray(ops.convert_to_numpy(views)).reshape(len(views), -1))
+    return set(np.flatnonzero(~(np.abs(found[0] - found[1]) < 1e-5).all(axis=1)))
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("shape", [(6, 6, 1), (6, 6, 3), (6, 6)], ids=str)
+@pytest.mark.parametrize("cls", _SEPARATE, ids=lambda cls: cls.__name__)
+def test_a_view_depends_on_its_own_example_only(cls, shape, rng):
+    augmentation = lipdp.Augmentation(RANDOM[cls](), views=2)
+    for change in CHANGES.values():
+        assert views_that_change(augmentation, shape, change, rng) == {2, 3}
+
+
+@pytest.mark.parametrize("data_format", ["channels_first", "channels_last"])
+def test_gray_images_have_one_channel_wherever_it_stands(data_format, rng):
+    layer = K.RandomContrast(0.5, (0.0, 1.0), data_format=data_format, seed=1)
+    augmentation = lipdp.Augmentation(layer, views=2)
+    assert views_that_change(augmentation, (6, 5), None, rng) == {2, 3}
+    assert augmentation(np.ones((3, 6, 5))).shape == (6, 6, 5)
+
+
+@pytest.mark.any_backend
+def test_keras_takes_gray_images_for_one(rng):
+    """Mutant: the layer itself."""
+    assert len(views_that_change(RANDOM[K.RandomContrast](), (6, 6), None, rng)) == 4
+
+
+@pytest.mark.any_backend
+def test_images_only():
+    for shape in ((3,), (2, 6, 6, 1)):
+        with pytest.raises(ValueError, match=r"RandomFlip is for images .*; got examples of shape"):
+            lipdp.Augmentation(K.RandomFlip())(np.ones((2, *shape)))
+    assert lipdp.Augmentation(K.GaussianNoise(0.1))(np.ones((2, 3))).shape == (2, 3)
 
 
 @pytest.mark.any_backend
 def test_what_may_mix_examples_is_refused():
-    for layer in (K.BatchNormalization(), K.MixUp(), K.CutMix(), K.Lambda(lambda x: x)):
+    for layer in (
+        *(K.BatchNormalization(), K.MixUp(), K.CutMix(), K.Lambda(lambda x: x)),
+        *(K.AugMix(), K.RandAugment(), K.Equalization(), K.Normalization()),
+        keras.Sequential([K.RandomFlip(), K.MixUp()]),
+    ):
         with pytest.raises(TypeError, match=f"{type(layer).__name__}, which may mix"):
             lipdp.Augmentation(layer)
     for views in (0, 1.5, True, "2"):

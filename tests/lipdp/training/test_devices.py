@@ -245,34 +245,6 @@ def test_each_example_of_a_batch_is_in_one_part(sampling, replicas, processes):
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("noise", [None, np.array([1, 2], np.int32)])
-def test_a_blank_batch_has_the_shapes_of_a_part_and_reads_nothing(noise):
-    class Untouched(RandomSource):
-        def key(self, *position):
-            raise AssertionError("a key is drawn")
-
-        generator = key
-
-    x = np.ones((9, 2, 3), "uint8")
-    batches = DrawnBatches(
-        Arrays({"a": x, "b": x[:, 0]}, x[:, 0, 0]),
-        lipdp.PoissonSampling(4),
-        Untouched(1),
-        (0, 0),
-        3,
-        6,
-        np.ones(9, "float32"),
-        lambda: noise,
-        devices=Devices(6, 1, 2),
-    )
-    blank = batches.blank()
-    assert blank.inputs["a"].shape == (3, 2, 3) and blank.inputs["b"].dtype == np.uint8
-    assert blank.weights.dtype == np.float32 and blank.key.dtype == np.uint32
-    assert not any(a.any() for a in (*blank.inputs.values(), blank.targets, blank.mask))
-    assert len(blank.as_data()[0]) == (3 if noise is None else 4)
-
-
-@pytest.mark.any_backend
 def test_noise_of_the_host_is_in_the_first_part_alone():
     ((_, shares), *_) = parts_of(lipdp.FullBatch(), 4, 2, steps=1)
     for share in shares:

@@ -48,6 +48,12 @@ def radius_of_a_constraint(m):
     m.network.get_layer("dense").kernel.constraint.radius = 5.0
 
 
+def another_weight(m):
+    new = keras.Variable(np.eye(6, dtype="float32"), name="kernel")
+    object.__setattr__(m.network.get_layer("dense"), "_kernel", new)
+    m.network.get_layer("dense")._trainable_variables[0] = new
+
+
 def share_of_the_noise(m):
     m.allocation[m.network.trainable_variables[0].path] = 9.0
 
@@ -66,6 +72,7 @@ CHANGES = {
     "trainable": trainable,
     "another constraint": another_constraint,
     "radius of a constraint": radius_of_a_constraint,
+    "another weight": another_weight,
     "share of the noise": share_of_the_noise,
 }
 

@@ -1,0 +1,321 @@
+"""Trials on made-up rows: what would fail within a step fails before one is paid for.
+
+Each has a few rows of the right shapes through a part of the step, leaves no trace in variables,
+and reads nothing of the data.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+from keras.src.backend import KerasTensor, compute_output_spec
+
+from lipdp import losses
+from lipdp.autodiff import compiled
+from lipdp.data.augmentation import Augmentation
+from lipdp.data.sources import as_array
+
+__all__ = ["over_positions", "try_augmentation", "try_loss", "try_metrics", "try_validation"]
+
+_ROWS = 4
+
+
+def try_loss(
+    loss: losses.Loss,
+    output_shape: Sequence[int],
+    target: tuple[Sequence[int], Any] | None = None,
+    in_range: bool = False,
+) -> None:
+    """Refuses a loss of somebody's own that gives an example another value among others than
+    alone. A step calls it with examples one by one, and what it says of a whole batch, such as how
+    close two examples are, would be lost without a word.
+
+    Args:
+        loss: as in `per_example`. One that is known to treat examples one by one is not tried.
+        output_shape: shape of the network's output for one example.
+        target: shape and type of the target of one example. Where it is not known yet some usual
+            ones are tried, and a loss that takes none of them is left for later.
+        in_range: whether all labels are known to be among the classes.
+
+    Raises:
+        ValueError: it mixes examples, gives one number for all of them, or cannot be computed.
+
+    >>> try_loss(lambda y, z: ops.mean(z), (3,))
+    Traceback (most recent call last):
+        ...
+    ValueError: `loss` must give each example a value of its own, shape (batch,) ...
+    """
+    losses.check_axis(loss, len(output_shape) + 1)
+    if losses.is_known(loss):
+        return
+    for shape, dtype in _usual_targets(output_shape) if target is None else [target]:
+        y = _made_up_targets(loss, shape, dtype, output_shape[-1])
+        try:
+            values = _values_alone(loss, y, output_shape)
+        except Exception as error:
+            if target is None:
+                continue
+            raise ValueError(
+                f"`loss` cannot be computed for outputs of shape {('batch', *output_shape)} and "
+                f"targets of shape {('batch', *shape)}, {np.dtype(dtype)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        _check_values(values)
+        if target is not None and not in_range and np.dtype(dtype).kind in "iu":
+            _try_labels_out_of_range(loss, y, output_shape)
+        return
+
+
+def _usual_targets(output_shape):
+    yield output_shape, "float32"
+    yield output_shape[:-1], "int32"
+    if len(output_shape) > 1:
+        yield (), "int32"
+
+
+def _made_up(shape, rows=_ROWS):
+    """Different numbers in [−1, 1], the same in every call."""
+    size = rows * int(np.prod(shape))
+    return np.cos(1.0 + np.arange(size) ** 1.5).reshape(rows, *shape).astype("float32")
+
+
+def _made_up_targets(loss, shape, dtype, classes):
+    shape, dtype = tuple(shape), np.dtype(dtype)
+    if dtype.kind in "iub":
+        labels = np.arange(_ROWS * int(np.prod(shape))) % max(2, classes)
+        return labels.reshape(_ROWS, *shape).astype(dtype)
+    if getattr(loss, "targets", None) == "labels":
+        return (np.abs(_made_up(shape)) > 0.5).astype("float32")
+    if shape[-1:] == (classes,) and classes > 1:  # distributions
+        return np.eye(classes, dtype="float32")[
+            np.abs(_made_up(shape[:-1]) * 99).astype(int) % classes
+        ]
+    return np.abs(_made_up(shape))
+
+
+def _values_alone(loss, y, output_shape):
+    """What a loss gives for some batches of the made-up rows, and for each of their rows alone."""
+
+    def values(y, z):
+        pairs = []
+        for rows, scale in ((_ROWS, 1.0), (_ROWS, 30.0), (2, 1.0)):
+            some = scale * z[:rows]
+            whole = losses.as_written(loss, y[:rows], some)
+            alone = [losses.as_written(loss, y[i : i + 1], some[i : i + 1]) for i in range(rows)]
+            pairs.append((whole, alone))
+        return pairs
+
+    return _run(values, y, _made_up(output_shape))
+
+
+def _check_values(pairs):
+    for whole, alone in pairs:
+        whole = ops.convert_to_numpy(whole)
+        alone = [ops.convert_to_numpy(value) for value in alone]
+        if whole.shape[:1] != (len(alone),):
+            raise ValueError(
+                "`loss` must give each example a value of its own, shape (batch,) or (batch, "
+                f"positions); got shape {whole.shape} for {len(alone)} examples. Leave out the "
+                "mean over the batch: ops.mean(values, axis=-1), and for a Keras loss name its "
+                "`axis`."
+            )
+        same = all(value.size == whole[0].size for value in alone) and np.allclose(
+            whole.ravel(), np.ravel(alone), rtol=1e-3, atol=1e-5, equal_nan=True
+        )
+        if not same:
+            raise ValueError(
+                "`loss` gives an example another value among others than alone: it mixes the "
+                "examples of a batch, as contrastive losses do, and one of them would move the "
+                "gradients of all. Give it what belongs together as one example, or use a loss "
+                "that looks at one example only."
+            )
+
+
+def _try_labels_out_of_range(loss, y, output_shape):
+    labels = np.resize([-1, output_shape[-1], np.iinfo(y.dtype).max], y.shape).astype(y.dtype)
+    try:
+        _run(lambda y, z: losses.as_written(loss, y, z), labels, _made_up(output_shape))
+    except Exception as error:
+        raise ValueError(
+            "`loss` ends in an error where a label is out of range, which would tell that such an "
+            f"example is there: begin it with `y_true = ops.clip(y_true, 0, {output_shape[-1] - 1})"
+            f"`, or use a loss of lipdp.losses. It said {type(error).__name__}."
+        ) from error
+
+
+def over_positions(weights: Any, outputs: Any) -> Any:
+    """A weight for each position of an example, as metrics that flatten their arguments want it."""
+    positions = tuple(outputs.shape[1:-1])
+    if not positions:
+        return weights
+    rows = ops.shape(weights)[0]
+    weights = ops.reshape(weights, (-1,) + (1,) * len(positions))
+    return ops.broadcast_to(weights, (rows, *positions))
+
+
+def try_metrics(model: Any, target: tuple[Sequence[int], Any]) -> None:
+    """Refuses metrics that cannot be computed, or that count rows which only fill up a batch.
+
+    Args:
+        model: a compiled `PrivateModel`.
+        target: shape and type of the target of one example.
+
+    Raises:
+        TypeError: a metric does not take `sample_weight`, which marks the rows that count.
+        ValueError: another metric that does not fit.
+    """
+    metrics = model._compile_metrics
+    if metrics is None:
+        return
+    output_shape = model.graph.output_shape[1:]
+    y = _made_up_targets(model.private_loss, *target, output_shape[-1])
+    z = _made_up(output_shape)
+    if not metrics.built:
+        metrics.build(ops.convert_to_tensor(y), ops.convert_to_tensor(z))
+    for metric in metrics.metrics:
+        try:
+            _try_metric(metric, y, z)
+        except Exception as error:
+            said = "" if isinstance(error, _Unfit) else f" {type(error).__name__}:"
+            raise (TypeError if isinstance(error, _Unfit) else ValueError)(
+                f"The metric {metric.name!r} does not fit outputs of shape "
+                f"{('batch', *output_shape)} and targets of shape {('batch', *target[0])}:"
+                f"{said} {error}"
+            ) from error
+
+
+class _Unfit(Exception):
+    """What a metric lacks."""
+
+
+def _try_metric(metric, y, z):
+    parameters = inspect.signature(metric.update_state).parameters.values()
+    if not any(p.name == "sample_weight" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise _Unfit(
+            "its `update_state` must take `sample_weight`, which is 0 for rows that only fill up a "
+            "batch."
+        )
+
+    def state_after(rows, counted):
+        def update(y, z):
+            weights = np.zeros(rows, "float32")
+            weights[:counted] = 1.0
+            with keras.StatelessScope() as scope:
+                metric.update_state(y, z, sample_weight=over_positions(weights, z))
+                metric.result()
+                return [scope.get_current_value(v) for v in metric.variables]
+
+        return update
+
+    makers = type(metric), getattr(metric, "_fn", type(metric))  # Keras wraps a function
+    if all(maker.__module__.startswith(("keras.", "lipdp.")) for maker in makers):
+        _run(state_after(_ROWS, _ROWS), y, z, values=False)
+        return
+    filled = _run(state_after(_ROWS, 2), y, z)
+    plain = _run(state_after(2, 2), y[:2], z[:2])
+    for a, b in zip(filled, plain, strict=True):
+        a, b = ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+        if not np.allclose(a, b, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise _Unfit(
+                "it counts rows whose `sample_weight` is 0, which only fill up a batch. Multiply "
+                "what it adds up by `sample_weight`."
+            )
+
+
+def try_augmentation(augmentation: Augmentation, network: keras.Model) -> None:
+    """Refuses an augmentation whose views mix examples, or do not fit the network.
+
+    Raises:
+        ValueError: it does.
+    """
+    shape = tuple(8 if n is None else n for n in network.inputs[0].shape[1:])
+    x = np.abs(_made_up(shape))
+
+    def views(x, other):
+        found = []
+        for images in (x, other):
+            with keras.StatelessScope():  # which leaves the layers' seeds as they were
+                found.append(augmentation(images))
+        return found
+
+    first, second = map(ops.convert_to_numpy, _run(views, x, np.concatenate([x[:1], 1.0 - x[1:]])))
+    wanted = (_ROWS * augmentation.views, *shape)
+    if first.shape != wanted:
+        raise ValueError(
+            f"`augmentation` makes views of shape {first.shape[1:]} of examples of shape {shape}, "
+            f"and the network takes {tuple(network.inputs[0].shape[1:])}."
+        )
+    own = slice(augmentation.views)
+    if not np.allclose(first[own], second[own], atol=1e-5, equal_nan=True):
+        raise ValueError("`augmentation` mixes the examples of a batch; leave out the layer.")
+
+
+def try_validation(model: Any, data: Any, batch_size: int | None = None) -> None:
+    """Refuses validation data whose first batch cannot be evaluated. It is public, and may be read.
+
+    A generator is not tried: what is read of it is gone.
+
+    Args:
+        model: a compiled `PrivateModel`.
+        data, batch_size: as `validation_data` and `validation_batch_size` of `fit`.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        batch = _first_batch(model, data, batch_size)
+        if batch is not None:
+            compute_output_spec(_evaluation_of(model), *batch)
+    except Exception as error:
+        raise ValueError(
+            f"`validation_data` cannot be evaluated: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _first_batch(model, data, batch_size):
+    """Inputs, targets and weights, as tensors without values."""
+    if hasattr(data, "element_spec"):
+        first = data.element_spec
+    elif isinstance(data, keras.utils.PyDataset):
+        first = tree.map_structure(np.asarray, data[0])
+    elif isinstance(data, (tuple, list)):
+        parts = keras.utils.unpack_x_y_sample_weight(tuple(data))
+        lengths = {len(part) for part in tree.flatten(parts) if part is not None}
+        if len(lengths) != 1:
+            raise ValueError(f"it must have one row an example; got {sorted(lengths)} rows.")
+        if parts[1] is None:
+            raise ValueError("it must have targets, too: (x, y).")
+        y = as_array(parts[1], "y")
+        losses.check_targets(model.private_loss, y, model.graph.output_shape[1:])
+        first = tuple(part for part in parts if part is not None)
+        first = tree.map_structure(lambda part: np.asarray(part[: batch_size or 32]), first)
+    else:
+        return None
+    return tree.map_structure(_without_values, tuple(first))
+
+
+def _without_values(array):
+    dtype = np.dtype(getattr(array.dtype, "as_numpy_dtype", array.dtype))
+    dtype = "float32" if dtype == np.float64 else dtype.name
+    return KerasTensor(tuple(array.shape), dtype)
+
+
+def _evaluation_of(model):
+    def evaluated(x, y, weights=None):
+        outputs = model(x, training=False)
+        model._compute_loss(x=x, y=y, y_pred=outputs, sample_weight=weights, training=False)
+        return model.compute_metrics(x, y, outputs, sample_weight=weights)
+
+    return evaluated
+
+
+def _run(function: Callable, *arrays: np.ndarray, values: bool = True) -> Any:
+    """Runs it once as fast as the backend can; without values, where these do not matter."""
+    if keras.backend.backend() == "tensorflow":  # which runs at once what others compile
+        return function(*map(ops.convert_to_tensor, arrays))
+    if not values:
+        return compute_output_spec(function, *map(_without_values, arrays))
+    return compiled(function)(*map(ops.convert_to_tensor, arrays))
