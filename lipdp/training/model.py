@@ -82,14 +82,17 @@ class PrivateModel(keras.Model):
             `FixedSize`, `RandomAllocation`, `ShuffledEpochs` or `FullBatch`, each accounted as it
             is drawn; `CyclicPoisson` or `FixedEpochs` for correlated noise.
         clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
-            default the loss' own bound; a loss without one needs a clip.
+            default the loss' own bound; a loss without one needs a clip. Or
+            `lipdp.PerLayerClip(...)`: each layer clips its own gradient, and none needs a bound.
         augmentation: `lipdp.Augmentation(layers, views)`: random views of each example.
         physical_batch_size: most rows that are computed at once: a drawn batch is split into
             pieces of this size, whose gradients are summed before the noise, once. Same result,
             less memory.
         allocation: how noise is shared over the weights: `"global"`, `"per_weight"`, `"least"`
             (least total noise), or a dict: for the path of each trainable weight its share of the
-            budget (of `1/σ²`), up to a factor.
+            budget (of `1/σ²`), up to a factor. With `PerLayerClip` it is shared over the layers
+            with trained weights, and a dict names these: by their names, or their paths where two
+            share a name.
         noise: `"gaussian"`, floating-point noise, independent in every step; `"secure"`, discrete
             Gaussian noise on a grid, from the operating system's cryptographic generator, which
             leaves no traces in the last bits (`lipdp.noise.SecureNoise` has its guarantee and its
@@ -178,8 +181,6 @@ class PrivateModel(keras.Model):
                 "`augmentation` must be lipdp.Augmentation(layers, views=...); got "
                 f"{augmentation!r}."
             )
-        if augmentation is not None and len(getattr(network, "inputs", [])) > 1:
-            raise ValueError("`augmentation` is for networks with one input.")
         self.augmentation = augmentation
         if physical_batch_size is not None:
             physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
@@ -192,6 +193,14 @@ class PrivateModel(keras.Model):
             self.units = check_units(network)
         else:
             check_trainable(network)
+        if augmentation is not None and len(self.graph.inputs) > 1:
+            raise ValueError("`augmentation` is for networks with one input.")
+        if len(self.graph.outputs) > 1:
+            raise ValueError(
+                f"`network` must have one output; {network.name!r} has {len(self.graph.outputs)}. "
+                "Join them, keras.layers.Concatenate()([a, b]), and their targets; a loss of your "
+                "own, a function (y_true, y_pred), takes them apart and adds up what each costs."
+            )
         self.network = network
         self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         allocation_of(self)
