@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,6 +23,7 @@ __all__ = [
     "check_trainable",
     "check_units",
     "final_activation",
+    "input_tensors",
 ]
 
 
@@ -208,19 +210,61 @@ def check_trainable(network: keras.Model) -> None:
         raise ValueError(problem)
 
 
-def check_units(network: keras.Model) -> LayerUnits:
+def check_units(network: keras.Model, inputs: Any = None) -> LayerUnits:
     """The layers of a network that can each clip its own gradient, in the order of their calls.
+
+    Args:
+        network: a built Keras model.
+        inputs: what it is called on, `keras.KerasTensor`s; by default what it was built for.
 
     Raises:
         UnknownLayerError: rows may be mixed, or a weight has no layer of its own.
         ValueError: it is not built, has no trainable weights, or computes in anything but float32.
     """
-    units = layer_units(network)
+    units = layer_units(network, inputs)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
     for problem in _imprecise(network):
         raise ValueError(problem)
+    own = {type(v).__name__ for v in network._flatten_layers() if not _of_a_library(v)}
+    if own and _rows_meet(as_graph(network), inputs):
+        raise UnknownLayerError(
+            f"A row of {network.name!r} changes with another row of the batch, or with their "
+            f"number, when made-up rows are tried. The code of {', '.join(sorted(own))} does "
+            "something else on real tensors than on symbolic ones."
+        )
     return units
+
+
+def _of_a_library(layer):
+    return type(layer).__module__.partition(".")[0] in ("keras", "lipdp")
+
+
+def _rows_meet(graph, inputs):
+    """Whether made-up rows change with others: finds mistakes, and proves nothing."""
+    random = np.random.default_rng(0)
+
+    def rows(like):
+        shape = (3, *(4 if n is None else n for n in like.shape[1:]))
+        if "int" in like.dtype or like.dtype == "bool":
+            return random.integers(0, 2, shape).astype(like.dtype)
+        return random.normal(size=shape).astype("float32")
+
+    def outputs(x, training):
+        mapping = [(v, ops.copy(v)) for v in graph.variables]
+        with keras.StatelessScope(mapping):  # whatever changes is forgotten
+            return [ops.convert_to_numpy(v) for v in tree.flatten(graph(x, training=training))]
+
+    x = tree.map_structure(rows, input_tensors(graph) if inputs is None else inputs)
+    others = tree.map_structure(lambda v: np.stack([v[0], v[0], v[2]]), x)
+    fewer = tree.map_structure(lambda v: v[[0, 2]], x)
+    # Random numbers, in training, depend on how many rows there are, so these stay as many.
+    trials = [(True, others, [0, 2]), (False, others, [0, 2]), (False, fewer, [0, 1])]
+    return any(
+        not np.allclose(a[[0, 2]], b[where], rtol=1e-3, atol=1e-5, equal_nan=True)
+        for training, changed, where in trials
+        for a, b in zip(outputs(x, training), outputs(changed, training), strict=True)
+    )
 
 
 def as_graph(network: keras.Model) -> keras.Model:
@@ -250,6 +294,11 @@ def as_graph(network: keras.Model) -> keras.Model:
         for shape in shapes.values()
     ]
     return keras.Model(inputs if len(inputs) > 1 else inputs[0], network(*inputs))
+
+
+def input_tensors(graph: keras.Model) -> Any:
+    """The inputs of a functional or Sequential model, in the structure that it is called on."""
+    return (getattr(graph, "_functional", None) or graph)._inputs_struct
 
 
 def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:

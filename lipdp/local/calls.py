@@ -163,8 +163,12 @@ class LayerUnits:
         return [found[id(v)] for v in self.variables], ops.stack(within, axis=-1)
 
 
-def layer_units(network: keras.Model) -> LayerUnits:
+def layer_units(network: keras.Model, inputs: Any = None) -> LayerUnits:
     """The units of a network, once it is proven that its rows stay apart.
+
+    Args:
+        network: a built Keras model of any kind.
+        inputs: what it is called on, as `check_rows_apart` takes it.
 
     Raises:
         UnknownLayerError: rows may be mixed, or a weight has no unit of its own.
@@ -175,7 +179,7 @@ def layer_units(network: keras.Model) -> LayerUnits:
     True
     """
     units = find_units(network)
-    order = check_rows_apart(network, [unit.layer for unit in units])
+    order = check_rows_apart(network, [unit.layer for unit in units], inputs=inputs)
     return LayerUnits(tuple(units), tuple(order), tuple(network.trainable_variables))
 
 

@@ -634,6 +634,12 @@ class _Run:
             @functools.wraps(right)
             def sized(shape, *args, **kwargs):
                 if run._applies() and (shape is None or None in tree.flatten(shape)):
+                    if any_symbolic_tensors(args, kwargs):
+                        raise run._refusal(
+                            f"A tensor is made in {run._place()} of numbers of the batch, whose "
+                            "rows might not be its rows. Make it without them, and add or multiply "
+                            "them afterwards."
+                        )
                     shape = (shape,) if shape is None else shape
                     return run.creates(shape, kwargs.get("dtype"))
                 return right(shape, *args, **kwargs)

@@ -1,5 +1,6 @@
 """How noise is shared over the weights: the standard deviation of each, for one joint mechanism."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,7 +48,9 @@ def standard_deviations(
     [10.0, 10.0]
     """
     if allocation == "global":
-        std = _sqrt(sum(b * b for b in bounds)) * noise_multiplier
+        # Of tensors of float32, squares of small numbers would be zero, and so would the noise.
+        largest = _largest(bounds)
+        std = _sqrt(sum((b / largest) * (b / largest) for b in bounds)) * largest * noise_multiplier
         return [std] * len(bounds)
     if allocation == "per_weight":
         allocation = [1.0] * len(bounds)
@@ -90,6 +93,13 @@ def resolve_allocation(
             f"{allocation!r}."
         )
     return allocation
+
+
+def _largest(bounds):
+    """The largest bound, and at least the smallest number that can be divided by."""
+    if all(isinstance(b, (int, float)) for b in bounds):
+        return max(*bounds, 2.0**-1000)
+    return functools.reduce(ops.maximum, bounds, ops.convert_to_tensor(2.0**-100, "float32"))
 
 
 def _sqrt(x):

@@ -289,6 +289,11 @@ class PrivateModel(keras.Model):
         _check_head(self.graph, loss)
         if max_sample_weight is not None:
             max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
+            if not 1e-6 <= max_sample_weight <= 1e6:
+                raise ValueError(
+                    "`max_sample_weight` must lie between 1e-6 and 1e6, or products of bounds "
+                    f"leave the range of float32; got {max_sample_weight!r}."
+                )
         optimizer = keras.optimizers.get(optimizer)
         scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         if scaled or optimizer.loss_scale_factor is not None:

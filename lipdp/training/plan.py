@@ -22,7 +22,7 @@ from lipdp.data.batches import DrawnBatches, check_weights, padding_multiple
 from lipdp.data.repeats import repeats
 from lipdp.data.sources import Arrays, Stream, open_source
 from lipdp.devices import Devices, broadcast_from_chief, digest, require_same_run
-from lipdp.inspection.check import check_trainable
+from lipdp.inspection.check import check_trainable, check_units, input_tensors
 from lipdp.noise import resolve_allocation
 from lipdp.training import steps
 from lipdp.training.spending import ActiveRun
@@ -94,6 +94,8 @@ def make_plan(
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
     if model.units is None:
         check_trainable(model.network)
+    else:
+        _check_units(model, examples)
     with backend.scope(model):  # metrics have variables, which are made here
         _try(model, examples, *validation)
     if devices.processes > 1:
@@ -243,6 +245,26 @@ def _warn_of_repeats(examples):
             "private: keep it where the data are.",
             stacklevel=2,
         )
+
+
+def _check_units(model, examples):
+    """Proves anew, for rows of the shapes of these, that they stay apart; and looks at the
+    thresholds that the first step begins with.
+    """
+    rows, _ = examples.take(np.arange(0), 1)
+
+    def like(tensor):
+        array = rows[tensor.name] if isinstance(rows, dict) else rows
+        return keras.KerasTensor((None, *array.shape[1:]), dtype=tensor.dtype)
+
+    inputs = keras.tree.map_structure(like, input_tensors(model.graph))
+    found = check_units(model.graph, inputs)
+    if [unit.layer for unit in found.units] != [unit.layer for unit in model.units.units]:
+        raise RuntimeError("The layers that are trained have changed: call compile(...) again.")
+    if found.order != model.units.order:
+        model.units = dataclasses.replace(model.units, order=found.order)
+    if not np.isfinite(ops.convert_to_numpy(model.clip_state.current())).all():
+        raise ValueError("The thresholds of the layers are not all finite: make the model anew.")
 
 
 def _target_of(examples):

@@ -27,6 +27,7 @@ _VALUES_OF_MODEL = (
 _PARTS_OF_MODEL = ("augmentation", "network", "noise", "optimizer", "private_loss", "sampling")
 # Keras' own bookkeeping; what it says changes whenever a layer is called, saved or exported.
 _KEPT_BY_KERAS = frozenset(vars(keras.layers.Layer())) | {"built"}
+_KEPT_BY_MODELS = frozenset(vars(keras.Model())) | {"history", "optimizer", "stop_training"}
 _VALUES = (bool, int, str, bytes, type(None))
 _PRIVATE_VALUES = (bool, int, float, str, np.generic)  # of attributes that begin with an underscore
 _LIBRARIES = ("jax", "keras", "numpy", "tensorflow")
@@ -61,13 +62,16 @@ def settings_of(model: Any) -> dict[str, Any]:
     found = {f"`{name}` of PrivateModel": value for name, value in found.items()}
     found["`trainable`"] = tuple(v.path for v in network.trainable_variables)
     found["layers of the network"] = [_Itself(layer) for layer in layers]
+    # Of a layer without weights too: one that normalises by the batch when it is trained.
+    found["`trainable` of the layers"] = [layer.trainable for layer in layers]
+    found["`dtype_policy` of the layers"] = [layer.dtype_policy.name for layer in layers]
     found["weights of the network"] = [_Itself(v) for v in network.weights]
     if keras.backend.backend() == "tensorflow":  # elsewhere each step makes new values
         found["memory of the weights"] = [_Itself(v.value) for v in network.weights]
     if model.augmentation is not None:
         layers += [model.augmentation, *model.augmentation.layers]
     for number, layer in enumerate(layers):
-        if not isinstance(layer, keras.Model):  # it has layers, and the state of Keras' loops
+        if not type(layer).__module__.startswith("keras.src.models."):
             found[f"layer {number}, {layer.name!r}"] = _attributes(layer)
     for variable in network.variables:
         constraint = getattr(variable, "constraint", None)
@@ -106,7 +110,7 @@ def _attributes(thing, depth=0):
     """
     found = {}
     for name, value in getattr(thing, "__dict__", {}).items():
-        if name in _KEPT_BY_KERAS:
+        if name in (_KEPT_BY_MODELS if isinstance(thing, keras.Model) else _KEPT_BY_KERAS):
             continue
         if not name.startswith("_") or isinstance(value, _PRIVATE_VALUES):
             hides = hasattr(type(thing), name)

@@ -209,6 +209,8 @@ def sensitivities(step: PrivateStep) -> list[tuple[Any, list[int]]]:
         )
         return [(bounds[v.path], [i]) for i, v in enumerate(step.network.trainable_variables)]
     thresholds = step.clip.current() * (step.sample_weight_bound * ROUNDING)
+    # Where no noise could be scaled to one, the weights become NaN rather than public.
+    thresholds = ops.where(thresholds > 1e-18, thresholds, math.nan)
     return [(thresholds[i], group) for i, group in enumerate(step.units.groups())]
 
 
