@@ -162,10 +162,10 @@ class Unit(abc.ABC):
         squares, pull = outer(ops.expand_dims(x, 1), ops.expand_dims(g, 1), bool(biases))
 
         def split(factors):
-            kernel, *rest = pull(factors)
+            kernel, *offset = (v[0] for v in pull(factors))
             ends = list(itertools.accumulate(x.shape[-1] for _, x in pairs))
             starts = [0, *ends[:-1]]
-            return [kernel[0, i:j] for i, j in zip(starts, ends, strict=True)] + rest
+            return [kernel[i:j] for i, j in zip(starts, ends, strict=True)] + offset
 
         return [([*(v for v, _ in pairs), *biases], (squares, split))]
 

@@ -1,5 +1,7 @@
 """Networks whose layers clip their own gradients, one for each kind of unit and its options."""
 
+import math
+
 import keras
 from keras import layers as K
 from keras import ops
@@ -71,18 +73,19 @@ class States(K.Layer):
     def call(self, x, mask=None):
         begin = [0.3 * x[:, i, : self.inner.cell.units] for i in (1, 2)] if self.begin else None
         outputs, *states = self.inner(x, mask=mask, initial_state=begin)
-        outputs = ops.reshape(outputs, (ops.shape(outputs)[0], -1))
+        outputs = ops.reshape(outputs, (-1, math.prod(outputs.shape[1:])))
         return ops.concatenate([outputs, *(ops.sin(3.0 * s) for s in states)], axis=-1)
 
 
 class Pair(K.Layer):
-    """A layer of one's own that returns a tensor and another, and a number of tokens."""
+    """A layer of one's own that returns several tensors, one of integers."""
 
     def build(self, shape):
         self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
 
     def call(self, x):
-        return ops.tanh(x * self.scale), {"other": ops.sin(x) * self.scale, "count": 3}
+        other = {"signs": ops.cast(x > 0, "int32"), "sine": ops.sin(x) * self.scale}
+        return ops.tanh(x * self.scale), other
 
 
 class Both(K.Layer):
@@ -96,8 +99,8 @@ class Both(K.Layer):
         self.pair.build(shape)
 
     def call(self, x):
-        one, rest = self.pair(x)
-        return one + rest["count"] * rest["other"]
+        one, other = self.pair(x)
+        return one + ops.cast(other["signs"], x.dtype) * other["sine"]
 
 
 def _lora(layer, shape):

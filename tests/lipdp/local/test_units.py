@@ -58,6 +58,8 @@ class Attacked:
         return self._flat(self._gradients(values, *map(ops.convert_to_tensor, (x, g))))
 
     def _plain(self, values, x, g):
+        if keras.backend.backend() == "tensorflow":  # a tape watches variables
+            return steps.backend().pull_back(self.graph, x)[1](g)
         with keras.StatelessScope(list(zip(self.graph.variables, values, strict=True))):
             return steps.backend().pull_back(self.graph, x)[1](g)
 
