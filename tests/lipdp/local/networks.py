@@ -278,3 +278,26 @@ def build(name):
 
 
 NAMES = [*LAYERS, "subclassed, shared"]
+
+#: One for each kind of unit. The others are attacked in the slow tests.
+FAST = [
+    "dense",
+    "dense, positions, gram",
+    "dense, frozen kernel",
+    "einsum, own matrices",
+    "conv, products",
+    "conv, gram",
+    "depthwise",
+    "separable",
+    "transposed",
+    "layer normalization, two axes",
+    "prelu, shared",
+    "places",
+    "masked, backwards",
+    "reset before",
+    "at each time, conv",
+    "lora, positions",
+    "lora, embedding",
+    "two outputs",
+    "subclassed, shared",
+]
