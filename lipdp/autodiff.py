@@ -38,6 +38,30 @@ if keras.backend.backend() == "tensorflow":
     def _per_row(function, rows):
         return tf.vectorized_map(lambda row: function(*row), tuple(rows))
 
+    def _in_pieces(function, rows, size, shapes):
+        count = tf.shape(rows[0])[0]
+        pieces = -(-count // size)
+        missing = pieces * size - count
+        rows = [tf.pad(r, [[0, missing]] + [[0, 0]] * (r.shape.rank - 1)) for r in rows]
+
+        def body(i, sums, vectors):
+            piece = [
+                tf.ensure_shape(r[i * size : (i + 1) * size], (size, *r.shape[1:])) for r in rows
+            ]
+            added, vector = function(*piece)
+            sums = [a + b for a, b in zip(sums, added, strict=True)]
+            return i + 1, sums, vectors.write(i, vector)
+
+        vectors = tf.TensorArray("float32", pieces, element_shape=(size,))
+        # One piece after the other: in parallel they would need the memory of all.
+        _, sums, vectors = tf.while_loop(
+            lambda i, sums, vectors: i < pieces,
+            body,
+            [0, [tf.zeros(shape) for shape in shapes], vectors],
+            parallel_iterations=1,
+        )
+        return sums, tf.reshape(vectors.stack(), (-1,))[:count]
+
 elif keras.backend.backend() == "jax":
     import jax
 
@@ -49,6 +73,23 @@ elif keras.backend.backend() == "jax":
 
     def _per_row(function, rows):
         return jax.vmap(function)(*rows)
+
+    def _in_pieces(function, rows, size, shapes):
+        count = rows[0].shape[0]
+        pieces = -(-count // size)
+        missing = pieces * size - count
+        rows = [jax.numpy.pad(r, [(0, missing)] + [(0, 0)] * (r.ndim - 1)) for r in rows]
+
+        def body(sums, piece):
+            added, vector = function(*piece)
+            return [a + b for a, b in zip(sums, added, strict=True)], vector
+
+        sums, vectors = jax.lax.scan(
+            body,
+            [jax.numpy.zeros(shape) for shape in shapes],
+            [r.reshape(pieces, size, *r.shape[1:]) for r in rows],
+        )
+        return sums, vectors.reshape(-1)[:count]
 
 else:
     raise ImportError(
@@ -105,3 +146,29 @@ def per_row(function: Callable[..., list[Tensor]], rows: Sequence[Tensor]) -> li
     [2.0, 4.0]
     """
     return _per_row(function, list(rows))
+
+
+def in_pieces(
+    function: Callable[..., tuple[list[Tensor], Tensor]],
+    rows: Sequence[Tensor],
+    size: int,
+    shapes: Sequence[tuple[int, ...]],
+) -> tuple[list[Tensor], Tensor]:
+    """`function` of some rows at a time, one piece after the other. The last piece is filled up
+    with zeros.
+
+    Args:
+        function: maps rows to sums over them, and to a vector with an entry a row; in float32.
+        rows: tensors `(batch, ...)`; the number of rows need not be known in advance.
+        size: rows of a piece.
+        shapes: of the sums.
+
+    Returns:
+        The sums, added up, and the vectors, joined.
+
+    >>> x = keras.ops.array([1.0, 2.0, 3.0])
+    >>> sums, squares = in_pieces(lambda x: ([keras.ops.sum(x)], x * x), [x], 2, [()])
+    >>> [float(v) for v in sums], [float(v) for v in squares]
+    ([6.0], [1.0, 4.0, 9.0])
+    """
+    return _in_pieces(function, list(rows), size, list(shapes))

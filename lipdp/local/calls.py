@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from keras import ops, tree
 
 from lipdp.local.products import Tensor
 from lipdp.local.rows import UnitCall, check_rows_apart, over_batch
-from lipdp.local.units import Unit, find_units
+from lipdp.local.units import Unit, find_units, patched
 
 __all__ = ["Call", "LayerUnits", "layer_units"]
 
@@ -25,11 +26,13 @@ class Call:
         unit: its number.
         saved: tensors that its `measure` needs.
         static: what else it needs.
+        values: of how many values it needs the cotangents; None for those of one, not in a list.
     """
 
     unit: int
     saved: list[Tensor]
     static: Any
+    values: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,8 +71,8 @@ class LayerUnits:
         """While the scope lasts, units' calls are recorded, and their values go through `tap`.
 
         Args:
-            tap: of the number of the call and a value: gives the value back, whose cotangent will
-                be asked for.
+            tap: of a number and a value: gives the value back, whose cotangent will be asked for.
+                Values are numbered in the order in which they come.
             batch_size: rows of the batch.
 
         Yields:
@@ -78,7 +81,7 @@ class LayerUnits:
         Raises:
             RuntimeError: a call that was not found when the network was checked.
         """
-        calls = []
+        calls, numbers = [], itertools.count()
 
         def call_of(number, original, *args, **kwargs):
             unit = self.units[number]
@@ -94,14 +97,18 @@ class LayerUnits:
                 )
 
             def tapped(value, saved, static=None):
-                index = len(calls)
-                calls.append(Call(number, saved, static))
-                return tap(index, value)
+                many = isinstance(value, list)
+                calls.append(Call(number, saved, static, len(value) if many else None))
+                return [tap(next(numbers), v) for v in value] if many else tap(next(numbers), value)
 
             return unit.run(original, tapped, args, kwargs)
 
         with contextlib.ExitStack() as stack:
             for number, unit in enumerate(self.units):
+                # Fused kernels read weights without a call of the layer.
+                for layer in unit.layer._flatten_layers():
+                    if hasattr(layer, "use_cudnn"):
+                        stack.enter_context(patched(layer, use_cudnn=False))
                 stack.enter_context(_called_by(unit.layer, functools.partial(call_of, number)))
             yield calls
         if len(calls) < len(self.order):
@@ -127,7 +134,7 @@ class LayerUnits:
 
         Args:
             calls: all of a forward pass.
-            cotangents: of their values.
+            cotangents: of their values, in the order of `tap`.
             thresholds: `(units,)`.
             factors: `(batch,)`: what each example's clipped gradient is multiplied by.
             mask: `(batch,)`, 1 for examples and 0 for padding, which takes no part.
@@ -140,13 +147,25 @@ class LayerUnits:
         sums, within = [None] * len(self.units), [None] * len(self.units)
         real = ops.cast(ops.greater(mask, 0), "float32")
         factors = ops.where(real > 0, factors, 0.0)
-        for call, g in zip(calls, cotangents, strict=True):
+        cotangents = iter(cotangents)
+        for call in calls:
             unit, number = self.units[call.unit], call.unit
-            squares, pull = unit.measure(call.saved, g, call.static)
-            finite = ops.isfinite(squares)
-            norms = ops.sqrt(ops.where(finite, squares, 0.0))
-            ratio = norms * (uses[number] / thresholds[number])
-            parts = pull(ops.where(finite, factors / ops.maximum(ratio, 1.0), 0.0))
+            if call.values is None:
+                g = next(cotangents)
+            else:
+                g = list(itertools.islice(cotangents, call.values))
+            share = uses[number] / thresholds[number]
+
+            def ratios(squares, share=share):
+                finite = ops.isfinite(squares)
+                return finite, ops.sqrt(ops.where(finite, squares, 0.0)) * share
+
+            def scales(squares, factors, ratios=ratios):
+                finite, ratio = ratios(squares)
+                return ops.where(finite, factors / ops.maximum(ratio, 1.0), 0.0)
+
+            parts, squares = unit.clipped(call.saved, g, call.static, scales, factors)
+            finite, ratio = ratios(squares)
             inside = real * ops.cast(ops.logical_and(finite, ratio <= 1.0), "float32")
             if sums[number] is None:
                 sums[number], within[number] = parts, inside

@@ -15,7 +15,17 @@ from typing import Any
 
 from keras import ops
 
-__all__ = ["cleaned", "entrywise", "gram_is_cheaper", "outer", "row_squares", "taps"]
+__all__ = [
+    "cleaned",
+    "count_of",
+    "entrywise",
+    "gram_is_cheaper",
+    "outer",
+    "row_squares",
+    "taps",
+    "twice_summed",
+    "written",
+]
 
 Tensor = Any
 Pull = Callable[[Tensor], list[Tensor]]
@@ -42,14 +52,33 @@ def cleaned(squares: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
 def row_squares(rows: Tensor) -> Tensor:
     """An upper bound of each row's sum of squares, `(batch, ...)` to `(batch,)`.
 
-    Summed axis by axis: the error of a sum grows with the number of its terms.
+    Summed axis by axis: the error of a sum of n terms is up to `n·u` of it, in whatever order they
+    come. Many small terms that a large one swallows, one by one, do reach that.
     """
     squares = ops.square(rows)
-    terms = 8
-    for size in reversed(rows.shape[1:]):
-        squares = ops.sum(squares, axis=-1)
-        terms += size or 0
+    terms = 8.0
+    for axis in reversed(range(1, len(rows.shape))):
+        squares = _apart(ops.sum(squares, axis=-1))
+        terms += count_of(rows.shape[axis], rows, axis)
     return squares * (1 + terms * _U) + _TINY
+
+
+def twice_summed(terms: Tensor) -> Tensor:
+    """Sums over the last axis, then over the one before: n + m terms round, not n·m."""
+    return ops.sum(_apart(ops.sum(terms, axis=-1)), axis=-1)
+
+
+def count_of(size: int | None, tensor: Tensor, axis: int) -> Any:
+    """The size of an axis, a tensor where it is not known in advance."""
+    return float(size) if size is not None else ops.cast(ops.shape(tensor)[axis], "float32")
+
+
+def _apart(sums):
+    """The same sums. XLA makes one sum of two that follow each other, whose error is that of all
+    terms together; it cannot where the smaller ones among the inner sums might be replaced.
+    Infinity stays, and -infinity comes with a bound that is infinite.
+    """
+    return ops.maximum(sums, -3e38)
 
 
 def outer(x: Tensor, g: Tensor, bias: bool = False) -> tuple[Tensor, Pull]:
@@ -97,22 +126,32 @@ def gram_is_cheaper(positions: int | None, p: int, c: int) -> bool:
     Products come out weighted and summed: the layer's own product is not needed any more, and what
     remains is to read them a few times, which takes as long as some 32 multiplications an entry.
     """
-    fewer = positions is not None and positions**2 * (p + c) < 32 * p * c
-    return fewer or p * c > _LARGEST_PRODUCT
+    if positions is None:
+        return False
+    large = p * c > _LARGEST_PRODUCT and positions**2 < p * c
+    return large or positions**2 * (p + c) < 32 * p * c
+
+
+def written(positions: int | None, p: int, c: int) -> int:
+    """How many numbers `outer` writes out for one example and group."""
+    if positions == 1:
+        return 0
+    return 3 * positions**2 if gram_is_cheaper(positions, p, c) else p * c
 
 
 def _by_gram(x, g, bias):
-    _, _, positions, p = x.shape
+    positions, p = x.shape[2:]
     c = g.shape[-1]
     xx, gg = (ops.matmul(v, ops.swapaxes(v, 2, 3)) for v in (x, g))
-    lengths = ops.sqrt(_last_squares(x) * _last_squares(g))
+    # Product of two roots: the squares' own product may overflow, or vanish.
+    lengths = ops.sqrt(_last_squares(x)) * ops.sqrt(_last_squares(g))
     whole = ops.sum(lengths, axis=-1)
     if bias:
         # The same with a 1 behind each x_t.
         xx = xx + 1.0
         whole = whole + ops.sum(ops.sqrt(_last_squares(g)), axis=-1)
-    terms = p + c + 2 * (positions or 1024) + 8
-    exact = ops.sum(ops.sum(xx * gg, axis=-1), axis=-1)
+    terms = p + c + 2 * positions + 8
+    exact = twice_summed(xx * gg)
     squares = ops.maximum(exact, 0.0) + terms * _U * ops.square(whole)
     # What `pull` adds up for one example rounds, too, by this much of the terms' lengths.
     norms = ops.sqrt(squares) + terms * _U * whole
