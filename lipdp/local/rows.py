@@ -299,6 +299,7 @@ class _Run:
             if not batched:
                 args, kwargs = self._over_batch(layer, args, kwargs)
             if unit:
+                self._check_unit(layer, args, kwargs)
                 self.calls.append(UnitCall(layer, batched))
             if type(layer) is keras.layers.TimeDistributed:
                 outputs = self._time_distributed(layer, args, kwargs)
@@ -321,6 +322,19 @@ class _Run:
             return outputs
         finally:
             self._stack.pop()
+
+    def _check_unit(self, layer, args, kwargs):
+        if layer._remat_mode:
+            raise self.refusal(
+                layer, "it is computed twice, under RematScope", "Make it outside of the scope."
+            )
+        flat = tree.flatten((args, kwargs))
+        if any(ops.is_tensor(v) and not isinstance(v, keras.KerasTensor) for v in flat):
+            raise self.refusal(
+                layer,
+                "it is called on the batch and on a tensor that has no row for each example",
+                "Give each example a copy, with keras.ops.broadcast_to.",
+            )
 
     def _over_batch(self, layer, args, kwargs):
         def symbolic(x):

@@ -198,9 +198,11 @@ class _Weighted(Unit):
 
     def run(self, call, tap, args, kwargs):
         activation = self.layer.activation
+        # Integers would be measured as such: their squares wrap.
+        x = ops.cast(_first(args, kwargs), self.layer.compute_dtype)
         with patched(self.layer, activation=None):
-            value = call(*args, **kwargs)
-        value = tap(value, [_first(args, kwargs)])
+            value = call(x)
+        value = tap(value, [x])
         return value if activation is None else activation(value)
 
     def _low_rank(self):
@@ -808,9 +810,33 @@ _KINDS = {
 }
 
 
+# What a subclass may define and still compute as its base does.
+_HARMLESS = frozenset(
+    ("__init__", "build", "get_config", "from_config", "compute_output_shape", "bound")
+)
+
+
+_OF_EVERY_LAYER = frozenset(vars(K.Layer()))
+
+
 def _kind(layer):
     kind = _KINDS.get(type(layer).call, AnyUnit)
-    return kind if kind.fits(layer) else AnyUnit
+    return kind if _computes_as_keras(layer) and kind.fits(layer) else AnyUnit
+
+
+def _computes_as_keras(layer):
+    """Whether nothing that its `call` may call is the layer's own, such as a `convolution_op`."""
+    cls = type(layer)
+    hidden = vars(layer).keys() - _OF_EVERY_LAYER
+    if any(callable(getattr(cls, name, None)) for name in hidden):
+        return False
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("keras", "lipdp"):
+            return True
+        own = {name for name, value in vars(base).items() if callable(value)}
+        if not own <= _HARMLESS or any(isinstance(v, property) for v in vars(base).values()):
+            return False
+    return True
 
 
 def find_units(network: keras.Model) -> list[Unit]:
