@@ -367,7 +367,8 @@ def network_bounds(
     traced = network if isinstance(network, Trace) else trace(network)
     if len(traced.outputs) != 1:
         raise ValueError(
-            f"`network` must have one output; {traced.network.name!r} has {len(traced.outputs)}."
+            f"`network` must have one output; {traced.network.name!r} has {len(traced.outputs)}. "
+            "Join them with keras.layers.Concatenate."
         )
     calls, (output,) = traced.calls, traced.outputs
     forward = dict.fromkeys(traced.inputs, input_bound)

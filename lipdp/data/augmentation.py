@@ -82,8 +82,8 @@ class Augmentation(keras.layers.Layer):
         return ops.repeat(values, self.views, axis=0) if self.views > 1 else values
 
     def averaged(self, values: Any) -> Any:
-        """`(batch·views,)` to `(batch,)`, the mean of an example's views."""
-        return ops.mean(ops.reshape(values, (-1, self.views)), axis=1)
+        """`(batch·views, ...)` to `(batch, ...)`, the mean of an example's views."""
+        return ops.mean(ops.reshape(values, (-1, self.views, *values.shape[1:])), axis=1)
 
 
 def _each_by_itself(layer, x):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -52,6 +53,14 @@ class LayerUnits:
         numbers = {id(v): i for i, v in enumerate(self.variables)}
         return [[numbers[id(v)] for v in unit.variables] for unit in self.units]
 
+    def names(self) -> list[str]:
+        """For each unit the name of its layer; its path, where another has the same name."""
+        names = [unit.layer.name for unit in self.units]
+        return [
+            unit.layer.path if names.count(name) > 1 else name
+            for unit, name in zip(self.units, names, strict=True)
+        ]
+
     @contextlib.contextmanager
     def recorded(
         self, tap: Callable[[int, Tensor], Tensor], batch_size: Any
@@ -93,9 +102,7 @@ class LayerUnits:
 
         with contextlib.ExitStack() as stack:
             for number, unit in enumerate(self.units):
-                own = vars(unit.layer)
-                stack.callback(_restore, own, own.get("call"))
-                own["call"] = functools.partial(call_of, number, unit.layer.call)
+                stack.enter_context(_called_by(unit.layer, functools.partial(call_of, number)))
             yield calls
         if len(calls) < len(self.order):
             raise RuntimeError(
@@ -172,7 +179,35 @@ def layer_units(network: keras.Model) -> LayerUnits:
     return LayerUnits(tuple(units), tuple(order), tuple(network.trainable_variables))
 
 
-def _restore(own, call):
-    del own["call"]
-    if call is not None:
-        own["call"] = call
+class _Calls:
+    """Stands in for a layer's `call`, for some threads each in another way."""
+
+    def __init__(self, layer):
+        self.original = layer.call
+        self.hidden = vars(layer).get("call")  # an attribute that is no method of the class
+        self.of_thread = {}
+
+    def __call__(self, *args, **kwargs):
+        call = self.of_thread.get(threading.get_ident())
+        return self.original(*args, **kwargs) if call is None else call(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _called_by(layer, call):
+    """While the scope lasts, this thread calls a layer as `call(original, *args, **kwargs)`.
+
+    Under a strategy of TensorFlow each replica traces the step in a thread of its own, and where
+    replicas meet, in the update of a seed, say, one waits in the middle of its forward pass.
+    """
+    own, thread = vars(layer), threading.get_ident()
+    calls = own["call"] if isinstance(own.get("call"), _Calls) else _Calls(layer)
+    calls.of_thread[thread] = functools.partial(call, calls.original)
+    own["call"] = calls
+    try:
+        yield
+    finally:
+        del calls.of_thread[thread]
+        if not calls.of_thread:  # the last to leave, who need not be the first that came
+            del own["call"]
+            if calls.hidden is not None:
+                own["call"] = calls.hidden

@@ -191,7 +191,8 @@ def get(loss: str | Loss) -> Loss:
         return loss
     raise TypeError(
         f"`loss` must be {accepted}; got {loss if isinstance(loss, type) else type(loss)}. "
-        "Several losses or outputs are not supported."
+        "Training takes one loss of one output: join several with keras.layers.Concatenate, and "
+        "their targets, and add up in a function what each costs."
     )
 
 

@@ -64,29 +64,30 @@ def standard_deviations(
 
 
 def resolve_allocation(
-    allocation: str | Mapping[str, float], variables: Sequence[Any]
+    allocation: str | Mapping[str, float], names: Sequence[str], of: str = "trainable weight"
 ) -> str | list[float]:
     """An allocation as `standard_deviations` takes it.
 
     Args:
-        allocation: a name, or a number for each variable's path.
-        variables: the trainable ones.
+        allocation: a name of an allocation, or a dict with a number for each of `names`.
+        names: of what the noise is shared over: paths of weights, or names of layers.
+        of: what they name.
 
     Raises:
-        ValueError: an unknown name; a path too many or too few; a number that is not positive.
+        ValueError: an unknown allocation; a name too many or too few; a number that is not
+            positive.
     """
     if isinstance(allocation, Mapping):
-        paths = [v.path for v in variables]
-        if set(allocation) != set(paths):
+        if set(allocation) != set(names):
             raise ValueError(
-                "`allocation` must give a number for each trainable weight, "
-                f"{', '.join(map(repr, paths))}; got {', '.join(map(repr, allocation))}."
+                f"`allocation` must give a number for each {of}, {', '.join(map(repr, names))}; "
+                f"got {', '.join(map(repr, allocation))}."
             )
-        return [check_number(allocation[path], f"allocation[{path!r}]") for path in paths]
+        return [check_number(allocation[name], f"allocation[{name!r}]") for name in names]
     if allocation not in ALLOCATIONS:
         raise ValueError(
-            f"`allocation` must be one of {ALLOCATIONS}, or a dict of a number for each weight's "
-            f"path; got {allocation!r}."
+            f"`allocation` must be one of {ALLOCATIONS}, or a dict of a number for each {of}; got "
+            f"{allocation!r}."
         )
     return allocation
 

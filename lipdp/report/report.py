@@ -53,7 +53,7 @@ class Report(Figures):
                 [bounds[v.path] for v in variables],
                 [math.prod(v.shape) for v in variables],
                 noise,
-                resolve_allocation(model.allocation, variables),
+                resolve_allocation(model.allocation, [v.path for v in variables]),
             )
             stds = [s / divisor for s in sums]
             total = math.sqrt(

@@ -7,12 +7,14 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
 from accountants.validation import check_number
+from lipdp.local.calls import LayerUnits
 
 __all__ = [
     "AdaptiveClip",
@@ -214,6 +216,10 @@ class TrackedClip:
         return split_noise(noise_multiplier, expected_batch_size, count)
 
 
+# Thresholds beyond which squares of norms are no longer numbers of float32.
+_RANGE = (1e-9, 1e15)
+
+
 @dataclasses.dataclass(frozen=True)
 class PerLayerClip:
     """Each layer clips its own gradient, example by example, as the backward pass comes by.
@@ -232,13 +238,21 @@ class PerLayerClip:
 
     The noisy gradient of each layer is divided by its threshold before the optimizer sees it. It
     is as long for a threshold of 10 as for one of 0.001, and the learning rate need not know them.
+    With an `allocation` that gives several layers one std, all are divided by the same number, the
+    root mean square of the thresholds. Either way the noise of an update depends on no threshold.
+    A layer without gradients, an embedding of tokens that never occur, say, is moved by that noise
+    alone, however small its threshold has become; freeze it.
 
     Args:
-        threshold: for fixed thresholds a number for all layers; None for adaptive ones.
+        threshold: for fixed thresholds a number for all layers, or a dict with one for each layer
+            that has trained weights, by its name (its path, where two share a name); None for
+            adaptive ones.
         quantile: fraction of an expected batch that should pass unclipped.
         initial: threshold of the first step. One that is too small does no harm: all gradients are
             cut to one norm until it has grown.
-        learning_rate: speed in log space.
+        learning_rate: speed in log space. In a step a threshold grows by a factor of at most
+            `exp(learning_rate·quantile)`, but for noise, and shrinks by one of at most
+            `exp(learning_rate·(1 − quantile))`. It stays between 1e-9 and 1e15.
         count_noise_multiplier: noise of the counts in units of their sensitivity; by default
             `max(expected batch size / 10√L, 5·σ)`, which costs 2 % of gradient noise at most.
 
@@ -249,7 +263,7 @@ class PerLayerClip:
     (True, False)
     """
 
-    threshold: float | None = None
+    threshold: float | Mapping[str, float] | None = None
     quantile: float = 0.5
     initial: float = 0.05
     learning_rate: float = 0.2
@@ -258,10 +272,15 @@ class PerLayerClip:
     def __post_init__(self):
         if not 0 < check_number(self.quantile, "quantile") < 1:
             raise ValueError(f"`quantile` must lie strictly in (0, 1); got {self.quantile!r}.")
-        for name in ("threshold", "initial", "learning_rate", "count_noise_multiplier"):
-            value = getattr(self, name)
-            if value is not None:
-                check_number(value, name)
+        if isinstance(self.threshold, Mapping):
+            kept = {n: _check_threshold(v, f"threshold[{n!r}]") for n, v in self.threshold.items()}
+            object.__setattr__(self, "threshold", kept)
+        elif self.threshold is not None:
+            _check_threshold(self.threshold, "threshold")
+        _check_threshold(self.initial, "initial")
+        check_number(self.learning_rate, "learning_rate")
+        if self.count_noise_multiplier is not None:
+            check_number(self.count_noise_multiplier, "count_noise_multiplier")
 
     @property
     def adaptive(self) -> bool:
@@ -269,36 +288,62 @@ class PerLayerClip:
         return self.threshold is None
 
 
+def _check_threshold(value, name):
+    value = check_number(value, name)
+    if not _RANGE[0] <= value <= _RANGE[1]:
+        raise ValueError(
+            f"`{name}` must lie between {_RANGE[0]:g} and {_RANGE[1]:g}, as squares of norms in "
+            f"float32 do; got {value!r}."
+        )
+    return value
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class LayerThresholds:
-    """The thresholds of one model with a `PerLayerClip`: their state is a Keras variable.
+    """The thresholds of one model with a `PerLayerClip`; adaptive ones are a Keras variable.
 
     Args:
         settings: the `PerLayerClip`.
-        variable: `(layers,)`, the thresholds; the model owns it, so that checkpoints hold it.
+        units: the layers that are clipped.
+        variable: `(layers,)`, adaptive thresholds; the model owns it, so that checkpoints hold it.
+            None for fixed ones.
+
+    Raises:
+        ValueError: fixed thresholds of other layers than these.
     """
 
     settings: PerLayerClip
-    variable: keras.Variable
+    units: LayerUnits
+    variable: keras.Variable | None = None
 
     #: Nothing is known of the loss.
     loss_gradient_bound = math.inf
 
+    def __post_init__(self):
+        given, names = self.settings.threshold, self.units.names()
+        if isinstance(given, Mapping) and set(given) != set(names):
+            raise ValueError(
+                "`clip` must have a threshold for each layer with trained weights, "
+                f"{', '.join(map(repr, names))}; got {', '.join(map(repr, given)) or 'none'}."
+            )
+
     @property
     def counts(self) -> int:
         """How many fractions of rows within the thresholds a step counts."""
-        return self.variable.shape[0] if self.settings.adaptive else 0
+        return len(self.units.units) if self.settings.adaptive else 0
 
     def current(self) -> Any:
         """The thresholds, a tensor `(layers,)`."""
-        if not self.settings.adaptive:  # whatever the variable was set to
-            return ops.full(self.variable.shape, self.settings.threshold, "float32")
-        return ops.clip(self.variable.value, *self.RANGE)
+        if self.settings.adaptive:
+            return ops.clip(self.variable.value, *_RANGE)
+        given = self.settings.threshold
+        fixed = [given[n] if isinstance(given, Mapping) else given for n in self.units.names()]
+        return ops.convert_to_tensor(fixed, "float32")
 
     def update(self, fractions: Any) -> None:
         """Moves towards the quantile, from the noisy fractions of rows within the thresholds."""
         move = self.settings.learning_rate * (fractions - self.settings.quantile)
-        self.variable.assign(ops.clip(self.variable * ops.exp(-move), *self.RANGE))
+        self.variable.assign(ops.clip(self.current() * ops.exp(-move), *_RANGE))
 
     def split(self, noise_multiplier: float, expected_batch_size: float) -> tuple[float, float]:
         """(multiplier of the gradients, multiplier of the counts), as `split_noise`."""
@@ -306,9 +351,6 @@ class LayerThresholds:
             return noise_multiplier, 0.0
         batch_size = expected_batch_size / math.sqrt(self.counts)
         return split_noise(noise_multiplier, batch_size, self.settings.count_noise_multiplier)
-
-    #: Beyond which squares of norms are no longer numbers of float32.
-    RANGE = (1e-9, 1e15)
 
 
 def check_clip(clip: Any) -> "float | AdaptiveClip | PerLayerClip | None":

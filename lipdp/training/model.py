@@ -22,7 +22,7 @@ from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import as_graph, check_trainable, check_units, final_activation
-from lipdp.noise import SecureNoise, make_noise, resolve_allocation
+from lipdp.noise import SecureNoise, make_noise
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
@@ -36,7 +36,7 @@ from lipdp.training.clipping import (
     check_clip,
 )
 from lipdp.training.history import History
-from lipdp.training.plan import Plan, make_plan, step_of
+from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
 from lipdp.training.trial import over_positions, try_loss
@@ -82,14 +82,17 @@ class PrivateModel(keras.Model):
             `FixedSize`, `RandomAllocation`, `ShuffledEpochs` or `FullBatch`, each accounted as it
             is drawn; `CyclicPoisson` or `FixedEpochs` for correlated noise.
         clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
-            default the loss' own bound; a loss without one needs a clip.
+            default the loss' own bound; a loss without one needs a clip. Or
+            `lipdp.PerLayerClip(...)`: each layer clips its own gradient, and none needs a bound.
         augmentation: `lipdp.Augmentation(layers, views)`: random views of each example.
         physical_batch_size: most rows that are computed at once: a drawn batch is split into
             pieces of this size, whose gradients are summed before the noise, once. Same result,
             less memory.
         allocation: how noise is shared over the weights: `"global"`, `"per_weight"`, `"least"`
             (least total noise), or a dict: for the path of each trainable weight its share of the
-            budget (of `1/σ²`), up to a factor.
+            budget (of `1/σ²`), up to a factor. With `PerLayerClip` it is shared over the layers
+            with trained weights, and a dict names these: by their names, or their paths where two
+            share a name.
         noise: `"gaussian"`, floating-point noise, independent in every step; `"secure"`, discrete
             Gaussian noise on a grid, from the operating system's cryptographic generator, which
             leaves no traces in the last bits (`lipdp.noise.SecureNoise` has its guarantee and its
@@ -178,8 +181,6 @@ class PrivateModel(keras.Model):
                 "`augmentation` must be lipdp.Augmentation(layers, views=...); got "
                 f"{augmentation!r}."
             )
-        if augmentation is not None and len(getattr(network, "inputs", [])) > 1:
-            raise ValueError("`augmentation` is for networks with one input.")
         self.augmentation = augmentation
         if physical_batch_size is not None:
             physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
@@ -192,9 +193,17 @@ class PrivateModel(keras.Model):
             self.units = check_units(network)
         else:
             check_trainable(network)
-        resolve_allocation(allocation, network.trainable_variables)
-        self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
+        if augmentation is not None and len(self.graph.inputs) > 1:
+            raise ValueError("`augmentation` is for networks with one input.")
+        if len(self.graph.outputs) > 1:
+            raise ValueError(
+                f"`network` must have one output; {network.name!r} has {len(self.graph.outputs)}. "
+                "Join them, keras.layers.Concatenate()([a, b]), and their targets; a loss of your "
+                "own, a function (y_true, y_pred), takes them apart and adds up what each costs."
+            )
         self.network = network
+        self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
+        allocation_of(self)
         self.random_source = RandomSource(seed)
         self.fits = 0  # runs that were begun
         self.devices = SINGLE_DEVICE
@@ -293,7 +302,7 @@ class PrivateModel(keras.Model):
                 f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
                 "`clip`, a number or lipdp.AdaptiveClip(...)."
             )
-        try_loss(loss, self.network.output_shape[1:])
+        try_loss(loss, self.graph.output_shape[1:])
         optimizer.build(self.network.trainable_variables)
         built_for = set(map(id, optimizer._trainable_variables))
         if not built_for.issuperset(map(id, self.network.trainable_variables)):
@@ -680,17 +689,7 @@ class PrivateModel(keras.Model):
     def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip | LayerThresholds:
         """The clip's state: that of an earlier `compile` goes on."""
         if self.units is not None:
-            shape = (len(self.units.units),)
-            if self.clip_state is not None and self.clip_state.variable.shape == shape:
-                return self.clip_state
-            variable = self.add_weight(
-                shape=shape,
-                initializer=keras.initializers.Constant(self.clip.threshold or self.clip.initial),
-                trainable=False,
-                name="thresholds",
-                aggregation="only_first_replica",
-            )
-            return LayerThresholds(self.clip, variable)
+            return self._thresholds()
         if not isinstance(self.clip, AdaptiveClip):
             norm = math.inf if self.clip is None else self.clip
             return FixedClip(norm, loss_gradient_bound)
@@ -708,6 +707,29 @@ class PrivateModel(keras.Model):
                 aggregation="only_first_replica",
             )
         return TrackedClip(self.clip, loss_gradient_bound, variable)
+
+    def _thresholds(self) -> LayerThresholds:
+        """The thresholds of the units. Layers that an earlier `compile` found keep theirs."""
+        if not self.clip.adaptive:
+            return LayerThresholds(self.clip, self.units)
+        layers = [unit.layer for unit in self.units.units]
+        known = {}
+        if self.clip_state is not None:
+            values = ops.convert_to_numpy(self.clip_state.variable)
+            earlier = [unit.layer for unit in self.clip_state.units.units]
+            known = {id(k): float(v) for k, v in zip(earlier, values, strict=True)}
+            if list(known) == list(map(id, layers)):
+                return LayerThresholds(self.clip, self.units, self.clip_state.variable)
+            self._untrack_variable(self.clip_state.variable)
+        values = [known.get(id(layer), self.clip.initial) for layer in layers]
+        variable = self.add_weight(
+            shape=(len(layers),),
+            initializer=lambda shape, dtype: ops.cast(values, dtype),
+            trainable=False,
+            name="thresholds",
+            aggregation="only_first_replica",
+        )
+        return LayerThresholds(self.clip, self.units, variable)
 
 
 def _check_head(network, loss):

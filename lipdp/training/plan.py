@@ -30,7 +30,7 @@ from lipdp.training.spending import ActiveRun
 from lipdp.training.steps.private_step import PrivateStep, StepConstants
 from lipdp.training.trial import try_augmentation, try_loss, try_metrics, try_validation
 
-__all__ = ["Plan", "make_plan", "run_fingerprint", "step_of"]
+__all__ = ["Plan", "allocation_of", "make_plan", "run_fingerprint", "step_of"]
 
 
 # A row that occurs so often is asked about.
@@ -176,7 +176,7 @@ def make_plan(
 
 def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
     """What the steps of a compiled model read, as it is configured now."""
-    allocation = resolve_allocation(model.allocation, model.network.trainable_variables)
+    allocation = allocation_of(model)
     return PrivateStep(
         network=model.graph,
         optimizer=model.optimizer,
@@ -191,6 +191,19 @@ def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
         update_metrics=model.update_metrics,
         constants=constants,
     )
+
+
+def allocation_of(model: Any) -> str | list[float]:
+    """How noise is shared over the weights, or over the layers that clip their own gradients.
+
+    Raises:
+        ValueError: `allocation` does not fit them.
+    """
+    if model.units is not None:
+        return resolve_allocation(
+            model.allocation, model.units.names(), "layer with trained weights"
+        )
+    return resolve_allocation(model.allocation, [v.path for v in model.network.trainable_variables])
 
 
 def run_fingerprint(

@@ -160,26 +160,27 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
 
     # Read from the weights that the forward pass used, before they change.
     groups = sensitivities(step)
+    bounds = [bound for bound, _ in groups]
     sizes = [math.prod(v.shape) for v in variables]
     stds_of_groups = standard_deviations(
-        [bound for bound, _ in groups],
+        bounds,
         [sum(sizes[i] for i in group) for _, group in groups],
         constants.gradient_noise_multiplier,
         step.allocation,
     )
-    stds, units = [None] * len(variables), [None] * len(variables)
-    for std, (bound, group) in zip(stds_of_groups, groups, strict=True):
+    scales_of_groups = update_scales(step, bounds)
+    stds, scales = [None] * len(variables), [None] * len(variables)
+    for std, scale, (_, group) in zip(stds_of_groups, scales_of_groups, groups, strict=True):
         for i in group:
-            stds[i], units[i] = std, bound
+            stds[i], scales[i] = std, scale
     if step.clip.counts:
         stds = [*stds, 0.5 * math.sqrt(step.clip.counts) * constants.count_noise_multiplier]
     if any(ops.is_tensor(std) for std in stds):
         stds = _synchronise(stds)
     noisy = step.noise.add(backend, features, sums, stds)
     updates = []
-    for variable, total, unit in zip(variables, noisy[: len(variables)], units, strict=True):
-        # A layer's own threshold is its unit, so that its updates do not depend on it.
-        update = total * (1.0 / divisor) if step.units is None else total / (divisor * unit)
+    for variable, total, scale in zip(variables, noisy[: len(variables)], scales, strict=True):
+        update = total * (1.0 / divisor) if scale is None else total / (divisor * scale)
         if variable.regularizer is not None:
             # A penalty on the weights depends on no data: it comes after the noise.
             update = update + gradient(variable.regularizer, variable.value)[1]
@@ -213,6 +214,21 @@ def sensitivities(step: PrivateStep) -> list[tuple[Any, list[int]]]:
         return [(bounds[v.path], [i]) for i, v in enumerate(step.network.trainable_variables)]
     thresholds = step.clip.current() * (step.sample_weight_bound * ROUNDING)
     return [(thresholds[i], group) for i, group in enumerate(step.units.groups())]
+
+
+def update_scales(step: PrivateStep, bounds: list) -> list:
+    """What the noisy mean of each group is divided by, or None where it is the update itself.
+
+    Thresholds may be of any size, and an update depends on none: a layer's is divided by its own.
+    One std for all, or the least noise in all, is for gradients side by side as they are: all are
+    divided by one number then. A layer whose threshold is small would else get noise that is many
+    times its threshold, and after the division many times everybody's.
+    """
+    if step.units is None:
+        return [None] * len(bounds)
+    if step.allocation in ("global", "least"):
+        return [ops.sqrt(sum(b * b for b in bounds) / len(bounds))] * len(bounds)
+    return bounds
 
 
 def gradient_sums(

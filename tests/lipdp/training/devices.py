@@ -29,6 +29,19 @@ def wide_network(hidden=8):
     return dense_network(classes=4, hidden=hidden)
 
 
+def clipped_network(hidden=8):
+    """Its layers clip their own gradients; the dropout drops nothing."""
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(hidden, activation="tanh"),
+            keras.layers.Dropout(1e-9),
+            keras.layers.LayerNormalization(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
 def cases():
     """By name, the arguments of a model, and what else is out of the ordinary."""
     poisson = {"sampling": lipdp.PoissonSampling(16)}
@@ -41,6 +54,13 @@ def cases():
         },  # shards and whole batches are empty
         "conv": poisson | {"network": conv_network, "shape": (8, 8, 1)},
         "adaptive": poisson | {"clip": lipdp.AdaptiveClip(0.5), "physical_batch_size": 3},
+        "per layer": poisson
+        | {
+            "network": clipped_network,
+            "clip": lipdp.PerLayerClip(initial=0.5),
+            "physical_batch_size": 3,
+        },
+        "per layer, whole": poisson | {"network": clipped_network, "clip": lipdp.PerLayerClip()},
         "shuffled": {"sampling": lipdp.ShuffledEpochs(13), "weights": True},
         "stream": {"sampling": lipdp.ShuffledEpochs(13), "streamed": True},
         "augmented": poisson

@@ -42,6 +42,8 @@ SLOW = [
     "loop",
     "conv",
     "adaptive",
+    "per layer",
+    "per layer, whole",
     "shuffled",
     "stream",
     "augmented",

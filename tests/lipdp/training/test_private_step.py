@@ -156,7 +156,7 @@ def test_shares_are_for_all_weights_by_their_paths():
     network = dense_network()
     paths = [v.path for v in network.trainable_variables]
     whole = dict.fromkeys(reversed(paths), 1.0) | {paths[0]: 4.0}
-    assert noise.resolve_allocation(whole, network.trainable_variables) == [4.0, 1.0, 1.0, 1.0]
+    assert noise.resolve_allocation(whole, paths) == [4.0, 1.0, 1.0, 1.0]
     for wrong in ({paths[0]: 1.0}, {**whole, "other": 1.0}, {}, {**whole, paths[1]: 0.0}):
         with pytest.raises(ValueError, match="allocation"):
             private(network, allocation=wrong)
