@@ -12,7 +12,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 from keras import ops
@@ -225,15 +225,68 @@ def held_by(variable: Any) -> Projection | None:
     return variable.constraint
 
 
-def matrix_norm(variable, matrix=None):
+_known = contextvars.ContextVar("known", default=None)  # {(id of the weight, kind): norm}
+_noted = contextvars.ContextVar("noted", default=None)
+
+
+@contextlib.contextmanager
+def noted_norms() -> Iterator[list[tuple[Any, Hashable, float]]]:
+    """Notes `(weight, kind, norm)` of each frozen weight that is measured while the scope lasts."""
+    noted = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+@contextlib.contextmanager
+def known_norms(norms: Iterable[tuple[Any, Hashable, float]]) -> Iterator[None]:
+    """While the scope lasts, frozen weights have the norms that were noted and are not measured.
+
+    Whoever opens it has made sure that their values are still those.
+    """
+    token = _known.set({(id(variable), kind): norm for variable, kind, norm in norms})
+    try:
+        yield
+    finally:
+        _known.reset(token)
+
+
+def measured(variable: Any, kind: Hashable, measure: Callable[[], Any]) -> Any:
+    """`measure()`, a norm of the weight's value; of a frozen one what is known of it instead.
+
+    Args:
+        variable: the weight.
+        kind: says what is measured of it, and how: the same for the same norm only.
+        measure: measures it.
+    """
+    if variable.trainable:
+        return measure()
+    known = (_known.get() or {}).get((id(variable), kind))
+    if known is not None:
+        return ops.convert_to_tensor(known, "float32")
+    norm = measure()
+    if _noted.get() is not None:
+        _noted.get().append((variable, kind, as_float(norm)))
+    return norm
+
+
+def matrix_norm(variable, axes=None, shape=None):
     """Bound of the spectral norm of a matrix-shaped weight, now and until it is updated; of the
-    largest one if `matrix`, the weight's value rearranged, is a stack of matrices."""
+    largest one of the stack of matrices that the weight is once its axes are put into the order
+    `axes` and it is given the shape `shape`."""
     ball = held_by(variable)
     if type(ball) is NormBall:
         return ball.radius
     if type(ball) in (AlmostOrthogonal, SpectralBall) and len(variable.shape) == 2:
         return ball.radius
-    return ops.max(norms.spectral_norm_bound(variable if matrix is None else matrix))
+
+    def measure():
+        stack = variable if axes is None else ops.reshape(ops.transpose(variable, axes), shape)
+        return ops.max(norms.spectral_norm_bound(stack))
+
+    return measured(variable, ("matrix", axes, shape), measure)
 
 
 def row_norm(variable):
@@ -241,19 +294,23 @@ def row_norm(variable):
     ball = held_by(variable)
     if type(ball) in (RowBall, NormBall):
         return ball.radius
-    return ops.max(norms.euclidean_norm(variable, axis=-1))
+    return measured(variable, "row", lambda: ops.max(norms.euclidean_norm(variable, axis=-1)))
 
 
 def vector_norm(variable):
     """Bound of the Euclidean norm of a weight."""
     ball = held_by(variable)
-    return ball.radius if type(ball) is NormBall else norms.euclidean_norm(variable)
+    if type(ball) is NormBall:
+        return ball.radius
+    return measured(variable, "vector", lambda: norms.euclidean_norm(variable))
 
 
 def entry_norm(variable):
     """Bound of the absolute value of each entry of a weight."""
     ball = held_by(variable)
-    return ball.radius if type(ball) is EntryBall else ops.max(ops.abs(variable))
+    if type(ball) is EntryBall:
+        return ball.radius
+    return measured(variable, "entry", lambda: ops.max(ops.abs(variable)))
 
 
 def conv_norm(variable, ball=ConvBall, **geometry):
@@ -264,4 +321,5 @@ def conv_norm(variable, ball=ConvBall, **geometry):
         return held.radius
     if type(held) is AlmostOrthogonal and ball is ConvBall:
         return held.radius
-    return ops.max(ball.bound(variable, **geometry))
+    kind = ball, repr(sorted(geometry.items()))
+    return measured(variable, kind, lambda: ops.max(ball.bound(variable, **geometry)))

@@ -312,8 +312,30 @@ def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
     return last, name.lower()
 
 
+class Assignments(keras.StatelessScope):
+    """A scope in which no variable changes, and which notes those that would have.
+
+    The states of random generators, which tell of no data, are left out.
+
+    >>> weight = keras.Variable(1.0, name="w")
+    >>> with Assignments() as scope:
+    ...     _ = weight.assign(2.0)
+    >>> [v.name for v in scope.assigned.values()], float(weight)
+    (['w'], 1.0)
+    """
+
+    def __init__(self) -> None:
+        super().__init__(collect_losses=True)
+        self.assigned = {}
+
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
+        super().add_update(update)
+        if update[0].name != "seed_generator_state":
+            self.assigned[id(update[0])] = update[0]
+
+
 def _assigned_in_call(network):
-    """Problems: weights that a call in training mode assigns.
+    """Problems: variables that a call in training mode assigns.
 
     It is called on zeros where its shapes are known, without a trace in its variables. What a layer
     adds to the loss shows only then, too, and `rule_of` finds it.
@@ -322,13 +344,12 @@ def _assigned_in_call(network):
     if any(n is None for t in inputs for n in t.shape[1:]):
         return []
     zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
-    with keras.StatelessScope(collect_losses=True) as scope:
+    with Assignments() as scope:
         network(zeros if len(zeros) > 1 else zeros[0], training=True)
     return [
         f"A layer assigns to {variable.path!r} while it is called in training mode: what it writes "
         "has no noise, and no bound holds for it. Leave that out, or do it in a callback."
-        for variable in network.weights
-        if scope.get_current_value(variable) is not None
+        for variable in scope.assigned.values()
     ]
 
 

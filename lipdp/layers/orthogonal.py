@@ -15,7 +15,7 @@ from keras import ops
 from lipdp.bounds import Call, Rule, norms
 from lipdp.bounds.builtin import linear
 from lipdp.bounds.projections import SpectralBall
-from lipdp.bounds.rule import held_by
+from lipdp.bounds.rule import held_by, measured
 from lipdp.layers.projected import WithBias
 
 #: What rounding may add to the norm of the matrix and of the Jacobian.
@@ -68,15 +68,18 @@ class _OrthogonalDense(WithBias, keras.layers.Dense):
                 "in which float32 computes the slopes of its orthogonal matrix"
             )
         if held_by(kernel) is None:
-            # Outside of the ball float32 may make another matrix of it, and slopes are unknown.
-            inside = norms.spectral_norm_bound(kernel) <= self._RADIUS * _ROUNDING
-            matrix = self._matrix(self._tall(kernel))
-            norm = ops.where(inside, _ROUNDING, norms.spectral_norm_bound(matrix))
+            norm = measured(kernel, type(self), lambda: self._measured(kernel))
             slope, note = math.inf, ""
         else:
             norm, slope = _ROUNDING, math.sqrt(2.0) * self._SLOPE * _ROUNDING
             note = f"the matrix' slopes, at most {slope:.3f}, are in the bound of the kernel"
         return linear.affine(self, call, norm, [(kernel, slope)], note)
+
+    def _measured(self, kernel):
+        # Outside of the ball float32 may make another matrix of it, and slopes are unknown.
+        inside = norms.spectral_norm_bound(kernel) <= self._RADIUS * _ROUNDING
+        matrix = self._matrix(self._tall(kernel))
+        return ops.where(inside, _ROUNDING, norms.spectral_norm_bound(matrix))
 
 
 @keras.saving.register_keras_serializable("lipdp")

@@ -217,7 +217,7 @@ class PrivateModel(keras.Model):
         self._steps_per_call = 1
         self._paying = False
         self._open_batch = None
-        self._held_weights = None  # the trainable ones, as the last step left them
+        self._held_weights = None  # those that steps rely on, as the last one left them
         self.built = True
         before = sum(run.steps for run in self.spending.beside_ledger)
         if before:
@@ -497,13 +497,14 @@ class PrivateModel(keras.Model):
                 self._check_settings()
                 # Released, so that the step may write into the memory of the weights.
                 held, self._held_weights = self._held_weights, None
-                args = steps.backend().put_inside(self, args, held)
+                if self._plan is not None:  # otherwise nobody can pay
+                    args = steps.backend().put_inside(self._plan, args, held)
                 del held
                 # Paid for before it runs; every entrance of Keras comes by here.
                 self.spending.pay(self._steps_per_call)
                 self._paying = True
                 result = inner(*args)
-                self._held_weights = steps.backend().held_weights(self, result)
+                self._held_weights = steps.backend().held_weights(self._plan, result)
             except BaseException:
                 steps.backend().give_back(self, args)
                 raise
@@ -662,7 +663,6 @@ class PrivateModel(keras.Model):
             self._follow(plan)
             self.spending.begin(plan.run)
             self._plan = plan
-            self._held_weights = steps.backend().held_weights(self)
             yield plan.batches
         finally:
             try:

@@ -17,7 +17,8 @@ from keras import ops
 from accountants import TrainingRun
 from accountants.validation import check_integer
 from lipdp import losses
-from lipdp.bounds.projections import project
+from lipdp.bounds.projections import Projection
+from lipdp.bounds.rule import noted_norms
 from lipdp.data.batches import DrawnBatches, check_weights, padding_multiple
 from lipdp.data.repeats import repeats
 from lipdp.data.sources import Arrays, Stream, open_source
@@ -49,6 +50,8 @@ class Plan:
         new_memory: whether the noise has other variables now than those of the last plan.
         trainable_variables, non_trainable_variables: of the model, in the order that its steps
             count on.
+        frozen: of the weights whose norms were measured for this run, by their numbers among the
+            non-trainable variables, a digest of the value.
     """
 
     step: PrivateStep
@@ -59,6 +62,31 @@ class Plan:
     new_memory: bool
     trainable_variables: list
     non_trainable_variables: list
+    frozen: dict[int, str]
+
+    def relied_on(self, trainable: list, non_trainable: list) -> list:
+        """What a step relies on to be inside or as it was, of the variables or of their values."""
+        return [*trainable, *(non_trainable[i] for i in self.frozen)]
+
+    def inside(self, number: int, value: Any) -> Any:
+        """The value with which a step may begin, where the one of `relied_on` with this number may
+        have been assigned.
+
+        Raises:
+            RuntimeError: it is frozen, and another one than was measured.
+        """
+        if number < len(self.trainable_variables):
+            constraint = self.trainable_variables[number].constraint
+            return constraint(value) if isinstance(constraint, Projection) else value
+        place, planned = list(self.frozen.items())[number - len(self.trainable_variables)]
+        if digest(ops.convert_to_numpy(value)) != planned:
+            raise RuntimeError(
+                f"The frozen weight {self.non_trainable_variables[place].path!r} was assigned "
+                "since this run began. Its norm was measured then, and the noise would not fit the "
+                "new value: assign it before fit(...), or end this run and begin a new one, which "
+                "measures it again. The step has not run."
+            )
+        return value
 
 
 def make_plan(
@@ -92,10 +120,7 @@ def make_plan(
 
     examples, weights = _open_data(model, x, y, sample_weight, class_weight, devices)
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
-    if model.units is None:
-        check_trainable(model.network)
-    else:
-        _check_units(model, examples)
+    frozen_norms, digests = _check_network(model, examples)
     with backend.scope(model):  # metrics have variables, which are made here
         _try(model, examples, *validation)
     if devices.processes > 1:
@@ -104,11 +129,9 @@ def make_plan(
     planned = per_epoch * epochs
     noise_constants = model.noise.plan(model.sampling, len(examples), planned)
     run = model.spending.plan(model.sampling, len(examples), planned, per_epoch, steps_per_call)
-    step = step_of(model, _constants(model, len(examples), noise_constants))
+    step = step_of(model, _constants(model, len(examples), noise_constants, frozen_norms))
     with backend.scope(model):
         new_memory = model.noise.begin(model.network.trainable_variables)
-    # Loaded or assigned weights need not be where the bounds hold.
-    project(model.network.trainable_variables)
 
     position = (sum(earlier.steps for earlier in run.earlier), model.fits)
     source = model.random_source
@@ -143,6 +166,11 @@ def make_plan(
         new_memory,
         model.trainable_variables,
         model.non_trainable_variables,
+        {
+            i: digests[id(v)]
+            for i, v in enumerate(model.non_trainable_variables)
+            if id(v) in digests
+        },
     )
 
 
@@ -211,6 +239,21 @@ def run_fingerprint(
 
 
 # --- phases ---------------------------------------------------------------------------------------
+
+
+def _check_network(model, examples):
+    """Checks it, and tells the norms that were measured of its frozen weights, as `StepConstants`
+    have them, and digests of these weights by their ids.
+    """
+    if model.units is not None:
+        _check_units(model, examples)
+        return (), {}
+    with noted_norms() as noted:
+        check_trainable(model.network)
+    places = {id(v): i for i, v in enumerate(model.network.weights)}
+    noted = [(v, *norm) for v, *norm in noted if id(v) in places]  # what a step can look after
+    frozen_norms = tuple(dict.fromkeys((places[id(v)], *norm) for v, *norm in noted))
+    return frozen_norms, {id(v): digest(ops.convert_to_numpy(v)) for v, *_ in noted}
 
 
 def _open_data(model, x, y, sample_weight, class_weight, devices):
@@ -313,7 +356,7 @@ def _follow_chief(spending, all_gather, devices):
         spending.follow([TrainingRun.from_dict(run) for run in runs])
 
 
-def _constants(model, examples, noise_constants):
+def _constants(model, examples, noise_constants, frozen_norms):
     """The numbers of every step, once the noise multiplier is known."""
     clip, noise = model.clip_state, model.noise
     divisor = model.sampling.expected_batch_size(examples)
@@ -325,4 +368,5 @@ def _constants(model, examples, noise_constants):
         count_noise_multiplier=noise.multiplier(count, clip.counts) if clip.counts else 0.0,
         expected_batch_size=divisor,
         noise_constants=noise_constants,
+        frozen_norms=frozen_norms,
     )

@@ -4,6 +4,7 @@ Each has a few rows of the right shapes through a part of the step, leaves no tr
 and reads nothing of the data.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from lipdp import losses
 from lipdp.autodiff import compiled
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.sources import as_array
+from lipdp.inspection.check import Assignments
 
 __all__ = ["over_positions", "try_augmentation", "try_loss", "try_metrics", "try_validation"]
 
@@ -41,7 +43,8 @@ def try_loss(
         in_range: whether all labels are known to be among the classes.
 
     Raises:
-        ValueError: it mixes examples, gives one number for all of them, or cannot be computed.
+        ValueError: it mixes examples, gives one number for all of them, assigns to a variable, or
+            cannot be computed.
 
     >>> try_loss(lambda y, z: ops.mean(z), (3,))
     Traceback (most recent call last):
@@ -55,6 +58,8 @@ def try_loss(
         y = _made_up_targets(loss, shape, dtype, output_shape[-1])
         try:
             values = _values_alone(loss, y, output_shape)
+        except _Assigns as error:
+            raise ValueError(f"`loss` {error}") from None
         except Exception as error:
             if target is None:
                 continue
@@ -103,12 +108,32 @@ def _values_alone(loss, y, output_shape):
         pairs = []
         for rows, scale in ((_ROWS, 1.0), (_ROWS, 30.0), (2, 1.0)):
             some = scale * z[:rows]
-            whole = losses.as_written(loss, y[:rows], some)
-            alone = [losses.as_written(loss, y[i : i + 1], some[i : i + 1]) for i in range(rows)]
+            with _assigning_only():
+                whole = losses.as_written(loss, y[:rows], some)
+                alone = [
+                    losses.as_written(loss, y[i : i + 1], some[i : i + 1]) for i in range(rows)
+                ]
             pairs.append((whole, alone))
         return pairs
 
     return _run(values, y, _made_up(output_shape))
+
+
+@contextlib.contextmanager
+def _assigning_only(own=()):
+    """A scope in which no variable changes, and at whose end only own ones may have been assigned.
+
+    Raises:
+        _Assigns: another one was.
+    """
+    with Assignments() as scope:
+        yield scope
+    for other in scope.assigned.keys() - set(map(id, own)):
+        raise _Assigns(
+            f"assigns to the variable {scope.assigned[other].path!r} within a step. What it writes "
+            "tells of the batch without noise, and no bound holds for it. Leave that out, or do it "
+            "in a callback."
+        )
 
 
 def _check_values(pairs):
@@ -157,7 +182,8 @@ def over_positions(weights: Any, outputs: Any) -> Any:
 
 
 def try_metrics(model: Any, target: tuple[Sequence[int], Any]) -> None:
-    """Refuses metrics that cannot be computed, or that count rows which only fill up a batch.
+    """Refuses metrics that cannot be computed, that count rows which only fill up a batch, or that
+    assign to other variables than their own.
 
     Args:
         model: a compiled `PrivateModel`.
@@ -175,9 +201,16 @@ def try_metrics(model: Any, target: tuple[Sequence[int], Any]) -> None:
     z = _made_up(output_shape)
     if not metrics.built:
         metrics.build(ops.convert_to_tensor(y), ops.convert_to_tensor(z))
+    others = {
+        id(v) for part in (model.network, model.optimizer, model.noise) for v in part.variables
+    }
+    others |= set(map(id, model.weights))
     for metric in metrics.metrics:
         try:
-            _try_metric(metric, y, z)
+            # A metric owns what is in an attribute of it, also a weight of the network.
+            _try_metric(metric, y, z, [v for v in metric.variables if id(v) not in others])
+        except _Assigns as error:
+            raise ValueError(f"The metric {metric.name!r} {error}") from None
         except Exception as error:
             said = "" if isinstance(error, _Unfit) else f" {type(error).__name__}:"
             raise (TypeError if isinstance(error, _Unfit) else ValueError)(
@@ -191,7 +224,11 @@ class _Unfit(Exception):
     """What a metric lacks."""
 
 
-def _try_metric(metric, y, z):
+class _Assigns(Exception):
+    """What somebody's function does to a variable."""
+
+
+def _try_metric(metric, y, z, own):
     parameters = inspect.signature(metric.update_state).parameters.values()
     if not any(p.name == "sample_weight" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise _Unfit(
@@ -203,10 +240,10 @@ def _try_metric(metric, y, z):
         def update(y, z):
             weights = np.zeros(rows, "float32")
             weights[:counted] = 1.0
-            with keras.StatelessScope() as scope:
+            with _assigning_only(own) as scope:
                 metric.update_state(y, z, sample_weight=over_positions(weights, z))
                 metric.result()
-                return [scope.get_current_value(v) for v in metric.variables]
+                return [scope.get_current_value(v) for v in scope.assigned.values()]
 
         return update
 

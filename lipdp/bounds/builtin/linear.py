@@ -1,10 +1,11 @@
 """Rules of linear layers with weights: dense layers and convolutions."""
 
 import dataclasses
+import itertools
 import math
 
 import keras
-from keras import layers, ops
+from keras import layers
 
 from lipdp.bounds import norms
 from lipdp.bounds.builtin.activations import with_activation
@@ -138,17 +139,18 @@ def einsum_dense(layer, call):
     matrices `W_i` that the kernel holds for the positions it indexes, and gradient at most
     `(Σ_i X_i²·G_i²)^(1/2) ≤ X·G`."""
     kernel = weight_of(layer, "kernel")
-    matrices = _matrices(layer.equation, kernel)
+    axes, shape = _matrices(layer.equation, kernel)
     if None in call.output_shape and None not in call.input_shape:
         # Keras leaves axes of `output_shape` open; only the number of entries matters.
-        _, contracted, new = matrices.shape
+        _, contracted, new = shape
         entries = size(call.input_shape) // contracted * new
         call = dataclasses.replace(call, output_shape=(entries,))
-    return linear(layer, call, matrix_norm(kernel, matrices), 1)
+    return linear(layer, call, matrix_norm(kernel, axes, shape), 1)
 
 
 def _matrices(equation, kernel):
-    """The kernel of an einsum as a stack of matrices (indexed, contracted, new).
+    """How the kernel of an einsum is a stack of matrices (indexed, contracted, new): the order of
+    its axes, and the shape.
 
     Raises:
         ValueError: the equation is something else than products of positions with matrices.
@@ -178,6 +180,6 @@ def _matrices(equation, kernel):
             "batch first in input and output and not in the kernel, and each other axis of the "
             "input kept once or contracted with the kernel"
         )
-    order = [weights.index(a) for a in (*indexed, *contracted, *new)]
-    sizes = [math.prod(kernel.shape[weights.index(a)] for a in g) for g in (indexed, contracted)]
-    return ops.reshape(ops.transpose(kernel, order), (*sizes, -1))
+    groups = [[weights.index(a) for a in group] for group in (indexed, contracted, new)]
+    shape = tuple(math.prod(kernel.shape[i] for i in group) for group in groups)
+    return tuple(itertools.chain(*groups)), shape

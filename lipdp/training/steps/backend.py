@@ -92,23 +92,23 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def held_weights(self, model: Any, result: Any = None) -> tuple[Tensor, ...]:
-        """The trainable weights as a call of the train function, or a plan, has left them.
+    def held_weights(self, plan: Any, result: Any) -> tuple[Tensor, ...]:
+        """The weights that steps rely on (`Plan.relied_on`), as a step has left them.
 
         While the tensors are held, nothing can be written into their memory. A weight that is
         assigned then lies elsewhere, whoever assigns it and whatever the value is.
 
         Args:
-            model: the model.
-            result: what the train function returned; None after a plan.
+            plan: of the run.
+            result: what the train function returned.
         """
 
     @abc.abstractmethod
     def put_inside(
-        self, model: Any, arguments: Sequence[Any], held: Sequence[Tensor] | None
+        self, plan: Any, arguments: Sequence[Any], held: Sequence[Tensor] | None
     ) -> Sequence[Any]:
-        """Projects each trainable weight that is not where `held_weights` has left it, or all of
-        them where `held` is None, before a step relies on their bounds.
+        """Puts each weight that is not where `held_weights` has left it, or all of them where
+        `held` is None, where the next step may rely on it (`Plan.inside`).
 
         Returns:
             Arguments of Keras' train function, with the weights where they hold them.

@@ -7,7 +7,6 @@ import jax
 import keras
 import numpy as np
 
-from lipdp.bounds.projections import Projection
 from lipdp.data.batches import KerasBatches
 from lipdp.training.steps.jax_devices import JaxDevices, replicas, replicate_features
 from lipdp.training.steps.private_step import read_batch, update_weights
@@ -149,21 +148,18 @@ class JaxBackend(JaxDevices):
                     variable.assign(value)
         model._jax_state, model.half_step = None, None
 
-    def held_weights(self, model, result=None):
-        if result is None:
-            return tuple(v.value for v in model.trainable_variables)
-        _, (trainable, *_) = result
-        return tuple(trainable)
+    def held_weights(self, plan, result):
+        _, (trainable, non_trainable, *_) = result
+        return tuple(plan.relied_on(trainable, non_trainable))
 
-    def put_inside(self, model, arguments, held):
+    def put_inside(self, plan, arguments, held):
         # Arrays are never written into: what is another array may have another value.
-        (trainable, *rest), iterator = arguments
-        inside = list(trainable)
-        for i, variable in enumerate(model.trainable_variables):
-            moved = held is None or held[i] is not inside[i]
-            if moved and isinstance(variable.constraint, Projection):
-                inside[i] = _placed_like(inside[i], variable.constraint(inside[i]))
-        return (inside, *rest), iterator
+        (trainable, non_trainable, *rest), iterator = arguments
+        inside = plan.relied_on(trainable, non_trainable)
+        for i, value in enumerate(inside):
+            if held is None or held[i] is not value:
+                inside[i] = _placed_like(value, plan.inside(i, value))
+        return (inside[: len(trainable)], non_trainable, *rest), iterator
 
     @contextlib.contextmanager
     def keep_weights(self, model):

@@ -7,7 +7,7 @@ compared, from outside.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import keras
@@ -18,6 +18,7 @@ from lipdp import losses
 from lipdp.autodiff import gradient
 from lipdp.bounds import gradient_bounds, norms
 from lipdp.bounds.projections import certified_by, project, projected_later
+from lipdp.bounds.rule import known_norms
 from lipdp.bounds.walk import ROUNDING
 from lipdp.data.augmentation import Augmentation
 from lipdp.local.calls import LayerUnits
@@ -46,6 +47,8 @@ class StepConstants:
             noise; the second is 0 without adaptive clipping.
         expected_batch_size: the divisor of the sums.
         noise_constants: of the noise, where it is correlated.
+        frozen_norms: what was measured of frozen weights: their numbers among the network's
+            weights, what is measured of them, and the norms.
     """
 
     noise_multiplier: float
@@ -53,6 +56,7 @@ class StepConstants:
     count_noise_multiplier: float
     expected_batch_size: float
     noise_constants: tuple[float, ...] = ()
+    frozen_norms: tuple[tuple[int, Hashable, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,9 +208,9 @@ def sensitivities(step: PrivateStep) -> list[tuple[Any, list[int]]]:
     the sums of a group, in joint norm: a float or a scalar tensor.
     """
     if step.units is None:
-        bounds = gradient_bounds(
-            step.network, step.clip.current() * step.sample_weight_bound, as_tensors=True
-        )
+        weights, start = step.network.weights, step.clip.current() * step.sample_weight_bound
+        with known_norms((weights[i], *norm) for i, *norm in step.constants.frozen_norms):
+            bounds = gradient_bounds(step.network, start, as_tensors=True)
         return [(bounds[v.path], [i]) for i, v in enumerate(step.network.trainable_variables)]
     thresholds = step.clip.current() * (step.sample_weight_bound * ROUNDING)
     # Where no noise could be scaled to one, the weights become NaN rather than public.

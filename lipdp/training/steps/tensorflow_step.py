@@ -6,7 +6,6 @@ import functools
 
 import tensorflow as tf
 
-from lipdp.bounds.projections import project
 from lipdp.data.batches import KerasBatches
 from lipdp.training.steps.private_step import private_step
 from lipdp.training.steps.tensorflow_devices import TensorFlowDevices, replica_context
@@ -117,16 +116,18 @@ class TensorFlowBackend(TensorFlowDevices):
     def give_back(self, model, arguments):
         pass  # a step changes the variables themselves
 
-    def held_weights(self, model, result=None):
-        return tuple(tf.convert_to_tensor(v.value) for v in model.trainable_variables)
+    def held_weights(self, plan, result):
+        return tuple(tf.convert_to_tensor(v.value) for v in _relied_on(plan))
 
-    def put_inside(self, model, arguments, held):
+    def put_inside(self, plan, arguments, held):
         # A tensor that was read keeps its value: while somebody holds it, TensorFlow writes what a
         # variable becomes elsewhere.
-        for i, variable in enumerate(model.trainable_variables):
+        for i, variable in enumerate(_relied_on(plan)):
             value = tf.convert_to_tensor(variable.value)
             if held is None or _address(value) != _address(held[i]):
-                project([variable])
+                inside = plan.inside(i, value)
+                if inside is not value:
+                    variable.assign(inside)
         return arguments
 
     def keep_weights(self, model):
@@ -164,6 +165,10 @@ class TensorFlowBackend(TensorFlowDevices):
                 "11 bits, and norms and gradients may surpass their bounds. Call "
                 "tf.config.experimental.enable_tensor_float_32_execution(False) first."
             )
+
+
+def _relied_on(plan):
+    return plan.relied_on(plan.trainable_variables, plan.non_trainable_variables)
 
 
 _pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(

@@ -382,3 +382,108 @@ def test_views_that_do_not_fit_the_network_cost_nothing():
     with pytest.raises(ValueError, match="RandomCrop is for images"):
         vectors.fit(*data(), verbose=0)
     assert model.spent(1e-5).steps == vectors.spent(1e-5).steps == 0
+
+
+# --- what assigns to a variable within a step -----------------------------------------------------
+
+
+def of_the_network(network):
+    return network.trainable_variables[0]
+
+
+def of_nobody(network):
+    return keras.Variable(np.zeros((6, 8)), name="of_nobody", trainable=False, dtype="float32")
+
+
+def mean_into(variable, values):
+    variable.assign(ops.zeros(variable.shape) + ops.mean(values))
+
+
+OTHERS = [of_the_network, of_nobody]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("clip", [1.0, lipdp.PerLayerClip()])
+def test_a_loss_that_assigns_is_refused(other, clip):
+    network = dense_network()
+    variable = other(network)
+    before = np.array(variable)
+
+    def keeps(y, z):
+        mean_into(variable, z)
+        return ops.mean(ops.square(ops.cast(y, z.dtype) - z), axis=-1)
+
+    with pytest.raises(ValueError, match=f"`loss` assigns to the variable '{variable.path}'"):
+        model = private(network, loss=keeps, clip=clip, compile={"metrics": None})
+        x, y = data()
+        model.fit(x, np.eye(3, dtype="float32")[y], verbose=0)
+    assert (np.array(variable) == before).all()
+
+
+class Keeps(keras.metrics.Metric):
+    """Has its own state, and writes into another variable."""
+
+    def __init__(self, variable, where, **kwargs):
+        super().__init__(name="keeps", **kwargs)
+        self.count = self.add_variable((), initializer="zeros", name="count")
+        self.other = variable  # which makes it one of the metric's variables
+        self.where = where
+
+    def update_state(self, y, z, sample_weight=None):
+        self.count.assign_add(ops.sum(sample_weight))
+        if self.where == "update":
+            mean_into(self.other, z)
+
+    def result(self):
+        if self.where == "result":
+            mean_into(self.other, self.count)
+        return self.count * 1.0
+
+
+@pytest.mark.parametrize("where", ["update", "result"])
+def test_a_metric_that_assigns_to_a_weight_is_refused(where):
+    network = dense_network()
+    metric = Keeps(of_the_network(network), where)
+    model = private(network, compile={"metrics": [metric]})
+    before = network.get_weights()
+    with pytest.raises(ValueError, match="metric 'keeps' assigns to the variable.*kernel"):
+        model.fit(*data(), verbose=0)
+    assert model.spent(1e-5).steps == 0
+    assert all((a == b).all() for a, b in zip(before, network.get_weights(), strict=True))
+
+
+def test_a_function_as_metric_that_assigns_is_refused():
+    variable = of_nobody(None)
+
+    def keeps(y, z):
+        mean_into(variable, z)
+        return ops.mean(z, axis=-1)
+
+    model = private(compile={"metrics": [keeps]})
+    with pytest.raises(ValueError, match="metric 'keeps' assigns to the variable 'of_nobody'"):
+        model.fit(*data(), verbose=0)
+
+
+def test_a_metric_may_change_its_own_state():
+    model = private(compile={"metrics": [Keeps(of_nobody(None), "nowhere"), "accuracy"]})
+    model.fit(*data(), verbose=0)
+    assert model.spent(1e-5).steps > 0
+
+
+@pytest.mark.any_backend
+def test_a_layer_that_assigns_to_a_variable_of_somebody_else_is_refused():
+    variable = of_nobody(None)
+
+    class Restless(keras.layers.Layer):
+        def call(self, x):
+            mean_into(variable, x)
+            return x
+
+        def bound(self, call):
+            return lipdp.bounds.lipschitz()
+
+    network = keras.Sequential(
+        [keras.Input((6,)), layers.BallProjection(1.0), Restless(), layers.SpectralDense(3)]
+    )
+    with pytest.raises(ValueError, match="assigns to 'of_nobody'"):
+        private(network)

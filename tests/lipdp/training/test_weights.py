@@ -10,8 +10,9 @@ from keras import ops
 import lipdp
 from lipdp import layers
 from lipdp.autodiff import vjp
-from lipdp.bounds import projections
-from tests.lipdp.helpers import data, dense_network, private, weights
+from lipdp.bounds import projections, rule
+from lipdp.training.steps.private_step import sensitivities
+from tests.lipdp.helpers import data, dense_network, one_in, private, weights
 
 
 def norms(network):
@@ -80,10 +81,10 @@ def read_weights_are_noted(monkeypatch, note):
     cls = type(backend())
     right = cls.put_inside
 
-    def noted(self, model, arguments, held):
-        arguments = right(self, model, arguments, held)
+    def noted(self, plan, arguments, held):
+        arguments = right(self, plan, arguments, held)
         on_jax = keras.backend.backend() == "jax"
-        note([np.array(v) for v in (arguments[0][0] if on_jax else model.trainable_variables)])
+        note([np.array(v) for v in (arguments[0][0] if on_jax else plan.trainable_variables)])
         return arguments
 
     monkeypatch.setattr(cls, "put_inside", noted)
@@ -185,7 +186,9 @@ def test_only_what_was_assigned_is_projected(monkeypatch):
     model.fit(*data(), verbose=0)
     counted = projections_are_counted(monkeypatch)
     kernel = model.network.trainable_variables[2]
-    for batch in model.batches(*data(), epochs=2):
+    batches = model.batches(*data(), epochs=3)
+    model.train_on_batch(next(batches))  # the first step projects all
+    for batch in batches:
         del counted[:]
         kernel.assign(2.0 * kernel)
         model.train_on_batch(batch)
@@ -373,16 +376,154 @@ def test_bounds_hold_for_frozen_weights_wherever_they_lie(kind, scaled):
     assert all((a == b).all() for a, b in zip(before, layer.get_weights(), strict=True))
 
 
-def test_a_frozen_layer_that_is_assigned_between_steps_gets_other_noise():
+@pytest.mark.parametrize("kind", one_in(9, FROZEN))
+def test_a_step_knows_the_norms_of_frozen_weights(kind):
+    network, layer = frozen_network(kind, 10.0)
+    model = private(network, sampling=lipdp.FullBatch(), clip=0.5)
+    shape = FROZEN[kind][1]
+    x, y = data(shape=shape)
+    next(model.batches(np.abs(x).astype("int32") if kind in ("embedding", "bag") else x, y))
+    with rule.noted_norms() as measured:
+        bounds = [float(bound) for bound, _ in sensitivities(model.step)]
+    assert not measured
+    expected = lipdp.gradient_bounds(network, 0.5).values()
+    np.testing.assert_allclose(bounds, list(expected), rtol=1e-5)
+    # What a step of this run goes by: that the values hold is made sure of before.
+    if kind != "gate":  # which a rule measures by itself
+        layer.set_weights([3.0 * w for w in layer.get_weights()])
+        assert bounds == [float(bound) for bound, _ in sensitivities(model.step)]
+
+
+@pytest.mark.any_backend
+def test_norms_of_one_frozen_weight_are_told_apart():
+    weight = keras.Variable(np.arange(24.0).reshape(2, 3, 4), trainable=False, dtype="float32")
+    other = keras.Variable(np.ones((2, 3, 4)), trainable=False, dtype="float32")
+    measure = [
+        lambda v: rule.matrix_norm(v, (0, 1, 2), (1, 2, 12)),
+        lambda v: rule.matrix_norm(v, (2, 1, 0), (1, 2, 12)),
+        rule.row_norm,
+        rule.vector_norm,
+        rule.entry_norm,
+        lambda v: rule.conv_norm(v, input_shape=(5,), padding="same"),
+        lambda v: rule.conv_norm(v, input_shape=(5,), padding="valid"),
+    ]
+    with rule.noted_norms() as noted:
+        first = [float(norm(v)) for v in (weight, other) for norm in measure]
+    assert len({(id(v), kind) for v, kind, _ in noted}) == len(first)
+    with rule.known_norms(noted), rule.noted_norms() as measured:
+        assert first == [float(norm(v)) for v in (weight, other) for norm in measure]
+        weight.trainable = True
+        weight.assign(2.0 * weight)
+        assert float(rule.entry_norm(weight)) == 46.0  # what is trained is measured
+    assert not measured
+
+
+def of_dense(**kwargs):
+    """A model whose middle layer is frozen, and that layer."""
+    network, layer = frozen_network("dense", 1.0)
+    return private(network, sampling=lipdp.FullBatch(), **kwargs), layer
+
+
+def _scaled(layer):
+    layer.set_weights([3.0 * w for w in layer.get_weights()])
+
+
+def _underneath(layer):
+    if keras.backend.backend() == "tensorflow":
+        layer.kernel.value.assign_add(ops.ones(layer.kernel.shape))
+    else:
+        layer.kernel._value = 1.0 + layer.kernel.value
+
+
+def _one_bit(layer):
+    value = np.array(layer.kernel)
+    value[0, 0] = np.nextafter(value[0, 0], 9.0)
+    layer.kernel.assign(value)
+
+
+@pytest.mark.parametrize("eagerly", [True, False])
+@pytest.mark.parametrize("assign", [_scaled, _underneath, _one_bit])
+def test_a_step_whose_frozen_weights_were_assigned_is_refused(assign, eagerly):
+    model, layer = of_dense(run_eagerly=eagerly)
+    x, y = data(shape=(4,))
+    batches = model.batches(x, y, epochs=4)
+    model.train_on_batch(next(batches))
+    before = weights(model)
+    assign(layer)
+    with pytest.raises(RuntimeError, match="kernel' was assigned since this run.*begin a new one"):
+        model.train_on_batch(next(batches))
+    assert model.spent(1e-5).steps == 1
+    trained = [v.path for v in model.network.trainable_variables]
+    for variable, old in zip(model.network.weights, before, strict=True):
+        assert variable.path not in trained or (np.array(variable) == old).all()
+    batches.close()
+    model.fit(x, y, verbose=0)  # which measures it
+    assert model.spent(1e-5).steps == 2
+
+
+@pytest.mark.parametrize("moment", ["on_train_begin", "on_epoch_begin"])
+def test_fit_ends_where_a_callback_assigns_a_frozen_weight(moment):
+    model, layer = of_dense()
+
+    class Assigns(keras.callbacks.Callback):
+        pass
+
+    setattr(Assigns, moment, lambda self, *args, **kwargs: _scaled(layer))
+    with pytest.raises(RuntimeError, match="was assigned since this run began"):
+        model.fit(*data(shape=(4,)), epochs=3, verbose=0, callbacks=[Assigns()])
+    assert model.spent(1e-5).steps == 0
+
+
+def test_frozen_weights_of_equal_values_are_not_refused():
+    model, layer = of_dense(run_eagerly=False)
+    x, y = data(shape=(4,))
+
+    class Looks(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.evaluate(x, y, verbose=0)
+            self.model.predict(x, verbose=0)
+            self.model.network.predict(x, verbose=0)
+            layer.set_weights(layer.get_weights())
+
+    options = dict(verbose=0, callbacks=[Looks()], validation_data=(x, y))
+    model.fit(x, y, epochs=3, **options)
+    function = model.train_function
+    model.fit(x, y, epochs=2, **options)
+    assert model.train_function is function  # what is known is the same
+    for batch in model.batches(x, y, epochs=3):
+        layer.set_weights(layer.get_weights())
+        model.network.predict(x, verbose=0)
+        model.train_on_batch(batch)
+    assert model.spent(1e-5).steps == 8
+
+
+@pytest.mark.any_backend
+def test_a_loop_goes_on_after_a_refused_step():
+    model, layer = of_dense()
+    right = layer.get_weights()
+    steps = 0
+    for batch in model.batches(*data(shape=(4,)), epochs=4):
+        _scaled(layer)
+        with pytest.raises(RuntimeError, match="was assigned"):
+            model.train_on_batch(batch)
+        layer.set_weights(right)
+        model._open_batch = batch  # of the step that was not taken
+        model.train_on_batch(batch)
+        steps += 1
+    assert steps == model.spent(1e-5).steps == 4
+
+
+def test_frozen_weights_that_are_assigned_between_fits_get_other_noise():
     network, layer = frozen_network("dense", 1.0)
     model = private(network, sampling=lipdp.FullBatch(), noise_multiplier=1.0, run_eagerly=False)
     x, y = data(shape=(4,))
     gain = network.get_layer("front").gamma
     moves = []
-    for batch in model.batches(x, y, epochs=2):
-        batch.mask = np.zeros_like(batch.mask)  # noise alone
-        gain.assign(np.zeros(4))
-        model.train_on_batch(batch)
+    for _ in range(2):
+        for batch in model.batches(x, y):
+            batch.mask = np.zeros_like(batch.mask)  # noise alone
+            gain.assign(np.zeros(4))
+            model.train_on_batch(batch)
         moves.append(np.linalg.norm(np.array(gain)))
         layer.set_weights([1e-6 * w for w in layer.get_weights()])
     assert moves[1] < 1e-3 * moves[0]
