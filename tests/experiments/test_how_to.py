@@ -1,0 +1,34 @@
+"""The examples of the page run as they stand, on few made-up examples."""
+
+import re
+
+import numpy as np
+import pytest
+
+from experiments import how_to
+
+
+def arrays(example, rng, count=24):
+    if example in how_to.ON_TEXT:
+        x, classes = rng.integers(0, 50, (count, 128)).astype("int32"), 2
+    else:
+        x, classes = rng.random((count, 28, 28, 1), dtype="float32"), 10
+    y = (np.arange(count) % classes).astype("int32")
+    found = {"x": x, "y": y, "x_test": x[:8], "y_test": y[:8]}
+    return found | {"x_public": x, "y_public": y} if example in how_to.WITH_PUBLIC_PART else found
+
+
+def shortened(code):
+    """The code with small batches, one epoch, and few words."""
+    code = re.sub(r"batch_size=\d+", "batch_size=6", code)
+    code = re.sub(r"epochs = \w+\.\w+, \d+", "epochs = keras.layers, 1", code)
+    return re.sub(r"epochs=\d+", "epochs=1", code).replace("10_000", "50")
+
+
+@pytest.mark.parametrize("example", how_to.EXAMPLES)
+def test_an_example_of_the_page_runs(example, rng):
+    code = how_to.codes(example)[0]
+    assert len(code.splitlines()) <= 35  # 30 but for empty lines and imports
+    names = how_to.run(shortened(code), arrays(example, rng))
+    assert 2.5 < names["model"].spent().epsilon <= 3.0
+    assert all(np.isfinite(w).all() for w in names["model"].network.get_weights())
