@@ -77,7 +77,7 @@ def of_generated(generator, x_test, y_test, count=20_000):
 
     digits = np.arange(count) % 10
     seeds = [np.random.default_rng(0).normal(size=(count, 32)), np.eye(10)[digits]]
-    fakes = generator.predict(seeds, batch_size=1000, verbose=0)
+    fakes = generator.predict(seeds, batch_size=1000, verbose=0)[:, :784]
     dense = keras.layers.Dense
     classifier = keras.Sequential([keras.Input((784,)), dense(128, activation="relu"), dense(10)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -28,7 +28,7 @@ def shortened(code):
 @pytest.mark.parametrize("example", how_to.EXAMPLES)
 def test_an_example_of_the_page_runs(example, rng):
     code = how_to.codes(example)[0]
-    assert len(code.splitlines()) <= 35  # 30 but for empty lines and imports
+    assert len(code.splitlines()) <= 30
     names = how_to.run(shortened(code), arrays(example, rng))
     assert 2.5 < names["model"].spent().epsilon <= 3.0
     assert all(np.isfinite(w).all() for w in names["model"].network.get_weights())
