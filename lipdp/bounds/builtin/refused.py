@@ -18,7 +18,10 @@ def _refused(remedy, reason=_MIXES):
 
 
 register(layers.BatchNormalization)(
-    _refused("Use lipdp.layers.Centering or BallProjection, which look at one example only.")
+    _refused(
+        "Use keras.layers.GroupNormalization, or lipdp.layers.Centering or BallProjection: they "
+        "look at one example only."
+    )
 )
 register(layers.Lambda)(
     _refused(
