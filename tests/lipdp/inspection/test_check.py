@@ -372,3 +372,47 @@ def test_groups_have_four_channels_or_more(channels, groups):
         [keras.Input((2, channels)), K.BatchNormalization(), K.Flatten(), K.Dense(2)]
     )
     assert lipdp.repair(network, verbose=False).layers[0].groups == groups
+
+
+def behind_a_frozen_backbone():
+    backbone = keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            K.DepthwiseConv2D(3, use_bias=False),
+            K.BatchNormalization(),
+            K.ReLU(6.0),
+            K.GlobalAveragePooling2D(),
+        ]
+    )
+    backbone.trainable = False
+    x = keras.Input((8, 8, 2))
+    features = layers.BallProjection(1.0)(backbone(x, training=False))
+    return keras.Model(x, layers.SpectralDense(3)(features))
+
+
+def test_a_head_behind_a_frozen_backbone_trains_in_both_ways():
+    x, y = data(shape=(8, 8, 2))
+    for make in (private, clipped):
+        network = behind_a_frozen_backbone()
+        found = lipdp.check(network)
+        assert found.private and found.per_layer
+        before = network.layers[1].get_weights()
+        make(network).fit(x, y, epochs=1, verbose=0)
+        for old, new in zip(before, network.layers[1].get_weights(), strict=True):
+            np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("make", [private, clipped])
+def test_a_backbone_that_thaws_is_noticed(make):
+    """Also where no trainable weight tells of it."""
+    x, y = data(shape=(8, 8, 2))
+    network = behind_a_frozen_backbone()
+    normaliser = network.layers[1].layers[1]
+    normaliser.gamma.trainable = normaliser.beta.trainable = False
+    model = make(network)
+    model.fit(x, y, epochs=1, verbose=0)
+    trained = model.network.trainable_variables
+    normaliser._trainable = True
+    assert [v.path for v in model.network.trainable_variables] == [v.path for v in trained]
+    with pytest.raises((RuntimeError, ValueError), match="trainable|mixes"):
+        model.fit(x, y, epochs=1, verbose=0)
