@@ -2,10 +2,14 @@
 
 import re
 
+import keras
 import numpy as np
 import pytest
 
-from experiments import how_to
+import lipdp
+from experiments import how_to, record
+
+SLOW = ("convolutional", "frozen", "lstm", "transformer")
 
 
 def arrays(example, rng, count=24):
@@ -24,10 +28,34 @@ def shortened(code):
     return re.sub(r"epochs=\d+", "epochs=1", code).replace("10_000", "50")
 
 
-@pytest.mark.parametrize("example", how_to.EXAMPLES)
+@pytest.mark.parametrize(
+    "example",
+    [pytest.param(e, marks=[pytest.mark.slow] if e in SLOW else []) for e in how_to.EXAMPLES],
+)
 def test_an_example_of_the_page_runs(example, rng):
     code = how_to.codes(example)[0]
     assert len(code.splitlines()) <= 30
     names = how_to.run(shortened(code), arrays(example, rng))
     assert 2.5 < names["model"].spent().epsilon <= 3.0
     assert all(np.isfinite(w).all() for w in names["model"].network.get_weights())
+
+
+@pytest.mark.slow
+def test_a_network_of_keras_applications_is_accepted():
+    names = how_to.run(how_to.codes("frozen")[1], {"keras": keras})
+    model = lipdp.PrivateModel(
+        names["network"],
+        noise_multiplier=1.0,
+        sampling=lipdp.PoissonSampling(4),
+        clip=lipdp.PerLayerClip(),
+    )
+    assert len(model.units.units) == 1
+
+
+@pytest.mark.any_backend
+def test_the_page_has_the_results_of_its_code():
+    results = record.read(how_to.PAGE.parent / "results" / "how_to.jsonl")
+    assert how_to.table(results) in how_to.PAGE.read_text("utf-8")
+    for result in results:
+        assert result["code"] == how_to.codes(result["example"])[0], result["example"]
+        assert result["evaluated_on"] == "test set"
