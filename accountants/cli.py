@@ -50,6 +50,9 @@ class Flags(flags.FlagValues):
     def text(self, name: str, help: str, default: str | None = None) -> None:
         flags.DEFINE_string(name, default, help, flag_values=self)
 
+    def switch(self, name: str, help: str, default: bool) -> None:
+        flags.DEFINE_bool(name, default, help, flag_values=self)
+
     def one_of(self, name: str, values: Sequence[str], help: str, default: str | None) -> None:
         flags.DEFINE_enum(name, default, list(values), help, flag_values=self)
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 # Flags that say where things lie on this machine, not what is run.
-_PLACES = ("data", "folder", "out", "table")
+_PLACES = ("data", "public", "folder", "out", "table")
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -299,8 +299,10 @@ class Experiment:
 
     def command(self, values: flags.FlagValues) -> str:
         """The command that runs it again, but for where files lie on this machine."""
-        data = pathlib.PurePath(values.data).name
-        parts = [f"python -m experiments.{self.name}", f"--data={data}"]
+        parts = [f"python -m experiments.{self.name}"]
+        for name in ("data", "public"):
+            if name in values and values[name].value:
+                parts.append(f"--{name}={pathlib.PurePath(values[name].value).name}")
         left_out = (*_PLACES, "epsilon", "delta") if _is_plain(values) else _PLACES
         for name in values:
             if name not in left_out and (values[name].present or values[name].value):

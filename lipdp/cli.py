@@ -34,7 +34,8 @@ def _audit_flags() -> cli.Flags:
 
 def _repair_flags() -> cli.Flags:
     values = cli.Flags()
-    values.number("radius", "Radius of the ball of the input.", 1.0)
+    values.switch("certified", "Whether the network is to have certified bounds.", False)
+    values.number("radius", "Radius of the ball of the input, with --certified.")
     return values
 
 
@@ -44,7 +45,11 @@ def _report_flags() -> cli.Flags:
     values.number("delta", "Delta of the budget.")
     values.mechanism()
     values.text("loss", "Name of the loss, on logits.", "sparse_categorical_crossentropy")
-    values.number("clip", "Clip of an example's loss gradient; by default the loss' own bound.")
+    values.text(
+        "clip",
+        "per_layer: each layer clips its own gradient. A number, or adaptive: clip of an example's "
+        "loss gradient; by default the loss' own bound.",
+    )
     values.one_of("allocation", _ALLOCATIONS, "How noise is shared over the weights.", "global")
     values.text("sample", "An .npz file with x and y, whose gradients are shown; NOT private.")
     values.text("html", "Write a page to this file.")
@@ -85,22 +90,22 @@ COMMANDS: dict[str, _Command] = {
     "check": _command(
         "check",
         ["MODEL.keras"],
-        "\n\nWhether a network can be trained privately, and what each layer "
-        "costs; exit code 1 if it cannot.",
+        "\n\nWhether a network can be trained privately, with certified bounds or with layers that "
+        "clip, and what each layer costs; exit code 1 if it cannot.",
         "whether a network can be trained privately, and what each layer costs",
     ),
     "repair": _command(
         "repair",
         ["MODEL.keras", "REPAIRED.keras"],
-        " [--radius=...]\n\nWrites a private network with the "
-        "layers replaced that cannot be private.",
-        "writes a private network with the layers replaced that cannot be private",
+        " [--certified [--radius=...]]\n\nWrites a network that can be trained with "
+        "--clip=per_layer; with --certified, one that has certified bounds.",
+        "writes a network with the layers replaced that cannot be trained privately",
         _repair_flags,
     ),
     "report": _command(
         "report",
         ["MODEL.keras"],
-        " --batch_size=... [--noise_multiplier=...] [--html=PAGE.html]\n"
+        " --batch_size=... [--noise_multiplier=...] [--clip=per_layer] [--html=PAGE.html]\n"
         "report MODEL.keras --batch_size=... --epsilon=... --delta=... --num_examples=... "
         "--epochs=...\n\nThe bound of each weight, where it comes from, and its noise; for a "
         "noise multiplier of 1 where nothing says another.",

@@ -43,7 +43,7 @@ def _examples(path):
 def check(values: cli.Flags, paths: list[str]) -> int:
     found = check_network(_load(paths[0]))
     cli.write(values, found.to_dict(), str(found).rstrip())
-    return 0 if found.private else 1
+    return 0 if found.private or found.per_layer else 1
 
 
 def audit(values: cli.Flags, paths: list[str]) -> int:
@@ -66,7 +66,9 @@ def repair(values: cli.Flags, paths: list[str]) -> None:
     source, target = paths
     if not target.endswith(".keras"):
         raise cli.UsageError(f"REPAIRED must end in .keras, got {target!r}.")
-    repaired = repair_network(_load(source), radius=values.radius, verbose=not values.json)
+    repaired = repair_network(
+        _load(source), certified=values.certified, radius=values.radius, verbose=not values.json
+    )
     repaired.save(target)
     cli.write(values, {"path": target, **check_network(repaired).to_dict()}, f"written to {target}")
 
@@ -92,7 +94,7 @@ def report(values: cli.Flags, paths: list[str]) -> None:
         network,
         noise_multiplier=1.0 if noise is None else noise,
         sampling=sampling,
-        clip=values.clip,
+        clip=config.clip_of(values.clip),
         allocation=values.allocation,
     )
     model.compile("sgd", loss=losses.get(values.loss))

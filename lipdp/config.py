@@ -1,5 +1,6 @@
 """A training run that a file describes: `lipdp train CONFIG.yaml`."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -13,9 +14,10 @@ import numpy as np
 from accountants import Budget
 from accountants.sampling import Sampling
 from lipdp import losses, models
+from lipdp.training.clipping import AdaptiveClip, PerLayerClip
 from lipdp.training.model import PrivateModel
 
-__all__ = ["read_config", "train"]
+__all__ = ["clip_of", "read_config", "train"]
 
 _SECTIONS = {
     "data": {"train", "x", "y", "test", "test_x", "test_y"},
@@ -38,8 +40,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
               optionally `test` (by default the same file), `test_x`, `test_y`.
             - `network`: path of a `.keras` file, or `name` of a function of `lipdp.models` and its
               arguments.
-            - `privacy`: `epsilon` and `delta`, or `noise_multiplier`; optionally `clip`,
-              `allocation`, `noise`, `ledger`.
+            - `privacy`: `epsilon` and `delta`, or `noise_multiplier`; optionally `clip` (as
+              `clip_of` takes it), `allocation`, `noise`, `ledger`.
             - `sampling`: `scheme` and its arguments, as `Sampling.from_dict` takes them.
             - `training`: `epochs`, `loss`, `optimizer` (names, or `name` and arguments; an
               optimizer's `decay: cosine` lets its rate fall to zero over the run); optionally
@@ -126,13 +128,14 @@ def train(config: Mapping[str, Any], verbose: bool = True) -> dict[str, Any]:
         )
     settings = {
         key: privacy[key]
-        for key in ("noise_multiplier", "clip", "allocation", "noise", "ledger")
+        for key in ("noise_multiplier", "allocation", "noise", "ledger")
         if key in privacy
     }
     model = PrivateModel(
         _network(config["network"]),
         budget=budget,
         sampling=sampling,
+        clip=clip_of(privacy.get("clip")),
         physical_batch_size=training.get("physical_batch_size"),
         **settings,
     )
@@ -161,6 +164,40 @@ def train(config: Mapping[str, Any], verbose: bool = True) -> dict[str, Any]:
     if "result" in output:
         pathlib.Path(output["result"]).write_text(json.dumps(result) + "\n")
     return result
+
+
+def clip_of(value: Any) -> float | AdaptiveClip | PerLayerClip | None:
+    """A clip that a file or a flag describes.
+
+    Args:
+        value: None; a number; `"per_layer"` or `"adaptive"`; or such a name with settings,
+            `{"per_layer": {"quantile": 0.7}}`.
+
+    Raises:
+        TypeError, ValueError: it is nothing of that.
+
+    >>> clip_of("0.5"), clip_of({"per_layer": {"quantile": 0.7}}).quantile
+    (0.5, 0.7)
+    """
+    kinds = {"per_layer": PerLayerClip, "adaptive": AdaptiveClip}
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, str) and value not in kinds:
+        with contextlib.suppress(ValueError):
+            return float(value)
+    name, settings = value, {}
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, settings),) = value.items()
+    if (
+        not isinstance(name, str)
+        or name not in kinds
+        or not isinstance(settings, (Mapping, type(None)))
+    ):
+        raise ValueError(
+            "`clip` must be a number, per_layer or adaptive, or {per_layer: {quantile: 0.5}}; got "
+            f"{value!r}."
+        )
+    return kinds[name](**(settings or {}))
 
 
 def _check_output(output, ledger):

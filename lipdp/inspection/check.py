@@ -37,7 +37,9 @@ class LayerCheck:
         lipschitz: how much a cotangent can grow on its way back; None without a rule.
         output_bound: bound of the output's norm; infinite where nothing bounds the input.
         note: where the bound is loose.
-        problem: why the layer cannot be private, and what to use instead; empty if it can.
+        problem: why the layer has no certified bound, and what to use instead; empty if it has.
+        clipped: how the norms of its gradients are measured with `lipdp.PerLayerClip()`; empty
+            without trained weights, and where the network cannot be trained so.
     """
 
     layer: str
@@ -46,6 +48,7 @@ class LayerCheck:
     output_bound: float
     note: str
     problem: str
+    clipped: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,18 +57,26 @@ class Check(RichText):
 
     Attributes:
         network: its name.
-        layers: a `LayerCheck` for each call, in the order of computation.
-        problems: what is wrong with the network as a whole.
+        layers: a `LayerCheck` for each call, in the order of computation; of a network that has no
+            graph, for each layer that clips.
+        problems: what stands against certified bounds for the network as a whole.
+        per_layer_problem: why its layers cannot clip their own gradients; empty if they can.
     """
 
     network: str
     layers: tuple[LayerCheck, ...]
     problems: tuple[str, ...]
+    per_layer_problem: str
 
     @property
     def private(self) -> bool:
-        """True if `PrivateModel` can train it."""
+        """True if `PrivateModel` can train it with certified bounds."""
         return not self.problems and not any(layer.problem for layer in self.layers)
+
+    @property
+    def per_layer(self) -> bool:
+        """True if `PrivateModel` can train it with `clip=lipdp.PerLayerClip()`."""
+        return not self.per_layer_problem
 
     def to_dict(self) -> dict:
         """Plain lists, numbers and strings, ready for JSON; infinite bounds are None."""
@@ -76,7 +87,9 @@ class Check(RichText):
         return {
             "network": self.network,
             "private": self.private,
+            "per_layer": self.per_layer,
             "problems": list(self.problems),
+            "per_layer_problem": self.per_layer_problem,
             "layers": layers,
         }
 
@@ -90,48 +103,75 @@ class Check(RichText):
         table.add_column("class", overflow="fold")
         table.add_column("Lipschitz", justify="right", no_wrap=True)
         table.add_column("output ≤", justify="right", no_wrap=True)
-        table.add_column("what to know", overflow="fold")
+        if self.per_layer:
+            table.add_column("norm, if it clips", overflow="fold")
+        table.add_column("what to know of its bound", overflow="fold")
         for layer in self.layers:
             constant = "–" if layer.lipschitz is None else f"{layer.lipschitz:.4g}"
-            style = "red" if layer.problem else None
+            style = "red" if layer.problem and not self.per_layer else None
             said = layer.problem or layer.note
             output = f"{layer.output_bound:.4g}"
-            table.add_row(layer.layer, layer.kind, constant, output, Text(said), style=style)
+            cells = [layer.layer, layer.kind, constant, output]
+            if self.per_layer:
+                cells.append(layer.clipped)
+            table.add_row(*cells, Text(said), style=style)
         wrong = sum(bool(layer.problem) for layer in self.layers)
         lines = [*self.problems]
         if wrong:
-            lines.append(f"{wrong} of {len(self.layers)} layers cannot be private.")
+            lines.append(f"{wrong} of {len(self.layers)} layers have no certified bound.")
         if self.private:
             lines.append("The network can be trained privately.")
+        elif self.per_layer:
+            lines.append(f"The network can be trained as it is: {_AS_IT_IS}.")
         else:
+            lines.append(self.per_layer_problem)
             lines.append("lipdp.repair(network) makes the replacements that can be made.")
         return Group(table, Text("\n".join(lines)))
 
 
+#: What to write for a network that has no certified bounds.
+_AS_IT_IS = "PrivateModel(network, clip=lipdp.PerLayerClip(), ...)"
+
+
 def check(network: keras.Model) -> Check:
-    """Lists every layer with its Lipschitz constant, where its bound is loose, and for what cannot
-    be private what to use instead.
+    """Says for every layer whether it can be trained privately, in which way, and what that costs.
+
+    With certified bounds, a layer has a Lipschitz constant, and a note where its bound is loose.
+    With `clip=lipdp.PerLayerClip()` it clips its own gradient, whatever its bound.
 
     Args:
-        network: a built Sequential or functional model.
+        network: a built Keras model.
 
     Returns:
-        A `Check`: print it, ask `.private`, or take `to_dict()`.
+        A `Check`: print it, ask `.private` and `.per_layer`, or take `to_dict()`.
 
     Raises:
-        TypeError: the network is not a Sequential or functional model.
+        TypeError: the network is not a Keras model.
         ValueError: it is not built.
 
-    >>> network = keras.Sequential([keras.Input((4,)), keras.layers.BatchNormalization(),
-    ...                             keras.layers.Dense(2)], name="plain")
+    >>> network = keras.Sequential([keras.Input((4, 3)), keras.layers.LSTM(2)])
     >>> found = check(network)
-    >>> found.private, [bool(layer.problem) for layer in found.layers]
-    (False, [True, False])
+    >>> found.private, found.per_layer
+    (False, True)
     """
+    units, per_layer_problem = (), ""
+    if isinstance(network, keras.Model):
+        try:
+            units = check_units(network).units
+        except ValueError as error:
+            per_layer_problem = str(error)
     try:
         traced = trace(network)
     except UnknownLayerError as error:
-        return Check(network.name, (), (str(error),))
+        return Check(network.name, (), (str(error),), per_layer_problem)
+    except TypeError as error:
+        if not units:
+            raise
+        layers = [
+            LayerCheck(u.layer.name, type(u.layer).__name__, None, math.inf, "", "", _clipped([u]))
+            for u in units
+        ]
+        return Check(network.name, tuple(layers), (str(error),), "")
     assigned = _assigned_in_call(network)
     problems, layers = [], []
     if len(traced.outputs) != 1:
@@ -165,7 +205,13 @@ def check(network: keras.Model) -> Check:
         bounds.update(dict.fromkeys(call.outputs, output))
         layers.append(
             LayerCheck(
-                call.operation.name, type(call.operation).__name__, constant, output, note, problem
+                call.operation.name,
+                type(call.operation).__name__,
+                constant,
+                output,
+                note,
+                problem,
+                _clipped(_units_of(call.operation, units)),
             )
         )
 
@@ -183,11 +229,13 @@ def check(network: keras.Model) -> Check:
         problems += assigned + _imprecise(network)
     if not problems and not any(layer.problem for layer in layers):
         problems += _overflows(traced, network_bounds(traced).layers)
-    return Check(network.name, tuple(layers), tuple(problems))
+    return Check(network.name, tuple(layers), tuple(problems), per_layer_problem)
 
 
 def check_trainable(network: keras.Model) -> None:
-    """Refuses a network that cannot be trained privately, with the first thing that is wrong.
+    """Refuses a network that has no certified bounds, with the first thing that is wrong.
+
+    Where its layers can clip their own gradients, the message says so.
 
     Raises:
         TypeError: it is not a Sequential or functional model.
@@ -200,6 +248,22 @@ def check_trainable(network: keras.Model) -> None:
         ...
     ValueError: `network` ... has no trainable weights.
     """
+    try:
+        _check_certified(network)
+    except (TypeError, ValueError) as error:
+        if not isinstance(network, keras.Model):
+            raise
+        try:
+            check_units(network)
+        except ValueError:
+            raise error from None
+        raise type(error)(
+            f"To train {network.name!r} as it is, write {_AS_IT_IS}: each layer then clips its own "
+            f"gradient. Without a `clip` of this kind it needs certified bounds: {error}"
+        ) from error
+
+
+def _check_certified(network):
     traced = trace(network)  # refuses what is no network before it is called
     assigned = _assigned_in_call(network)
     found = network_bounds(traced)
@@ -310,6 +374,17 @@ def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
         return final_activation(last)
     name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
     return last, name.lower()
+
+
+def _units_of(layer, units):
+    """The layers that clip which a layer is, or holds."""
+    inner = {id(v) for v in layer._flatten_layers()} if hasattr(layer, "_flatten_layers") else ()
+    return [unit for unit in units if id(unit.layer) in inner]
+
+
+def _clipped(units):
+    found = {f"{'exact' if u.exact else 'upper bound'}, {u.measured}" for u in units}
+    return "; ".join(sorted(found))
 
 
 class Assignments(keras.StatelessScope):

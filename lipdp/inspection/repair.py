@@ -1,12 +1,14 @@
-"""A private network made from one that is not."""
+"""A network that can be trained privately, made from one that cannot."""
 
 from collections.abc import Callable
 
 import keras
+from keras.src.models.functional import Functional
 
 from lipdp import layers
 from lipdp.bounds import UnknownLayerError
-from lipdp.inspection.check import check
+from lipdp.bounds.walk import trace
+from lipdp.inspection.check import check, final_activation
 from lipdp.layers import BallProjection
 
 __all__ = ["repair"]
@@ -14,50 +16,84 @@ __all__ = ["repair"]
 K = keras.layers
 
 
-def repair(network: keras.Model, radius: float = 1.0, verbose: bool = True) -> keras.Model:
-    """A private version of a network, as a new model; the old one stays as it is.
+def repair(
+    network: keras.Model,
+    *,
+    certified: bool = False,
+    radius: float | None = None,
+    verbose: bool = True,
+) -> keras.Model:
+    """A network that can be trained privately, as a new model; the old one stays as it is.
 
-    Layers that mix examples or have no bound are replaced by those that come closest, layers
-    with free weights by those whose weights stay in a ball, and a `BallProjection` is put behind
-    the input. Weights that fit are taken over, projected. What the network computes changes: it
-    has to be trained.
+    By default it is one to train with `clip=lipdp.PerLayerClip()`. Then almost nothing has to
+    change: trained batch normalisation, which mixes examples, becomes group normalisation; a loss
+    of a layer's own and a softmax or sigmoid at the end are left out. All other layers and their
+    weights are kept.
+
+    With `certified=True` it has certified bounds. Layers without a bound are replaced by those that
+    come closest, layers with free weights by those whose weights stay in a ball, and a
+    `BallProjection` is put behind the input. Weights that fit are taken over, projected. It
+    computes something else, and has to be trained anew. Its robustness is certified as well, but
+    deep networks learn less.
 
     Args:
         network: a built Sequential or functional model.
-        radius: of the ball of the input: about the norm that inputs have.
+        certified: whether bounds are to be certified.
+        radius: of the ball of the input: about the norm that inputs have. With `certified` only, 1
+            by default.
         verbose: print each replacement and its reason.
 
     Returns:
-        A model for which `check(model).private` holds.
+        A model for which `check(model).per_layer` holds, or with `certified` `.private`.
 
     Raises:
-        TypeError, ValueError: as `check`.
+        TypeError, ValueError: as `check`; no graph; a radius without `certified`.
         UnknownLayerError: something remains that cannot be private; the message lists it.
 
     >>> plain = keras.Sequential([keras.Input((8, 8, 1)), K.Conv2D(4, 3), K.BatchNormalization(),
     ...                           K.ReLU(), K.Flatten(), K.Dense(3, activation="softmax")])
     >>> [type(layer).__name__ for layer in repair(plain, verbose=False).layers]
+    ['Conv2D', 'GroupNormalization', 'ReLU', 'Flatten', 'Dense']
+    >>> [type(layer).__name__ for layer in repair(plain, verbose=False, certified=True).layers]
     ['BallProjection', 'SpectralConv2D', 'Centering', 'ReLU', 'Flatten', 'SpectralDense']
     """
-    check(network)  # raises where there is no graph to repair
-    work = _Repair(radius)
-    repaired = work.rebuild(network, front=True)
+    if radius is not None and not certified:
+        raise ValueError(
+            f"`radius` is that of certified networks: give certified=True, too; got {radius!r}."
+        )
+    trace(network)  # raises where there is no graph to repair
+    ball = None
+    if certified:
+        ball = 1.0 if radius is None else radius
+    work = _Repair(_CERTIFIED if certified else _PER_LAYER, final_activation(network)[0], ball)
+    repaired = work.rebuild(network, front=certified)
     for new, old in work.carried:
         _carry_over(old, new)
     if verbose:
         for line in work.changes:
             print(line)
     found = check(repaired)
-    if not found.private:
+    if certified and not found.private:
         left = [layer.problem for layer in found.layers if layer.problem]
         raise UnknownLayerError("This remains to be changed: " + " ".join([*left, *found.problems]))
+    if not certified and not found.per_layer:
+        raise UnknownLayerError(f"This remains to be changed: {found.per_layer_problem}")
     return repaired
 
 
 class _Repair:
-    """One pass over a network; a shared layer is replaced once."""
+    """One pass over a network; a shared layer is replaced once.
 
-    def __init__(self, radius):
+    Args:
+        replacements: by class, a function of a layer that gives another one, or None, and the
+            reason.
+        last: the layer that makes the output.
+        radius: of the ball of the input; None for per-layer clipping.
+    """
+
+    def __init__(self, replacements, last, radius):
+        self.replacements = replacements
+        self.last = last
         self.radius = radius
         self.changes = []
         self.carried = []
@@ -102,15 +138,15 @@ class _Repair:
         """The layer for the new network: a copy, or a replacement."""
         if id(layer) in self._made:
             return self._made[id(layer)]
-        if isinstance(layer, keras.Model):
+        if isinstance(layer, (keras.Sequential, Functional)):
             new = self.rebuild(layer)
         elif not isinstance(layer, keras.layers.Layer):
             return layer  # an operation: it has no state
         else:
-            make, reason = _REPLACEMENTS.get(type(layer), (None, ""))
+            make, reason = self.replacements.get(type(layer), (None, ""))
             new = make(layer) if make else None
             if new is None:
-                new = _copy(layer)
+                new = self._copy(layer)
             else:
                 self.changes.append(
                     f"{layer.name}: {type(layer).__name__} becomes {type(new).__name__}, {reason}"
@@ -119,22 +155,26 @@ class _Repair:
         self._made[id(layer)] = new
         return new
 
+    def _copy(self, layer):
+        if self.radius is not None:
+            config, changes = _certified_config(layer), []
+        else:
+            config, changes = _clipped_config(layer, layer is self.last)
+        self.changes += [f"{layer.name}: {change}" for change in changes]
+        try:
+            return type(layer).from_config(config)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise UnknownLayerError(
+                f"Layer {layer.name!r} ({type(layer).__name__}) has no replacement and cannot be "
+                f"copied: {error}"
+            ) from error
+
 
 def _bounded(layer):
     return isinstance(layer, (BallProjection, K.Embedding))
 
 
-def _copy(layer):
-    try:
-        return type(layer).from_config(_private_config(layer))
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise UnknownLayerError(
-            f"Layer {layer.name!r} ({type(layer).__name__}) has no replacement and cannot be "
-            f"copied: {error}"
-        ) from error
-
-
-def _private_config(layer):
+def _certified_config(layer):
     """Its configuration without what no bound covers."""
     config = layer.get_config()
     if config.get("activity_regularizer") is not None:
@@ -145,24 +185,59 @@ def _private_config(layer):
     return config
 
 
+def _clipped_config(layer, last):
+    """Its configuration without what no clip covers, and what was left out."""
+    config, changes = layer.get_config(), []
+    if config.get("activity_regularizer") is not None:
+        config["activity_regularizer"] = None
+        changes.append("without its activity regulariser, whose gradient no clip covers")
+    if last and config.get("activation") in ("softmax", "sigmoid"):
+        changes.append(f"without its {config['activation']}, since the losses take logits")
+        config["activation"] = "linear"
+    if layer.compute_dtype != "float32":
+        config["dtype"] = "float32"
+        changes.append("in float32")
+    return config, changes
+
+
 def _carry_over(old, new):
-    """Takes weights of the same name and shape, back into the sets of the new layer."""
-    known = {v.name: v for v in old.variables}
-    for variable in new.variables:
-        source = known.get(variable.name)
-        if source is not None and tuple(source.shape) == tuple(variable.shape):
+    """Takes over the weights: all of them for a copy, else those of the same name and shape."""
+    if type(new) is type(old):
+        pairs = list(zip(new.variables, old.variables, strict=True))
+    else:
+        known = {v.name: v for v in old.variables}
+        pairs = [(v, known[v.name]) for v in new.variables if v.name in known]
+    for variable, source in pairs:
+        if tuple(source.shape) == tuple(variable.shape):
             value = keras.ops.convert_to_tensor(source)
             variable.assign(value if variable.constraint is None else variable.constraint(value))
+            variable.trainable = source.trainable
 
 
 def _like(cls: type) -> Callable:
     """A replacement that takes over all arguments but the constraints."""
 
     def make(layer):
-        config = _private_config(layer)
+        config = _certified_config(layer)
         return cls.from_config({k: v for k, v in config.items() if not k.endswith("_constraint")})
 
     return make
+
+
+def _group_normalization(layer):
+    """Groups of four channels or more, 32 of them at most; None for what is frozen."""
+    if not layer.trainable:
+        return None
+    channels = layer.moving_mean.shape[0]
+    groups = max(n for n in range(1, 33) if channels % n == 0 and channels >= 4 * n or n == 1)
+    return K.GroupNormalization(
+        groups,
+        axis=layer.axis,
+        epsilon=layer.epsilon,
+        center=layer.center,
+        scale=layer.scale,
+        name=layer.name,
+    )
 
 
 def _centering(layer):
@@ -193,7 +268,9 @@ def _self_attention(node, tensors):
 _FREE = "whose weights stay in a ball, so that its noise does not grow with them"
 _MIXES = "because it mixes the examples of a batch"
 
-_REPLACEMENTS = {
+_PER_LAYER = {K.BatchNormalization: (_group_normalization, _MIXES)}
+
+_CERTIFIED = {
     K.Dense: (_like(layers.SpectralDense), _FREE),
     K.Conv1D: (_like(layers.SpectralConv1D), _FREE),
     K.Conv2D: (_like(layers.SpectralConv2D), _FREE),

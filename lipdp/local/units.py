@@ -49,9 +49,11 @@ class Unit(abc.ABC):
         layer: the layer.
         variables: its trainable weights, those of layers within it included.
         exact: whether norms are exact but for rounding, or upper bounds.
+        measured: how norms are found, for the report.
     """
 
     exact = True
+    measured = "from what it reads and its cotangents"
 
     def __init__(self, layer: keras.layers.Layer) -> None:
         self.layer = layer
@@ -727,6 +729,8 @@ class AffineUnit(Unit):
 
 class AnyUnit(Unit):
     """Any layer: each example's gradient by itself."""
+
+    measured = "of each example's gradient by itself"
 
     def run(self, call, tap, args, kwargs):
         # A state that moves on in the call: as it was before.

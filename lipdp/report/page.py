@@ -17,16 +17,32 @@ def page(report: Figures) -> str:
     Raises:
         ImportError: matplotlib is missing.
     """
-    parts = [
-        _section("", _cards(report)),
-        _section(
-            "Where each sensitivity comes from",
-            "<p>X bounds what a layer reads, G the loss gradient that comes back to it; boxes in "
-            "colour have weights. An example's gradient of a weight is at most a known multiple of "
-            "X·G.</p>" + f'<div class="scroll">{drawing(report.layers)}</div>',
-        ),
-        _section("Weights", _weights(report)),
-    ]
+    parts = [_section("", _cards(report))]
+    if report.clipped:
+        parts.append(
+            _section(
+                "Signal and noise of each layer",
+                "<p>An example adds at most its threshold to the sum of a layer's gradients. The "
+                "signal is what a batch attains where all its examples pull a layer the same way; "
+                "a layer whose noise is longer learns slowly.</p>"
+                + plots.signals(
+                    [row.name for row in report.clipped],
+                    [row.sensitivity for row in report.clipped],
+                    [row.noise_std and row.noise_std * row.size**0.5 for row in report.clipped],
+                ),
+            )
+        )
+        parts.append(_section("Layers that clip", _clipped(report)))
+    else:
+        parts.append(
+            _section(
+                "Where each sensitivity comes from",
+                "<p>X bounds what a layer reads, G the loss gradient that comes back to it; boxes "
+                "in colour have weights. An example's gradient of a weight is at most a known "
+                f'multiple of X·G.</p><div class="scroll">{drawing(report.layers)}</div>',
+            )
+        )
+        parts.append(_section("Weights", _weights(report)))
     if report.runs and report.delta is not None and math.isfinite(report.epsilon):
         parts.append(
             _section("What is planned" if report.planned else "What was spent", _spent(report))
@@ -61,13 +77,16 @@ def _cards(report):
         name = "ε planned" if report.planned else "ε spent"
         cards.append((name, short(report.epsilon), note.replace("_", " ")))
     cards += [
-        ("sensitivity Δ", short(report.sensitivity), "of one example, all weights together"),
+        ("sensitivity Δ", short(report.sensitivity), "of one example, all together"),
         ("noise multiplier", short(report.noise_multiplier), "std over sensitivity"),
         ("expected batch", short(report.expected_batch_size), "the divisor of every sum"),
         ("norm of the noise", short(report.total_noise), "expected, of the mean gradient"),
-        ("Lipschitz constant", f"≤ {short(report.lipschitz)}", "of the whole network"),
-        ("loss gradient", f"≤ {short(report.loss_gradient_bound)}", "of one example, clipped"),
     ]
+    if not report.clipped:
+        cards += [
+            ("Lipschitz constant", f"≤ {short(report.lipschitz)}", "of the whole network"),
+            ("loss gradient", f"≤ {short(report.loss_gradient_bound)}", "of one example, clipped"),
+        ]
     return (
         '<div class="cards">'
         + "".join(
@@ -79,9 +98,38 @@ def _cards(report):
 
 
 def _weights(report):
-    head = ("weight", "shape", "X", "G", "Δ", "noise std", "share of the noise", "signal / noise")
-    rows = []
-    for row in report.weights:
+    head = ("weight", "shape", "X", "G", "Δ")
+    rows = [
+        (
+            f"{escape(row.weight)}<small>{escape(row.layer)}</small>",
+            "×".join(map(str, row.shape)) or "scalar",
+            short(row.input_bound),
+            short(row.cotangent_bound),
+            short(row.sensitivity),
+        )
+        for row in report.weights
+    ]
+    return _table(report, head, rows, "a weight as far as its bound")
+
+
+def _clipped(report):
+    head = ("layer", "norm", "weights", "threshold")
+    rows = [
+        (
+            f"{escape(row.layer)}<small>{escape(row.kind)}</small>",
+            f"{'exact' if row.exact else 'upper bound'}<small>{escape(row.measured)}</small>",
+            f"{row.size:,}",
+            short(row.threshold),
+        )
+        for row in report.clipped
+    ]
+    return _table(report, head, rows, "a layer as far as its threshold")
+
+
+def _table(report, head, rows, most):
+    """A table of the report's rows: the first cells of each, and those of its noise."""
+    lines = []
+    for row, cells in zip(report.rows, rows, strict=True):
         share = row.noise_share or 0.0
         bar = (
             f'<span class="bar"><i style="width:{share:.1%}"></i></span> {share:.1%}'
@@ -89,24 +137,15 @@ def _weights(report):
             else "–"
         )
         ratio = "–" if row.signal_to_noise is None else f"≤ {short(row.signal_to_noise)}"
-        cells = (
-            f"{escape(row.weight)}<small>{escape(row.layer)}</small>",
-            "×".join(map(str, row.shape)) or "scalar",
-            short(row.input_bound),
-            short(row.cotangent_bound),
-            short(row.sensitivity),
-            short(row.noise_std),
-            bar,
-            ratio,
-        )
-        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+        cells = (*cells, short(row.noise_std), bar, ratio)
+        lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = (*head, "noise std", "share of the noise", "signal / noise")
     return (
         f"<p>Noise is shared as {escape(repr(report.allocation))}. Signal over noise is at most "
-        "what is shown: where all examples of a batch pull a weight as far as its bound, the same "
-        "way.</p>"
+        f"what is shown: where all examples of a batch pull {most}, the same way.</p>"
         '<div class="scroll"><table><thead><tr>'
         + "".join(f"<th>{name}</th>" for name in head)
-        + f"</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        + f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -182,17 +221,31 @@ def _can_draw(run, size):
 
 
 def _attained(report):
-    names = [found.weight for found in report.attained]
+    names = [found.name for found in report.attained]
+    if report.clipped:
+        most = [row.threshold for row in report.clipped]
+        names = [
+            f"{name}: {found.within:.0%} within the threshold"
+            for name, found in zip(names, report.attained, strict=True)
+        ]
+        said = (
+            "Norms are those before the clip. Where few gradients are within the threshold, most "
+            "are cut to one length; where all are, noise is wasted."
+        )
+    else:
+        most = [row.sensitivity for row in report.weights]
+        said = (
+            "Where gradients stay far below their bound, noise is wasted: a tighter layer, inputs "
+            "of constant norm or a smaller clip would save it."
+        )
     ratios = [
-        [n / row.sensitivity for n in found.norms]
-        for row, found in zip(report.weights, report.attained, strict=True)
+        [n / bound for n in found.norms] for bound, found in zip(most, report.attained, strict=True)
     ]
     return _section(
         "Not private: gradients of a sample",
         f"<p>From {len(report.attained[0].norms)} private examples, which no guarantee covers: do "
-        "not publish this page. Where gradients stay far below their bound, noise is wasted: a "
-        "tighter layer, inputs of constant norm or a smaller clip would save it.</p>"
-        + plots.attained(names, ratios),
+        f"not publish this page. {said}</p>"
+        + (plots.beside_thresholds if report.clipped else plots.attained)(names, ratios),
         "private",
     )
 

@@ -85,13 +85,44 @@ def trade_off(curve) -> str:
     return _svg(figure, "what an attacker can gain")
 
 
+def signals(names: Sequence[str], signals: Sequence[float], noises: Sequence[float | None]) -> str:
+    """For each layer the most that its mean gradient can be, and the norm of its noise."""
+    figure, ((axes,),) = _figure(height=1.0 + 0.25 * len(names))
+    places = range(len(names))
+    axes.plot(signals, places, "o", color=_ACCENT, label="signal, at most")
+    known = [(n, i) for i, n in enumerate(noises) if n]
+    if known:
+        axes.plot(*zip(*known, strict=True), "|", color=_SECOND, markersize=12, label="noise")
+    axes.set(xscale="log", xlabel="norm in the mean gradient", ylim=(len(names) - 0.5, -0.5))
+    axes.set_yticks(places, [_plain(name) for name in names], fontsize=9)
+    axes.legend()
+    return _svg(figure, "signal and noise of each layer")
+
+
 def attained(names: Sequence[str], ratios: Sequence[Sequence[float]]) -> str:
     """Histograms of gradient norms over their bounds, one a weight."""
+    bins = np.linspace(0, 1, 51)
+    return _histograms(names, ratios, bins, "norm of an example's gradient / its bound Δ")
+
+
+def beside_thresholds(names: Sequence[str], ratios: Sequence[Sequence[float]]) -> str:
+    """Histograms of gradient norms over thresholds, one a layer that clips."""
+    bins = np.logspace(-3, 3, 61)
+    ratios = [np.clip(values, bins[0], bins[-1]) for values in ratios]
+    label = "norm of an example's gradient / its threshold"
+    return _histograms(names, ratios, bins, label, xscale="log")
+
+
+def _histograms(names, ratios, bins, label, **settings):
     figure, axes = _figure(len(names), 1, height=1.3)
     for axis, name, values in zip(axes[:, 0], names, ratios, strict=True):
-        axis.hist(values, bins=np.linspace(0, 1, 51), color=_ACCENT)
+        axis.hist(values, bins=bins, color=_ACCENT)
         axis.axvline(1.0, color=_SECOND)
-        axis.set_title(name.replace("$", r"\$"), fontsize=9, loc="left", color=_INK)
-        axis.set(xlim=(0, 1.02), yticks=[])
-    axes[-1, 0].set_xlabel("norm of an example's gradient / its bound Δ")
+        axis.set_title(_plain(name), fontsize=9, loc="left", color=_INK)
+        axis.set(xlim=(bins[0], 1.02 * bins[-1]), yticks=[], **settings)
+    axes[-1, 0].set_xlabel(label)
     return _svg(figure, "attained gradient norms")
+
+
+def _plain(name):
+    return name.replace("$", r"\$")

@@ -4,11 +4,13 @@ import math
 import os
 from collections.abc import Sequence
 
+from keras import ops
+
 from accountants import TrainingRun
 from lipdp.bounds.rule import as_float
-from lipdp.bounds.walk import network_bounds
-from lipdp.noise import resolve_allocation, standard_deviations
-from lipdp.report.numbers import Attained, Figures, LayerRow, WeightRow
+from lipdp.bounds.walk import ROUNDING, network_bounds
+from lipdp.noise import standard_deviations
+from lipdp.report.numbers import Attained, ClippedLayer, Figures, LayerRow, WeightRow
 from lipdp.report.page import page
 
 __all__ = ["Report"]
@@ -34,47 +36,73 @@ class Report(Figures):
             runs, delta: planned ones, in place of what the model has spent.
             attained: of a sample.
         """
-        clip = as_float(model.current_clip()) * model.sample_weight_bound
         network = model.network
         variables = network.trainable_variables
-        found = network_bounds(network, clip)
-        bounds = found.sensitivities()
+        found = None
+        if model.units is None:
+            clip = as_float(model.current_clip()) * model.sample_weight_bound
+            found = network_bounds(network, clip)
+            by_path = found.sensitivities()
+            bounds, sizes = [by_path[v.path] for v in variables], [_size(v) for v in variables]
+        else:
+            thresholds = [float(c) for c in ops.convert_to_numpy(model.current_clip())]
+            bounds = [c * model.sample_weight_bound * ROUNDING for c in thresholds]
+            sizes = [sum(map(_size, unit.variables)) for unit in model.units.units]
         noise, divisor = model.noise_multiplier, expected_batch_size
         if noise is not None:
-            noise = model.noise.multiplier(noise, sum(math.prod(v.shape) for v in variables))
+            noise = model.noise.multiplier(noise, model.step.entries)
         if model.step.constants is not None:
             noise = model.step.constants.gradient_noise_multiplier
             divisor = divisor or model.step.constants.expected_batch_size
         divisor = divisor or getattr(model.sampling, "batch_size", None)
-        stds = [None] * len(variables)
+        stds = [None] * len(bounds)
         total = None
         if noise is not None and divisor is not None:
-            sums = standard_deviations(
-                [bounds[v.path] for v in variables],
-                [math.prod(v.shape) for v in variables],
-                noise,
-                resolve_allocation(model.allocation, [v.path for v in variables]),
+            if model.step.constants is None:
+                noise, _ = model.clip_state.split(noise, divisor)
+            sums = standard_deviations(bounds, sizes, noise, model.step.allocation)
+            stds = [float(s) / divisor for s in sums]
+            total = math.sqrt(sum(s * s * size for s, size in zip(stds, sizes, strict=True)))
+        # Of each row: sensitivity, std of the noise, share of it, most that signal is over it.
+        noises = [
+            (
+                bound,
+                std,
+                std**2 * size / total**2 if total else None,
+                bound / (std * size**0.5) if std else None,
             )
-            stds = [s / divisor for s in sums]
-            total = math.sqrt(
-                sum(s * s * math.prod(v.shape) for s, v in zip(stds, variables, strict=True))
-            )
+            for bound, std, size in zip(bounds, stds, sizes, strict=True)
+        ]
         planned = runs is not None
         runs = tuple(runs if planned else model.spending.runs)
         if delta is None and model.budget is not None:
             delta = model.budget.delta
         epsilon = None if delta is None else model.spending.epsilon(runs, delta)
+        if found is not None:
+            rows = {
+                "weights": tuple(
+                    _weight_row(variable, found.layers, *numbers)
+                    for variable, numbers in zip(variables, noises, strict=True)
+                ),
+                "layers": tuple(_layer_rows(found)),
+                "clipped": (),
+                "loss_gradient_bound": clip,
+                "lipschitz": as_float(found.lipschitz),
+                "output_bound": as_float(found.output),
+            }
+        else:
+            rows = {
+                "weights": (),
+                "layers": (),
+                "clipped": tuple(_clipped_layers(model.units, thresholds, sizes, noises)),
+                "loss_gradient_bound": math.inf,
+                "lipschitz": math.inf,
+                "output_bound": math.inf,
+            }
         return cls(
             network=network.name,
-            weights=tuple(
-                _weight_row(variable, found.layers, bounds[variable.path], std, total)
-                for variable, std in zip(variables, stds, strict=True)
-            ),
-            layers=tuple(_layer_rows(found)),
-            loss_gradient_bound=clip,
-            lipschitz=as_float(found.lipschitz),
-            output_bound=as_float(found.output),
-            sensitivity=math.sqrt(sum(b * b for b in bounds.values())),
+            **rows,
+            sensitivity=math.sqrt(sum(b * b for b in bounds)),
             noise_multiplier=model.noise_multiplier,
             expected_batch_size=divisor,
             total_noise=total,
@@ -99,9 +127,11 @@ class Report(Figures):
             file.write(text)
 
 
-def _weight_row(variable, layers, bound, std, total):
-    """The row of a weight; `total` is the norm of the noise of all weights."""
-    size = math.prod(variable.shape)
+def _size(variable):
+    return math.prod(variable.shape)
+
+
+def _weight_row(variable, layers, bound, std, share, ratio):
     calls = [layer for layer in layers if variable.path in dict(layer.gradients)]
     return WeightRow(
         weight=variable.path,
@@ -111,9 +141,28 @@ def _weight_row(variable, layers, bound, std, total):
         cotangent_bound=max(as_float(call.cotangent) for call in calls),
         sensitivity=bound,
         noise_std=std,
-        noise_share=std**2 * size / total**2 if total else None,
-        signal_to_noise=bound / (std * size**0.5) if std else None,
+        noise_share=share,
+        signal_to_noise=ratio,
     )
+
+
+def _clipped_layers(units, thresholds, sizes, noises):
+    for unit, threshold, size, numbers in zip(units.units, thresholds, sizes, noises, strict=True):
+        bound, std, share, ratio = numbers
+        yield ClippedLayer(
+            layer=unit.layer.name,
+            kind=type(unit.layer).__name__,
+            weights=tuple(v.path for v in unit.variables),
+            size=size,
+            threshold=threshold,
+            sensitivity=bound,
+            calls=sum(call.layer is unit.layer for call in units.order),
+            exact=unit.exact,
+            measured=unit.measured,
+            noise_std=std,
+            noise_share=share,
+            signal_to_noise=ratio,
+        )
 
 
 def _layer_rows(found):

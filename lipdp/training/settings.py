@@ -60,7 +60,9 @@ def settings_of(model: Any) -> dict[str, Any]:
     found = {name: _plain(getattr(model, name)) for name in _VALUES_OF_MODEL}
     found |= {name: _Itself(getattr(model, name)) for name in _PARTS_OF_MODEL}
     found = {f"`{name}` of PrivateModel": value for name, value in found.items()}
-    found["`trainable`"] = tuple(v.path for v in network.trainable_variables)
+    trained = tuple(v.path for v in network.trainable_variables)
+    # A layer without trainable weights may follow the batch, or not, as it says: normalisation.
+    found["`trainable`"] = trained, tuple(layer.trainable for layer in layers)
     found["layers of the network"] = [_Itself(layer) for layer in layers]
     # Of a layer without weights too: one that normalises by the batch when it is trained.
     found["`trainable` of the layers"] = [layer.trainable for layer in layers]

@@ -38,13 +38,20 @@ def test_check(run, plain, tmp_path):
     keras.Sequential([keras.Input((4,)), layers.BallProjection(1.0), K.Dense(2)]).save(path)
     code, out, _ = run("check", path, "--json")
     assert code == 0 and json.loads(out)["private"] is True
+    keras.Sequential([keras.Input((4, 3)), K.LSTM(2)]).save(path)
+    code, out, _ = run("check", path, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["per_layer"] is True and found["private"] is False
 
 
 def test_repair(run, plain, tmp_path):
     target = tmp_path / "repaired.keras"
-    code, out, _ = run("repair", plain, target, "--radius=2")
+    code, out, _ = run("repair", plain, target, "--certified", "--radius=2")
     assert code == 0 and "BallProjection(2)" in out and str(target) in out
     assert lipdp.check(keras.saving.load_model(target)).private
+    code, out, _ = run("repair", plain, target)
+    assert code == 0 and "GroupNormalization" in out and str(target) in out
+    assert lipdp.check(keras.saving.load_model(target)).per_layer
     code, out, _ = run("repair", plain, target, "--json")
     assert code == 0 and json.loads(out)["path"] == str(target)
 
@@ -70,7 +77,9 @@ def test_bad_use(run, plain, tmp_path):
     assert code == 2 and "broken.keras" in err
     code, _, err = run("repair", plain, tmp_path / "out.h5")
     assert code == 2 and "must end in .keras" in err
-    code, _, err = run("repair", plain, tmp_path / "out.keras", "--radius=-1")
+    code, _, err = run("repair", plain, tmp_path / "out.keras", "--certified", "--radius=-1")
     assert code == 2 and "`radius`" in err
+    code, _, err = run("repair", plain, tmp_path / "out.keras", "--radius=1")
+    assert code == 2 and "certified" in err
     code, _, err = run("check", plain, "--colour")
     assert code == 2 and "colour" in err

@@ -105,6 +105,11 @@ def test_the_settings_arrive(folder):
         ("model: private.keras", "model: private", ".keras"),
         ("report: report.html", "report: no/report.html", "folder"),
         ("result: result.json", "result: ./spent.ledger", "overwrite the ledger"),
+        ("clip: 0.5", "clip: per_layr", "per_layer"),
+        ("clip: 0.5", "clip: true", "per_layer"),
+        ("clip: 0.5", "clip: {per_layer: 3}", "per_layer"),
+        ("clip: 0.5", "clip: {per_layer: {quantile: 2}}", "quantile"),
+        ("clip: 0.5", "clip: {per_layer: {quantle: 0.5}}", "quantle"),
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_is_spent(folder, capsys, old, new, message):
@@ -142,6 +147,31 @@ def test_report_of_a_planned_run(folder, network, capsys):
     assert found["planned"] and 2.9 < found["epsilon"] <= 3.0
     assert found["runs"][0]["steps"] == 8 and page.exists()
     assert found["weights"][0]["noise_std"] > 0
+
+
+@pytest.mark.parametrize("clip", ["per_layer", "{per_layer: {quantile: 0.7}}"])
+def test_layers_clip_in_a_run_that_a_file_describes(folder, capsys, clip):
+    keras.Sequential(
+        [keras.Input((6,)), keras.layers.LayerNormalization(), keras.layers.Dense(3)]
+    ).save(folder / "plain.keras")
+    text = CONFIG.replace("clip: 0.5", f"clip: {clip}")
+    text = text.replace("{name: mlp, input_shape: [6], classes: 3, width: 8}", "plain.keras")
+    (folder / "run.yaml").write_text(text)
+    code, said = run(capsys, "train", folder / "run.yaml", "--json")
+    assert code == 0, said.err
+    assert json.loads(said.out)["steps"] == 8
+    assert "Layers that clip" in (folder / "report.html").read_text("utf-8")
+
+
+def test_report_of_layers_that_clip(folder, capsys):
+    path = folder / "plain.keras"
+    keras.Sequential([keras.Input((6, 2)), keras.layers.GRU(3), keras.layers.Dense(3)]).save(path)
+    flags = ["--batch_size=16", "--clip=per_layer", "--json"]
+    code, said = run(capsys, "report", path, *flags)
+    assert code == 0, said.err
+    assert [row["kind"] for row in json.loads(said.out)["clipped"]] == ["GRU", "Dense"]
+    code, said = run(capsys, "report", path, "--batch_size=16")
+    assert code == 2 and "clip=lipdp.PerLayerClip()" in said.err
 
 
 def test_report_without_a_plan_is_for_a_noise_multiplier_of_one(network, capsys):

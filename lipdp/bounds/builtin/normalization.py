@@ -4,7 +4,15 @@ import math
 
 from keras import layers, ops
 
-from lipdp.bounds.rule import Rule, minimum, register, size, vector_norm
+from lipdp.bounds.rule import (
+    Rule,
+    UnknownLayerError,
+    lipschitz,
+    minimum,
+    register,
+    size,
+    vector_norm,
+)
 
 
 def _normalization(call, axes, epsilon, gain, shift, *, centred):
@@ -66,3 +74,28 @@ def group_normalization(layer, call):
         raise ValueError(f"axis={layer.axis} has no rule; use the last axis")
     axes = range(1, len(call.input_shape) + 1)
     return _normalization(call, axes, layer.epsilon, layer.gamma, layer.beta, centred=True)
+
+
+@register(layers.BatchNormalization)
+def batch_normalization(layer, call):
+    """Frozen, it is affine with the moving statistics: `s·x + (β − s·μ)`, `s = γ/√(v + ε)`, at all
+    positions of a channel alike, whether in training or not.
+
+    Keras computes `x·s − μ·s + β`; the rounding of the two products is that of their sizes.
+    """
+    if layer.trainable:
+        raise UnknownLayerError(
+            f"Layer {layer.name!r} (BatchNormalization) cannot be private: it mixes the examples "
+            "of a batch, so one example moves the gradient of all others. Freeze it (trainable = "
+            "False), or use keras.layers.GroupNormalization, or lipdp.layers.Centering or "
+            "BallProjection: they look at one example only."
+        )
+    scale = ops.rsqrt(layer.moving_variance + layer.epsilon)
+    scale = scale if layer.gamma is None else scale * layer.gamma
+    shift = -scale * layer.moving_mean
+    shift = shift if layer.beta is None else shift + layer.beta
+    repeats = math.sqrt(size(call.input_shape) / size(layer.moving_mean.shape))
+    rounding = 2.0**-20 * (vector_norm(shift) + vector_norm(scale * layer.moving_mean))
+    return lipschitz(
+        ops.max(ops.abs(scale)) * (1.0 + 2.0**-20), offset=repeats * (vector_norm(shift) + rounding)
+    )

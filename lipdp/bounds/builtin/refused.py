@@ -8,7 +8,7 @@ from lipdp.bounds.rule import UnknownLayerError, register
 _MIXES = "it mixes the examples of a batch, so one example moves the gradient of all others"
 
 
-def _refused(remedy, reason=_MIXES):
+def _refused(remedy, reason):
     def rule(layer, call):
         raise UnknownLayerError(
             f"Layer {layer.name!r} ({type(layer).__name__}) cannot be private: {reason}. {remedy}"
@@ -17,9 +17,6 @@ def _refused(remedy, reason=_MIXES):
     return rule
 
 
-register(layers.BatchNormalization)(
-    _refused("Use lipdp.layers.Centering or BallProjection, which look at one example only.")
-)
 register(layers.Lambda)(
     _refused(
         "Use a layer with a rule, or register one for a class of your own.",
@@ -48,7 +45,7 @@ register(layers.MultiHeadAttention, layers.GroupQueryAttention)(
         "attention on rows of any norm has no Lipschitz constant",
     )
 )
-register(layers.MixUp, layers.CutMix)(_refused("Augment examples one by one."))
+register(layers.MixUp, layers.CutMix)(_refused("Augment examples one by one.", _MIXES))
 register(layers.ActivityRegularization)(
     _refused(
         "Leave it out.",

@@ -1,6 +1,7 @@
 """Layers that rearrange, repeat, drop or scale entries."""
 
 import keras
+import numpy as np
 
 from lipdp import layers
 from tests.lipdp.cases.case import BOTH, Case
@@ -57,6 +58,30 @@ TIGHT = {
     "Rescaling: -2, offset": (lambda: K.Rescaling(-2.0, offset=1.0), (2, 3)),
     "Rescaling: arrays": (lambda: K.Rescaling([1.0, 3.0], offset=[0.0, 2.0]), (3, 2)),
 }
+
+
+def _frozen(shape, axis=-1, **options):
+    """Frozen batch normalisation with moving statistics of its own."""
+    layer = K.BatchNormalization(axis=axis, trainable=False, **options)
+    layer.build((None, *shape))
+    channels = np.arange(shape[axis if axis < 0 else axis - 1])
+    layer.moving_mean.assign(0.5 - channels)
+    layer.moving_variance.assign(0.25 + channels)
+    if layer.gamma is not None:
+        layer.gamma.assign(1.0 - 3.0 * channels)
+    if layer.beta is not None:
+        layer.beta.assign(channels - 0.25)
+    return layer
+
+
+FROZEN = {
+    "BatchNormalization: frozen": (lambda: _frozen((3, 2)), (3, 2)),
+    "BatchNormalization: frozen, channels first": (lambda: _frozen((2, 3), axis=1), (2, 3)),
+    "BatchNormalization: frozen, plain": (
+        lambda: _frozen((4, 2), center=False, scale=False),
+        (4, 2),
+    ),
+}
 # Where the offset and the widest channel are not attained together, or the ascent ends early.
 PARTLY = dict.fromkeys(
     ["Normalization: inverse", "Resizing: nearest", "Resizing: lanczos5"], ("input",)
@@ -72,6 +97,9 @@ CASES = [
     for name, (make, shape) in TIGHT.items()
 ]
 for training in (False, True):
+    for name, (make, shape) in FROZEN.items():
+        options = {"training": training, "steps": 4}
+        CASES.append(Case(f"{name}, training={training}", make, shape, ("input",), options=options))
     for name, (make, shape) in {
         "Dropout: 0.4": (lambda: K.Dropout(0.4), (6,)),
         "Dropout: 0": (lambda: K.Dropout(0.0), (6,)),

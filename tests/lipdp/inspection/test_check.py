@@ -99,7 +99,7 @@ def test_the_check_agrees_with_the_private_model(make):
     assert not lipdp.check(network).private
     with pytest.raises((ValueError, lipdp.UnknownLayerError)):
         private(network)
-    repaired = lipdp.repair(network, verbose=False)
+    repaired = lipdp.repair(network, certified=True, verbose=False)
     assert lipdp.check(repaired).private
     x, y = data(shape=network.input_shape[1:])
     model = private(repaired)
@@ -128,18 +128,18 @@ def test_what_the_private_model_refuses_is_no_surprise(make):
 
 
 def test_repair_tells_what_it_changed(capsys):
-    lipdp.repair(plain(), radius=3.0)
+    lipdp.repair(plain(), certified=True, radius=3.0)
     said = capsys.readouterr().out
     for words in ("BallProjection(3)", "SpectralConv2D", "Centering", "Dropout", "SpectralDense"):
         assert words in said
-    lipdp.repair(plain(), verbose=False)
+    lipdp.repair(plain(), certified=True, verbose=False)
     assert not capsys.readouterr().out
 
 
 def test_repair_takes_weights_over_and_leaves_the_old_network():
     network = plain()
     before = network.get_weights()
-    repaired = lipdp.repair(network, verbose=False)
+    repaired = lipdp.repair(network, certified=True, verbose=False)
     for now, value in zip(network.get_weights(), before, strict=True):
         np.testing.assert_array_equal(now, value)
     old = np.asarray(network.layers[0].kernel)
@@ -149,7 +149,7 @@ def test_repair_takes_weights_over_and_leaves_the_old_network():
 
 
 def test_repair_keeps_sharing_and_nesting():
-    repaired = lipdp.repair(functional(), verbose=False)
+    repaired = lipdp.repair(functional(), certified=True, verbose=False)
     kinds = [type(layer).__name__ for layer in repaired.layers]
     assert kinds.count("SpectralDense") == 2  # the shared one, and the head
     (nested,) = [layer for layer in repaired.layers if isinstance(layer, keras.Sequential)]
@@ -160,7 +160,7 @@ def test_a_private_network_is_only_copied(capsys):
     network = keras.Sequential(
         [keras.Input((4,)), layers.BallProjection(2.0), layers.SpectralDense(3)]
     )
-    repaired = lipdp.repair(network)
+    repaired = lipdp.repair(network, certified=True)
     assert capsys.readouterr().out == ""
     x = np.ones((2, 4), "float32")
     np.testing.assert_allclose(repaired(x), network(x), rtol=1e-6)
@@ -209,7 +209,7 @@ def convolutional():
     ],
 )
 def test_what_replaces_what(make, kinds):
-    repaired = lipdp.repair(make(), verbose=False)
+    repaired = lipdp.repair(make(), certified=True, verbose=False)
     found = [layer for layer in repaired.layers if not isinstance(layer, K.InputLayer)]
     assert [type(layer).__name__ for layer in found] == kinds.split()
     assert all(type(layer).__module__.startswith(("lipdp", "keras")) for layer in found)
@@ -220,10 +220,199 @@ def test_attention_to_another_sequence_is_not_repaired():
     a, b = keras.Input((5, 3)), keras.Input((5, 3))
     network = keras.Model([a, b], K.MultiHeadAttention(1, 3)(a, b))
     with pytest.raises(lipdp.UnknownLayerError, match="attends to another sequence"):
-        lipdp.repair(network, verbose=False)
+        lipdp.repair(network, certified=True, verbose=False)
 
 
 def test_repair_says_what_it_cannot_do():
     network = keras.Sequential([keras.Input((4,)), K.Lambda(lambda x: x), K.Dense(2)])
     with pytest.raises(lipdp.UnknownLayerError, match="Lambda"):
-        lipdp.repair(network, verbose=False)
+        lipdp.repair(network, certified=True, verbose=False)
+
+
+# --- networks whose layers clip their own gradients -----------------------------------------------
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = K.Dense(4), K.Dense(2)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def subclassed():
+    network = Subclassed()
+    network(np.ones((1, 3)))
+    return network
+
+
+def clipped(network, loss="sparse_categorical_crossentropy"):
+    model = lipdp.PrivateModel(
+        network,
+        noise_multiplier=1.0,
+        sampling=lipdp.PoissonSampling(8),
+        clip=lipdp.PerLayerClip(),
+    )
+    model.compile("sgd", loss)
+    return model
+
+
+@pytest.mark.parametrize("make", [text, recurrent, convolutional, subclassed])
+def test_a_network_without_bounds_is_told_how_to_train_as_it_is(make):
+    network = make()
+    found = lipdp.check(network)
+    assert found.per_layer and not found.private and found.per_layer_problem == ""
+    line = "clip=lipdp.PerLayerClip()"
+    assert f"can be trained as it is: PrivateModel(network, {line}" in " ".join(str(found).split())
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["per_layer"] is True
+    with pytest.raises((TypeError, ValueError)) as refused:
+        private(network)
+    # The way out comes first, the reason after it.
+    assert str(refused.value).startswith("To train") and line in str(refused.value)
+    assert type(refused.value) in (TypeError, ValueError, lipdp.UnknownLayerError)
+    clipped(network)
+
+
+def test_each_layer_says_how_its_norm_is_measured():
+    found = lipdp.check(recurrent())
+    said = {layer.kind: layer.clipped for layer in found.layers}
+    assert said["Flatten"] == ""
+    for kind in ("GRU", "Conv1D", "Dense", "MultiHeadAttention"):
+        assert said[kind].startswith("exact, "), kind
+    assert "by itself" in said["GRU"] and "cotangents" in said["Dense"]
+    assert [layer.clipped != "" for layer in lipdp.check(subclassed()).layers] == [True, True]
+
+
+def mixing():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            K.Conv2D(12, 3, use_bias=False),
+            K.BatchNormalization(center=False),
+            K.ReLU(),
+            K.Conv2D(4, 3, trainable=False),
+            K.BatchNormalization(trainable=False),
+            K.Flatten(),
+            K.Dense(5, activation="softmax", activity_regularizer="l2"),
+            K.Dense(3, activation="softmax"),
+        ]
+    )
+
+
+def test_a_network_that_mixes_examples_can_be_trained_in_no_way():
+    network = mixing()
+    found = lipdp.check(network)
+    assert not found.per_layer and not found.private
+    assert "regulariser" in found.per_layer_problem  # the first of them
+    assert found.per_layer_problem in " ".join(str(found).split()) and "lipdp.repair" in str(found)
+    with pytest.raises(lipdp.UnknownLayerError, match="BatchNormalization") as refused:
+        private(network)
+    assert "PerLayerClip" not in str(refused.value)
+
+
+def test_repair_changes_only_what_cannot_be_clipped(capsys):
+    network = mixing()
+    for weight in network.weights:
+        weight.assign(weight + 0.1)
+    repaired = lipdp.repair(network)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 3
+    assert "becomes GroupNormalization" in said[0] and "mixes" in said[0]
+    assert "activity regulariser" in said[1] and "softmax" in said[2]
+    kinds = [type(layer).__name__ for layer in repaired.layers]
+    expected = [type(layer).__name__ for layer in network.layers]
+    expected[1] = "GroupNormalization"
+    assert kinds == expected
+    assert repaired.layers[1].groups == 3 and not repaired.layers[1].center
+    assert repaired.layers[-2].activation is keras.activations.softmax
+    # All weights but the moving statistics, and what is frozen stays so.
+    for old, new in zip(network.layers, repaired.layers, strict=True):
+        for v in new.weights:
+            (same,) = [w for w in old.weights if w.name == v.name]
+            np.testing.assert_array_equal(v, same)
+            assert v.trainable == same.trainable
+    assert lipdp.check(repaired).per_layer
+    x, y = data(shape=(8, 8, 2))
+    clipped(repaired).fit(x, y, epochs=1, verbose=0)
+
+
+def test_repair_keeps_what_a_network_computes():
+    """Frozen batch normalisation stays; so do the weights of composite layers."""
+    x = keras.Input((6, 4))
+    shared = K.MultiHeadAttention(2, 3)
+    h = shared(x, x)
+    h = K.BatchNormalization(trainable=False)(h)
+    h = keras.Sequential([K.Dense(4), K.BatchNormalization(trainable=False)])(shared(h, h))
+    network = keras.Model(x, K.Dense(2)(K.Flatten()(h)))
+    for seed, weight in enumerate(network.weights):
+        weight.assign(keras.random.uniform(weight.shape, 0.5, 1.0, seed=seed))
+    network.layers[-1].bias.trainable = False
+    repaired = lipdp.repair(network, verbose=False)
+    rows = np.random.default_rng(0).normal(size=(3, 6, 4)).astype("float32")
+    np.testing.assert_allclose(repaired(rows), network(rows), rtol=1e-4, atol=1e-4)
+    assert len(repaired.trainable_variables) == len(network.trainable_variables)
+    assert not any(a is b for a in network.weights for b in repaired.weights)
+
+
+def test_repair_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match="certified=True"):
+        lipdp.repair(text(), radius=1.0)
+    with pytest.raises(TypeError, match="functional"):
+        lipdp.repair(subclassed())
+    with pytest.raises(lipdp.UnknownLayerError, match="Lambda"):
+        lipdp.repair(
+            keras.Sequential([keras.Input((4,)), K.Lambda(lambda x: x), K.Dense(2)]), verbose=False
+        )
+
+
+@pytest.mark.parametrize("channels, groups", [(3, 1), (4, 1), (12, 3), (64, 16), (512, 32)])
+def test_groups_have_four_channels_or_more(channels, groups):
+    network = keras.Sequential(
+        [keras.Input((2, channels)), K.BatchNormalization(), K.Flatten(), K.Dense(2)]
+    )
+    assert lipdp.repair(network, verbose=False).layers[0].groups == groups
+
+
+def behind_a_frozen_backbone():
+    backbone = keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            K.DepthwiseConv2D(3, use_bias=False),
+            K.BatchNormalization(),
+            K.ReLU(6.0),
+            K.GlobalAveragePooling2D(),
+        ]
+    )
+    backbone.trainable = False
+    x = keras.Input((8, 8, 2))
+    features = layers.BallProjection(1.0)(backbone(x, training=False))
+    return keras.Model(x, layers.SpectralDense(3)(features))
+
+
+def test_a_head_behind_a_frozen_backbone_trains_in_both_ways():
+    x, y = data(shape=(8, 8, 2))
+    for make in (private, clipped):
+        network = behind_a_frozen_backbone()
+        found = lipdp.check(network)
+        assert found.private and found.per_layer
+        before = network.layers[1].get_weights()
+        make(network).fit(x, y, epochs=1, verbose=0)
+        for old, new in zip(before, network.layers[1].get_weights(), strict=True):
+            np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("make", [private, clipped])
+def test_a_backbone_that_thaws_is_noticed(make):
+    """Also where no trainable weight tells of it."""
+    x, y = data(shape=(8, 8, 2))
+    network = behind_a_frozen_backbone()
+    normaliser = network.layers[1].layers[1]
+    normaliser.gamma.trainable = normaliser.beta.trainable = False
+    model = make(network)
+    model.fit(x, y, epochs=1, verbose=0)
+    trained = model.network.trainable_variables
+    normaliser._trainable = True
+    assert [v.path for v in model.network.trainable_variables] == [v.path for v in trained]
+    with pytest.raises((RuntimeError, ValueError), match="trainable|mixes"):
+        model.fit(x, y, epochs=1, verbose=0)

@@ -183,3 +183,12 @@ def one_group_for_all(patch):
         lambda xs: rule.minimum(xs[0] / self.floor, 1.0), lambda xs, g: [g / self.floor]
     ))  # fmt: skip
     return layers.FlooredNormalization(1.0, 0.1, groups=2), (4,)
+
+
+@mutant
+def frozen_batch_normalization_without_its_statistics(patch):
+    register(patch, K.BatchNormalization, lambda layer, call: lipschitz())
+    layer = K.BatchNormalization(trainable=False)
+    layer.build((None, 4))
+    layer.moving_variance.assign(ops.full((4,), 0.01))
+    return layer, (4,)
