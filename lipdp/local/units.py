@@ -473,6 +473,7 @@ class EmbeddingUnit(Unit):
     """
 
     LONGEST = 1024  # positions, whose Gram matrix is formed
+    measured = f"from its cotangents; an upper bound beyond {LONGEST:,} positions"
 
     @classmethod
     def fits(cls, layer):

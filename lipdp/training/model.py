@@ -88,11 +88,11 @@ class PrivateModel(keras.Model):
         physical_batch_size: most rows that are computed at once: a drawn batch is split into
             pieces of this size, whose gradients are summed before the noise, once. Same result,
             less memory.
-        allocation: how noise is shared over the weights: `"global"`, `"per_weight"`, `"least"`
-            (least total noise), or a dict: for the path of each trainable weight its share of the
-            budget (of `1/σ²`), up to a factor. With `PerLayerClip` it is shared over the layers
-            with trained weights, and a dict names these: by their names, or their paths where two
-            share a name.
+        allocation: how noise is shared over the weights: `"global"` (the default), `"per_weight"`,
+            `"least"` (least total noise), or a dict: for the path of each trainable weight its
+            share of the budget (of `1/σ²`), up to a factor. With `PerLayerClip` it is shared over
+            the layers with trained weights, `"per_weight"` (equal shares) is the default, and a
+            dict names layers: by their names, or their paths where two share a name.
         noise: `"gaussian"`, floating-point noise, independent in every step; `"secure"`, discrete
             Gaussian noise on a grid, from the operating system's cryptographic generator, which
             leaves no traces in the last bits (`lipdp.noise.SecureNoise` has its guarantee and its
@@ -144,7 +144,7 @@ class PrivateModel(keras.Model):
         clip: float | AdaptiveClip | PerLayerClip | None = None,
         augmentation: Augmentation | None = None,
         physical_batch_size: int | None = None,
-        allocation: str | Mapping[str, float] = "global",
+        allocation: str | Mapping[str, float] | None = None,
         ledger: str | os.PathLike[str] | None = None,
         seed: int | None = None,
         name: str | None = None,
@@ -202,6 +202,8 @@ class PrivateModel(keras.Model):
                 "own, a function (y_true, y_pred), takes them apart and adds up what each costs."
             )
         self.network = network
+        if allocation is None:
+            allocation = "global" if self.units is None else "per_weight"
         self.allocation = allocation if isinstance(allocation, str) else dict(allocation)
         allocation_of(self)
         self.random_source = RandomSource(seed)

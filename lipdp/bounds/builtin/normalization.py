@@ -4,6 +4,7 @@ import math
 
 from keras import layers, ops
 
+from lipdp.bounds.norms import euclidean_norm
 from lipdp.bounds.rule import (
     Rule,
     UnknownLayerError,
@@ -95,7 +96,8 @@ def batch_normalization(layer, call):
     shift = -scale * layer.moving_mean
     shift = shift if layer.beta is None else shift + layer.beta
     repeats = math.sqrt(size(call.input_shape) / size(layer.moving_mean.shape))
-    rounding = 2.0**-20 * (vector_norm(shift) + vector_norm(scale * layer.moving_mean))
+    moved, by = euclidean_norm(shift), euclidean_norm(scale * layer.moving_mean)
+    rounding = 2.0**-20 * (moved + by)
     return lipschitz(
-        ops.max(ops.abs(scale)) * (1.0 + 2.0**-20), offset=repeats * (vector_norm(shift) + rounding)
+        ops.max(ops.abs(scale)) * (1.0 + 2.0**-20), offset=repeats * (moved + rounding)
     )

@@ -24,7 +24,7 @@ def network():
             keras.Input((8, 8, 1)),
             K.Conv2D(3, 3, strides=2, name="<b>conv"),
             K.GroupNormalization(3, name="norm"),
-            K.Conv2DTranspose(2, 2, name="up"),
+            K.Conv2DTranspose(2, 2, strides=2, output_padding=1, name="up"),
             K.Flatten(),
             K.Dense(3, name="head"),
         ],
@@ -37,7 +37,6 @@ def model(**settings):
     made = lipdp.PrivateModel(
         network(),
         sampling=lipdp.PoissonSampling(16),
-        allocation="per_weight",
         seed=0,
         **settings,
     )
@@ -57,7 +56,7 @@ def test_a_row_for_each_layer_that_clips(trained):
     report = trained[0].report()
     assert report.weights == report.layers == ()
     assert [row.layer for row in report.clipped] == ["<b>conv", "norm", "up", "head"]
-    assert [row.size for row in report.clipped] == [30, 6, 26, 2 * 16 * 3 + 3]
+    assert [row.size for row in report.clipped] == [30, 6, 26, 2 * 7 * 7 * 3 + 3]
     assert all(row.exact and row.calls == 1 for row in report.clipped)
     by_itself = [row.layer for row in report.clipped if "by itself" in row.measured]
     assert by_itself == ["up"]
