@@ -176,8 +176,9 @@ def test_who_is_ahead_and_what_would_fit():
 
 
 def test_methods_are_chosen_by_library_or_one_by_one():
-    names = [m.name for m in speed.chosen(["lipdp", "opacus:ghost"])]
+    names = [m.name for m in speed.chosen(["lipdp:private", "opacus:ghost"])]
     assert names == ["lipdp, TensorFlow", "lipdp, JAX", "Opacus, ghost clipping"]
+    assert len(speed.chosen(["lipdp"])) == 4
     with pytest.raises(app.UsageError, match="--only takes .*opacus:ghost.*; got opacus:gost"):
         speed.chosen(["opacus:gost"])
 

@@ -293,7 +293,7 @@ def test_masks_that_might_mix_examples_are_refused():
         gradient_bounds(keras.Model(x, y * ops.isfinite(y)))
     one, many = keras.Input((), dtype="int32"), tokens(1)
     y = K.Add()([layers.Embedding(5, 1, mask_zero=True)(t) for t in (one, many)])
-    with pytest.raises(UnknownLayerError, match="different rank"):
+    with pytest.raises(UnknownLayerError, match="different rank|whose only axis"):
         gradient_bounds(keras.Model([one, many], layers.MaskedAveragePooling1D()(y)))
 
 

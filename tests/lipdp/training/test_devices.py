@@ -450,6 +450,9 @@ def test_a_network_of_another_precision_is_refused(dtype, policy, tmp_path):
 def test_a_policy_that_is_set_later_is_refused(dtype):
     model = private()
     model.network.layers[1].dtype_policy = dtype
+    with pytest.raises(RuntimeError, match="`dtype_policy` of the layers"):
+        model.fit(*data(), verbose=0)
+    model.compile("sgd", "sparse_categorical_crossentropy")
     refused(lambda: model, "computes in .*float.*dtype='float32'")
 
 
