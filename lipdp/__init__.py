@@ -1,4 +1,4 @@
-"""lipdp: differentially private training for Keras, without per-example clipping."""
+"""lipdp: differentially private training for Keras, layer by layer."""
 
 import sys
 from typing import TYPE_CHECKING, Any
