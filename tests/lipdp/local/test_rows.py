@@ -9,6 +9,7 @@ from keras import layers, ops
 
 import lipdp.layers
 from lipdp.bounds import UnknownLayerError
+from lipdp.inspection.check import check_units
 from lipdp.local import row_rules
 from lipdp.local.rows import check_rows_apart, keeps_rows_apart, over_batch
 
@@ -1127,3 +1128,59 @@ def test_what_cannot_be_declared():
     for thing in (layers.Dense(2), 3, int):
         with pytest.raises(TypeError, match="thing"):
             keeps_rows_apart(thing)
+
+
+# --- what runs otherwise than it looks ------------------------------------------------------------
+
+
+@pytest.mark.any_backend
+def test_a_layer_that_is_computed_twice_is_refused():
+    with keras.RematScope(mode="full"):
+        dense = layers.Dense(2)
+    network = keras.Sequential([keras.Input((4,)), dense])
+    with pytest.raises(UnknownLayerError, match="RematScope"):
+        check_rows_apart(network, [dense])
+
+
+class Scaled(layers.Layer):
+    def build(self, shape, *others):
+        self.scale = self.add_weight(shape=(4,), initializer="ones")
+
+    def call(self, x, by):
+        return x * self.scale * by
+
+
+class Constant(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.inner = Scaled()
+
+    def build(self, shape):
+        self.inner.build(shape)
+
+    def call(self, x):
+        return self.inner(x, ops.arange(4.0))
+
+
+@pytest.mark.any_backend
+def test_a_tensor_beside_the_batch_is_refused():
+    layer = Constant()
+    network = keras.Sequential([keras.Input((4,)), layer])
+    with pytest.raises(UnknownLayerError, match="no row for each example"):
+        check_rows_apart(network, [layer.inner])
+
+
+class Symbolic(layers.Layer):
+    """Does to real tensors what it does not do to symbolic ones."""
+
+    def compute_output_shape(self, shape):
+        return shape
+
+    def call(self, x):
+        return x if isinstance(x, keras.KerasTensor) else x - ops.mean(x, axis=0)
+
+
+def test_code_that_tells_symbolic_tensors_apart_is_found():
+    network = keras.Sequential([keras.Input((4,)), Symbolic(), layers.Dense(2)])
+    with pytest.raises(UnknownLayerError, match="Symbolic does something else on real tensors"):
+        check_units(network)

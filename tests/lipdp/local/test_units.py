@@ -451,3 +451,43 @@ def test_mutants_are_caught(mutant, name, monkeypatch):
             if (norms[row] > np.median(norms, axis=0)).all() and "shared" not in name:
                 assert (lengths > 0.99 * np.median(norms, axis=0) * 0.5).all()
             test_the_gradient_of_an_example_is_its_own(name, lambda name: network)
+
+
+# --- what a layer reads and is --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_integers_are_measured_as_floats(dtype):
+    dense = keras.layers.Dense(3)
+    network = keras.Sequential([keras.Input((6,), dtype=dtype), dense])
+    found = layer_units(network)
+    x = np.full((2, 6), 200 if dtype == "uint8" else 60_000, dtype)
+    _, pull = steps.backend().pull_back_to_calls(network, ops.convert_to_tensor(x), found)
+    one, first = ops.ones((1,)), ops.convert_to_tensor(np.array([1.0, 0.0], "float32"))
+    sums, _ = found.clipped_sums(*pull(ops.ones((2, 3))), one, first, ops.ones((2,)))
+    length = np.sqrt(sum(np.sum(ops.convert_to_numpy(s).astype("float64") ** 2) for s in sums))
+    assert 0.99 <= length <= 1 + 1e-5
+
+
+class Standardised(keras.layers.Conv2D):
+    def convolution_op(self, inputs, kernel):
+        return super().convolution_op(inputs, kernel - ops.mean(kernel))
+
+
+class Named(keras.layers.Conv2D):
+    def __init__(self, filters):
+        super().__init__(filters, 3)
+
+
+@pytest.mark.any_backend
+def test_a_subclass_with_code_of_its_own_has_no_formula():
+    patched = keras.layers.Conv2D(2, 3)
+    patched.convolution_op = lambda inputs, kernel: 2.0 * ops.conv(inputs, kernel)
+    for conv, kind in [
+        (keras.layers.Conv2D(2, 3), units.ConvUnit),
+        (Named(2), units.ConvUnit),
+        (Standardised(2, 3), units.AnyUnit),
+        (patched, units.AnyUnit),
+    ]:
+        network = keras.Sequential([keras.Input((5, 5, 1)), conv])
+        assert [type(unit) for unit in units.find_units(network)] == [kind]

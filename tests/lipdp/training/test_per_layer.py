@@ -15,6 +15,7 @@ from lipdp import noise
 from lipdp.autodiff import fused, gradient
 from lipdp.bounds.walk import ROUNDING
 from lipdp.local.calls import layer_units
+from lipdp.noise import standard_deviations
 from lipdp.training import steps
 from lipdp.training.clipping import LayerThresholds
 from lipdp.training.steps import private_step
@@ -723,3 +724,22 @@ def test_mutants_of_the_noise_are_caught(monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(AssertionError):
             broken(patch)
             check("global")
+
+
+# --- numbers of any size --------------------------------------------------------------------------
+
+
+@pytest.mark.any_backend
+def test_noise_of_small_bounds_does_not_vanish():
+    bounds = [ops.convert_to_tensor(v, "float32") for v in (1e-25, 2e-25)]
+    for allocation in ("global", "per_weight", "least"):
+        stds = standard_deviations(bounds, [3, 4], 2.0, allocation)
+        joint = sum((float(b) / float(s)) ** 2 for b, s in zip(bounds, stds, strict=True))
+        assert joint**-0.5 == pytest.approx(2.0, rel=1e-4)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("weight", [1e-20, 1e7])
+def test_sample_weights_beyond_float32_are_refused(weight):
+    with pytest.raises(ValueError, match="`max_sample_weight` must lie between"):
+        private(compile={"max_sample_weight": weight})
