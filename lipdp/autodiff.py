@@ -39,20 +39,14 @@ if keras.backend.backend() == "tensorflow":
         return tf.vectorized_map(lambda row: function(*row), tuple(rows))
 
     def _in_pieces(function, rows, size, shapes):
-        count = tf.shape(rows[0])[0]
-        pieces = -(-count // size)
-        missing = pieces * size - count
-        rows = [tf.pad(r, [[0, missing]] + [[0, 0]] * (r.shape.rank - 1)) for r in rows]
+        pieces = tf.maximum(-(-tf.shape(rows[0])[0] // size), 1)
 
         def body(i, sums, vectors):
-            piece = [
-                tf.ensure_shape(r[i * size : (i + 1) * size], (size, *r.shape[1:])) for r in rows
-            ]
-            added, vector = function(*piece)
+            added, vector = function(*(r[i * size : (i + 1) * size] for r in rows))
             sums = [a + b for a, b in zip(sums, added, strict=True)]
             return i + 1, sums, vectors.write(i, vector)
 
-        vectors = tf.TensorArray("float32", pieces, element_shape=(size,))
+        vectors = tf.TensorArray("float32", pieces, infer_shape=False, element_shape=(None,))
         # One piece after the other: in parallel they would need the memory of all.
         _, sums, vectors = tf.while_loop(
             lambda i, sums, vectors: i < pieces,
@@ -60,7 +54,7 @@ if keras.backend.backend() == "tensorflow":
             [0, [tf.zeros(shape) for shape in shapes], vectors],
             parallel_iterations=1,
         )
-        return sums, tf.reshape(vectors.stack(), (-1,))[:count]
+        return sums, tf.ensure_shape(vectors.concat(), rows[0].shape[:1])
 
 elif keras.backend.backend() == "jax":
     import jax
@@ -154,8 +148,8 @@ def in_pieces(
     size: int,
     shapes: Sequence[tuple[int, ...]],
 ) -> tuple[list[Tensor], Tensor]:
-    """`function` of some rows at a time, one piece after the other. The last piece is filled up
-    with zeros.
+    """`function` of some rows at a time, one piece after the other. Where each shape is compiled,
+    the last piece is filled up with zeros.
 
     Args:
         function: maps rows to sums over them, and to a vector with an entry a row; in float32.
