@@ -96,6 +96,8 @@ def outer(x: Tensor, g: Tensor, bias: bool = False) -> tuple[Tensor, Pull]:
     Returns:
         `(batch,)` squares of the norms, and the pull: `(groups, p, c)` and `(groups, c)`.
     """
+    # Integers would be measured as such: their squares wrap.
+    x, g = (ops.cast(v, "float32") for v in (x, g))
     _, groups, positions, p = x.shape
     c = g.shape[-1]
     if positions == 1:

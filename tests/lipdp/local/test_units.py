@@ -469,6 +469,20 @@ def test_integers_are_measured_as_floats(dtype):
     assert 0.99 <= length <= 1 + 1e-5
 
 
+@pytest.mark.parametrize("layer", [keras.layers.LSTM, keras.layers.GRU])
+def test_integers_that_a_recurrent_layer_reads_are_measured_as_floats(layer):
+    network = keras.Sequential([keras.Input((1, 6), dtype="uint8"), layer(3)])
+    for weight in network.trainable_variables:
+        weight.assign(0.01 * weight)  # no gate is at its end, where gradients vanish
+    found = layer_units(network)
+    x = ops.convert_to_tensor(np.full((2, 1, 6), 16, "uint8"))
+    _, pull = steps.backend().pull_back_to_calls(network, x, found)
+    one, first = ops.ones((1,)), ops.convert_to_tensor(np.array([1.0, 0.0], "float32"))
+    sums, _ = found.clipped_sums(*pull(ops.ones((2, 3))), one, first, ops.ones((2,)))
+    length = np.sqrt(sum(np.sum(ops.convert_to_numpy(s).astype("float64") ** 2) for s in sums))
+    assert 0.99 <= length <= 1 + 1e-5
+
+
 class Standardised(keras.layers.Conv2D):
     def convolution_op(self, inputs, kernel):
         return super().convolution_op(inputs, kernel - ops.mean(kernel))
