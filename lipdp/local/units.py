@@ -719,11 +719,8 @@ class AffineUnit(Unit):
         gradients = []
         for variable in self.variables:
             scale = variable.path.rsplit("/", 1)[-1] in ("gamma", "scale")
-            rows = (
-                ops.sum(saved[0] * g if scale else g, axis=away)
-                if away
-                else (saved[0] * g if scale else g)
-            )
+            rows = saved[0] * g if scale else g
+            rows = ops.sum(rows, axis=away) if away else rows
             gradients.append(ops.reshape(rows, (-1, *variable.shape)))
         return entrywise(gradients)
 
@@ -819,8 +816,6 @@ _KINDS = {
 _HARMLESS = frozenset(
     ("__init__", "build", "get_config", "from_config", "compute_output_shape", "bound")
 )
-
-
 _OF_EVERY_LAYER = frozenset(vars(K.Layer()))
 
 
