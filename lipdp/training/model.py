@@ -497,6 +497,7 @@ class PrivateModel(keras.Model):
             try:
                 args = steps.backend().prefetch(args, self._steps_per_call)
                 self._check_settings()
+                self.spending.check_left(self._steps_per_call)  # before a weight is touched
                 # Released, so that the step may write into the memory of the weights.
                 held, self._held_weights = self._held_weights, None
                 if self._plan is not None:  # otherwise nobody can pay

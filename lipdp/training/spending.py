@@ -277,8 +277,15 @@ class Spending:
         )
 
     def check_left(self, steps: int = 1) -> None:
-        """Raises `BudgetExceeded` where so many more steps are not within the budget."""
+        """Raises `BudgetExceeded` where so many more steps are not within the budget, and
+        `RuntimeError` where another run has begun on the same network.
+        """
         if self.run is not None:
+            if self.run.overtaken:
+                raise RuntimeError(
+                    "Another run has begun to train this network, of which this run's plan knows "
+                    "nothing: begin a new run. The step has not run."
+                )
             if self.run.limited and self.run.paid + steps > self.run.allowed:
                 raise BudgetExceeded(self._exceeded())
         elif self.budget is not None and self.noise_multiplier is not None and self.runs:
@@ -367,11 +374,6 @@ class ActiveRun:
         return None if self._entry is None else self._entry.run_id
 
     def pay(self, steps):
-        if self.overtaken:
-            raise RuntimeError(
-                "Another run has begun to train this network, of which this run's plan knows "
-                "nothing: begin a new run. The step has not run."
-            )
         if self._entry is not None:
             self._entry.pay(steps)
         self.paid += steps

@@ -145,6 +145,7 @@ def test_a_run_that_another_one_overtakes_takes_no_further_step():
     first.train_on_batch(next(loop))
     second.fit(*data(), epochs=2, verbose=0)
     assert second.spent(1e-5).steps == 3
+    network.set_weights([100 * w for w in network.get_weights()])  # not even projected
     before = [np.array(w) for w in network.get_weights()]
     with pytest.raises(RuntimeError, match="Another run has begun to train this network"):
         first.train_on_batch(next(loop))
