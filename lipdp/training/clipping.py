@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from accountants.validation import check_number
@@ -25,6 +26,7 @@ __all__ = [
     "check_clip",
     "clamp_weights",
     "clip_rows",
+    "clip_state",
     "scale_rows",
     "split_noise",
 ]
@@ -368,3 +370,51 @@ def check_clip(clip: Any) -> "float | AdaptiveClip | PerLayerClip | None":
             "`clip` must be a number above 0 and finite, lipdp.AdaptiveClip(...) or "
             f"lipdp.PerLayerClip(...); got {clip!r}."
         ) from None
+
+
+def clip_state(
+    model: Any, loss_gradient_bound: float
+) -> "FixedClip | TrackedClip | LayerThresholds":
+    """The clip of a `PrivateModel` that is being compiled; an adaptive one's variable, which an
+    earlier `compile` made, goes on.
+    """
+    clip, earlier = model.clip, model.clip_state
+    if model.units is not None:
+        if not clip.adaptive:
+            return LayerThresholds(clip, model.units)
+        return LayerThresholds(clip, model.units, _thresholds(model, earlier))
+    if not isinstance(clip, AdaptiveClip):
+        return FixedClip(math.inf if clip is None else clip, loss_gradient_bound)
+    if earlier is not None:
+        return TrackedClip(clip, loss_gradient_bound, earlier.variable)
+    initial = clip.initial
+    if initial is None:
+        initial = loss_gradient_bound if math.isfinite(loss_gradient_bound) else 1.0
+    return TrackedClip(clip, loss_gradient_bound, _variable(model, "clip", initial))
+
+
+def _thresholds(model, earlier):
+    """The variable of the thresholds. Layers that an earlier `compile` found keep theirs."""
+    layers = [unit.layer for unit in model.units.units]
+    known = {}
+    if earlier is not None:
+        values = ops.convert_to_numpy(earlier.variable)
+        before = [unit.layer for unit in earlier.units.units]
+        known = {id(k): float(v) for k, v in zip(before, values, strict=True)}
+        if list(known) == list(map(id, layers)):
+            return earlier.variable
+        model._untrack_variable(earlier.variable)
+    return _variable(
+        model, "thresholds", [known.get(id(layer), model.clip.initial) for layer in layers]
+    )
+
+
+def _variable(model, name, values):
+    """A variable of the model, which is no weight, so that checkpoints hold it."""
+    return model.add_weight(
+        shape=np.shape(values),
+        initializer=lambda shape, dtype: ops.cast(values, dtype),
+        trainable=False,
+        name=name,
+        aggregation="only_first_replica",
+    )

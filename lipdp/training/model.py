@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -15,26 +14,27 @@ from keras import ops
 import accountants
 from accountants import Budget
 from accountants.sampling import Sampling
-from accountants.validation import check_integer, check_number
+from accountants.validation import check_integer
 from lipdp import losses
 from lipdp.bounds.projections import project
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.devices import SINGLE_DEVICE
-from lipdp.inspection.check import as_graph, check_trainable, check_units, final_activation
+from lipdp.inspection.check import as_graph, check_trainable, check_units
 from lipdp.noise import SecureNoise, make_noise
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
-from lipdp.training.attained import attained_gradients
-from lipdp.training.clipping import (
-    AdaptiveClip,
-    FixedClip,
-    LayerThresholds,
-    PerLayerClip,
-    TrackedClip,
-    check_clip,
+from lipdp.training.arguments import (
+    check_augmentation,
+    check_head,
+    check_loss_bound,
+    check_max_sample_weight,
+    check_optimizer,
+    warn_of_monitors,
 )
+from lipdp.training.attained import attained_gradients
+from lipdp.training.clipping import AdaptiveClip, PerLayerClip, check_clip, clip_state
 from lipdp.training.history import History
 from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
@@ -176,12 +176,6 @@ class PrivateModel(keras.Model):
                 "lipdp.PerLayerClip(threshold=...): what an adaptive one counts in each step would "
                 f"need noise of its own; got {clip!r}."
             )
-        if augmentation is not None and not isinstance(augmentation, Augmentation):
-            raise TypeError(
-                "`augmentation` must be lipdp.Augmentation(layers, views=...); got "
-                f"{augmentation!r}."
-            )
-        self.augmentation = augmentation
         if physical_batch_size is not None:
             physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
@@ -193,8 +187,7 @@ class PrivateModel(keras.Model):
             self.units = check_units(network)
         else:
             check_trainable(network)
-        if augmentation is not None and len(self.graph.inputs) > 1:
-            raise ValueError("`augmentation` is for networks with one input.")
+        self.augmentation = check_augmentation(augmentation, self.graph)
         if len(self.graph.outputs) > 1:
             raise ValueError(
                 f"`network` must have one output; {network.name!r} has {len(self.graph.outputs)}. "
@@ -288,35 +281,11 @@ class PrivateModel(keras.Model):
         if self.units is not None:
             self.units = check_units(self.network)  # of the weights that are trained now
         loss = losses.get(loss)
-        _check_head(self.graph, loss)
-        if max_sample_weight is not None:
-            max_sample_weight = check_number(max_sample_weight, "max_sample_weight")
-            if not 1e-6 <= max_sample_weight <= 1e6:
-                raise ValueError(
-                    "`max_sample_weight` must lie between 1e-6 and 1e6, or products of bounds "
-                    f"leave the range of float32; got {max_sample_weight!r}."
-                )
-        optimizer = keras.optimizers.get(optimizer)
-        scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
-        if scaled or optimizer.loss_scale_factor is not None:
-            raise ValueError(
-                "`optimizer` must not scale losses: the noise would be divided by its scale."
-            )
-        bound = losses.gradient_bound(loss, self.graph.output_shape[1:])
-        if math.isinf(bound) and self.clip is None:
-            name = getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__))
-            raise ValueError(
-                f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
-                "`clip`, a number or lipdp.AdaptiveClip(...)."
-            )
+        check_head(self.graph, loss)
+        max_sample_weight = check_max_sample_weight(max_sample_weight)
+        optimizer = check_optimizer(optimizer, self.network)
+        bound = check_loss_bound(loss, self.graph, self.clip)
         try_loss(loss, self.graph.output_shape[1:])
-        optimizer.build(self.network.trainable_variables)
-        built_for = set(map(id, optimizer._trainable_variables))
-        if not built_for.issuperset(map(id, self.network.trainable_variables)):
-            raise ValueError(
-                "`optimizer` was built for other weights than those that are trained now: make a "
-                "new one."
-            )
         if jit_compile == "auto":
             jit_compile = not run_eagerly and steps.backend().default_jit_compile()
         super().compile(
@@ -332,7 +301,7 @@ class PrivateModel(keras.Model):
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
-        self.clip_state = self._clip_of(bound)
+        self.clip_state = clip_state(self, bound)
         self.step = step_of(self)
         self.settings = settings_of(self)
 
@@ -388,7 +357,7 @@ class PrivateModel(keras.Model):
         if validation_batch_size is not None:
             check_integer(validation_batch_size, "validation_batch_size")
         planned = max(0, epochs - initial_epoch)
-        _warn_of_monitors(callbacks)
+        warn_of_monitors(callbacks)
         with self._running(
             *(x, y, planned, steps_per_epoch, sample_weight, class_weight),
             self.steps_per_execution,
@@ -693,74 +662,3 @@ class PrivateModel(keras.Model):
             self.train_function = None
         self.step, self.devices, self._steps_per_call = now
         self.fits += 1
-
-    def _clip_of(self, loss_gradient_bound: float) -> FixedClip | TrackedClip | LayerThresholds:
-        """The clip's state: that of an earlier `compile` goes on."""
-        if self.units is not None:
-            return self._thresholds()
-        if not isinstance(self.clip, AdaptiveClip):
-            norm = math.inf if self.clip is None else self.clip
-            return FixedClip(norm, loss_gradient_bound)
-        if self.clip_state is not None:
-            variable = self.clip_state.variable
-        else:
-            initial = self.clip.initial
-            if initial is None:
-                initial = loss_gradient_bound if math.isfinite(loss_gradient_bound) else 1.0
-            variable = self.add_weight(
-                shape=(),
-                initializer=keras.initializers.Constant(initial),
-                trainable=False,
-                name="clip",
-                aggregation="only_first_replica",
-            )
-        return TrackedClip(self.clip, loss_gradient_bound, variable)
-
-    def _thresholds(self) -> LayerThresholds:
-        """The thresholds of the units. Layers that an earlier `compile` found keep theirs."""
-        if not self.clip.adaptive:
-            return LayerThresholds(self.clip, self.units)
-        layers = [unit.layer for unit in self.units.units]
-        known = {}
-        if self.clip_state is not None:
-            values = ops.convert_to_numpy(self.clip_state.variable)
-            earlier = [unit.layer for unit in self.clip_state.units.units]
-            known = {id(k): float(v) for k, v in zip(earlier, values, strict=True)}
-            if list(known) == list(map(id, layers)):
-                return LayerThresholds(self.clip, self.units, self.clip_state.variable)
-            self._untrack_variable(self.clip_state.variable)
-        values = [known.get(id(layer), self.clip.initial) for layer in layers]
-        variable = self.add_weight(
-            shape=(len(layers),),
-            initializer=lambda shape, dtype: ops.cast(values, dtype),
-            trainable=False,
-            name="thresholds",
-            aggregation="only_first_replica",
-        )
-        return LayerThresholds(self.clip, self.units, variable)
-
-
-def _check_head(network, loss):
-    layer, activation = final_activation(network)
-    if activation in ("softmax", "sigmoid") and losses.takes_logits(loss):
-        raise ValueError(
-            f"The network ends in a {activation}, and this loss takes logits: remove it from "
-            f"layer {layer.name!r}."
-        )
-
-
-def _warn_of_monitors(callbacks):
-    """Names the callbacks that let numbers without noise decide what is released."""
-    callbacks = getattr(callbacks, "callbacks", callbacks) or []
-    for callback in callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]:
-        monitor = getattr(callback, "monitor", None)
-        if not isinstance(monitor, str) or monitor.startswith("val_") or monitor == "epsilon":
-            continue
-        if getattr(callback, "save_best_only", True):  # a plain ModelCheckpoint decides nothing
-            warnings.warn(
-                f"{type(callback).__name__}(monitor={monitor!r}) acts on a training metric, which "
-                "has no noise: what it decides (when to stop, which weights to keep, the learning "
-                "rate) tells of the private data, and ε does not cover it. Monitor a metric of "
-                "validation data that is not private, 'val_...', or leave the callback out.",
-                stacklevel=3,
-            )

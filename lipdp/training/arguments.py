@@ -1,0 +1,121 @@
+"""Checks of what `PrivateModel`, `compile` and `fit` are given, before anything is planned."""
+
+import math
+import warnings
+from typing import Any
+
+import keras
+
+from accountants.validation import check_number
+from lipdp import losses
+from lipdp.data.augmentation import Augmentation
+from lipdp.inspection.check import final_activation
+
+__all__ = [
+    "check_augmentation",
+    "check_head",
+    "check_loss_bound",
+    "check_max_sample_weight",
+    "check_optimizer",
+    "warn_of_monitors",
+]
+
+
+def check_augmentation(augmentation: Any, network: keras.Model) -> Augmentation | None:
+    """The augmentation of a network's inputs, or None.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: the network has several inputs.
+    """
+    if augmentation is None:
+        return None
+    if not isinstance(augmentation, Augmentation):
+        raise TypeError(
+            f"`augmentation` must be lipdp.Augmentation(layers, views=...); got {augmentation!r}."
+        )
+    if len(network.inputs) > 1:
+        raise ValueError("`augmentation` is for networks with one input.")
+    return augmentation
+
+
+def check_head(network: keras.Model, loss: losses.Loss) -> None:
+    """Raises ValueError where a network ends in probabilities and the loss takes logits."""
+    layer, activation = final_activation(network)
+    if activation in ("softmax", "sigmoid") and losses.takes_logits(loss):
+        raise ValueError(
+            f"The network ends in a {activation}, and this loss takes logits: remove it from "
+            f"layer {layer.name!r}."
+        )
+
+
+def check_max_sample_weight(largest: float | None) -> float | None:
+    """The largest weight of an example, or None.
+
+    Raises:
+        TypeError, ValueError: it is no number from 1e-6 to 1e6.
+    """
+    if largest is None:
+        return None
+    largest = check_number(largest, "max_sample_weight")
+    if not 1e-6 <= largest <= 1e6:
+        raise ValueError(
+            "`max_sample_weight` must lie between 1e-6 and 1e6, or products of bounds "
+            f"leave the range of float32; got {largest!r}."
+        )
+    return largest
+
+
+def check_optimizer(optimizer: Any, network: keras.Model) -> keras.optimizers.Optimizer:
+    """The optimizer, built for the weights that are trained now.
+
+    Raises:
+        ValueError: it scales losses, or was built for other weights.
+    """
+    optimizer = keras.optimizers.get(optimizer)
+    scaled = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    if scaled or optimizer.loss_scale_factor is not None:
+        raise ValueError(
+            "`optimizer` must not scale losses: the noise would be divided by its scale."
+        )
+    optimizer.build(network.trainable_variables)
+    built_for = set(map(id, optimizer._trainable_variables))
+    if not built_for.issuperset(map(id, network.trainable_variables)):
+        raise ValueError(
+            "`optimizer` was built for other weights than those that are trained now: make a "
+            "new one."
+        )
+    return optimizer
+
+
+def check_loss_bound(loss: losses.Loss, network: keras.Model, clip: Any) -> float:
+    """The norm of one example's loss gradient at most; infinite where only a clip bounds it.
+
+    Raises:
+        ValueError: nothing bounds it.
+    """
+    bound = losses.gradient_bound(loss, network.output_shape[1:])
+    if math.isinf(bound) and clip is None:
+        name = getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__))
+        raise ValueError(
+            f"The gradient of the loss {name!r} has no known bound: give PrivateModel a "
+            "`clip`, a number or lipdp.AdaptiveClip(...)."
+        )
+    return bound
+
+
+def warn_of_monitors(callbacks: Any) -> None:
+    """Names the callbacks that let numbers without noise decide what is released."""
+    callbacks = getattr(callbacks, "callbacks", callbacks) or []
+    for callback in callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(monitor, str) or monitor.startswith("val_") or monitor == "epsilon":
+            continue
+        if getattr(callback, "save_best_only", True):  # a plain ModelCheckpoint decides nothing
+            warnings.warn(
+                f"{type(callback).__name__}(monitor={monitor!r}) acts on a training metric, which "
+                "has no noise: what it decides (when to stop, which weights to keep, the learning "
+                "rate) tells of the private data, and ε does not cover it. Monitor a metric of "
+                "validation data that is not private, 'val_...', or leave the callback out.",
+                stacklevel=3,
+            )
