@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from accountants.sampling import Sampling
 from accountants.validation import check_number
 from lipdp import losses
 from lipdp.data.augmentation import Augmentation
@@ -14,6 +15,7 @@ from lipdp.inspection.check import final_activation
 __all__ = [
     "check_augmentation",
     "check_head",
+    "check_keras_batches",
     "check_loss_bound",
     "check_max_sample_weight",
     "check_optimizer",
@@ -46,6 +48,25 @@ def check_head(network: keras.Model, loss: losses.Loss) -> None:
         raise ValueError(
             f"The network ends in a {activation}, and this loss takes logits: remove it from "
             f"layer {layer.name!r}."
+        )
+
+
+def check_keras_batches(batch_size: int | None, shuffle: Any, sampling: Sampling) -> None:
+    """Refuses what `fit` of Keras says of batches, where it is not what the sampling does.
+
+    Raises:
+        ValueError: it is not.
+    """
+    own = getattr(sampling, "batch_size", None)
+    if batch_size is not None and batch_size != own:
+        raise ValueError(
+            f"`batch_size` must be that of the sampling, {own}: what is drawn is accounted. "
+            f"Say PrivateModel(..., sampling=lipdp.PoissonSampling(batch_size={batch_size!r}))."
+        )
+    if not shuffle:
+        raise ValueError(
+            "`shuffle` must be True: batches are drawn at random, as the sampling says, and the "
+            f"noise is scaled for that; got {shuffle!r}."
         )
 
 

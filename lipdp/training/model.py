@@ -19,6 +19,7 @@ from lipdp import losses
 from lipdp.bounds.projections import project
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
+from lipdp.data.opening import held_out
 from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import as_graph, check_trainable, check_units
 from lipdp.noise import SecureNoise, make_noise
@@ -28,6 +29,7 @@ from lipdp.training import steps
 from lipdp.training.arguments import (
     check_augmentation,
     check_head,
+    check_keras_batches,
     check_loss_bound,
     check_max_sample_weight,
     check_optimizer,
@@ -320,6 +322,9 @@ class PrivateModel(keras.Model):
         validation_freq: int = 1,
         sample_weight: Any = None,
         class_weight: dict[int, float] | None = None,
+        batch_size: int | None = None,
+        validation_split: float = 0.0,
+        shuffle: bool = True,
     ) -> keras.callbacks.History:
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
@@ -340,6 +345,10 @@ class PrivateModel(keras.Model):
                 public knowledge or of its own example: the gradient of an example, once clipped,
                 is multiplied by its weight.
             class_weight: `{label: weight}` of public constants; not counted in the private labels.
+            batch_size: that of `sampling`, where it is given at all.
+            validation_split: share of the arrays' last rows that is evaluated on. They are not
+                trained on, and no part of the examples that ε is about.
+            shuffle: True: `sampling` says how batches are drawn.
 
         Returns:
             Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
@@ -356,6 +365,11 @@ class PrivateModel(keras.Model):
             check_integer(validation_freq, "validation_freq")
         if validation_batch_size is not None:
             check_integer(validation_batch_size, "validation_batch_size")
+        check_keras_batches(batch_size, shuffle, self.sampling)
+        if validation_split:
+            if validation_data is not None:
+                raise ValueError("`validation_split` and `validation_data` cannot both be given.")
+            (x, y, sample_weight), validation_data = held_out(x, y, sample_weight, validation_split)
         planned = max(0, epochs - initial_epoch)
         warn_of_monitors(callbacks)
         with self._running(

@@ -20,10 +20,12 @@ from lipdp import losses
 from lipdp.bounds.projections import Projection
 from lipdp.bounds.rule import noted_norms
 from lipdp.data.batches import DrawnBatches, check_weights, padding_multiple
+from lipdp.data.opening import open_source
 from lipdp.data.repeats import repeats
-from lipdp.data.sources import Arrays, Stream, open_source
+from lipdp.data.sources import Arrays, Stream
 from lipdp.devices import Devices, broadcast_from_chief, digest, require_same_run
-from lipdp.inspection.check import check_trainable, check_units, input_tensors
+from lipdp.inputs import input_names, like_inputs
+from lipdp.inspection.check import check_trainable, check_units
 from lipdp.noise import resolve_allocation
 from lipdp.training import steps
 from lipdp.training.spending import ActiveRun
@@ -296,11 +298,12 @@ def _check_units(model, examples):
     """
     rows, _ = examples.take(np.arange(0), 1)
 
-    def like(tensor):
-        array = rows[tensor.name] if isinstance(rows, dict) else rows
+    def like(name, tensor):
+        array = rows[name] if isinstance(rows, dict) else rows
         return keras.KerasTensor((None, *array.shape[1:]), dtype=tensor.dtype)
 
-    inputs = keras.tree.map_structure(like, input_tensors(model.graph))
+    tensors = map(like, input_names(model.graph), model.graph.inputs)
+    inputs = like_inputs(model.graph, list(tensors))
     found = check_units(model.graph, inputs)
     if [unit.layer for unit in found.units] != [unit.layer for unit in model.units.units]:
         raise RuntimeError("The layers that are trained have changed: call compile(...) again.")

@@ -17,7 +17,7 @@ from keras.src.backend import KerasTensor, compute_output_spec
 from lipdp import losses
 from lipdp.autodiff import compiled
 from lipdp.data.augmentation import Augmentation
-from lipdp.data.sources import as_array
+from lipdp.data.opening import as_array
 from lipdp.inspection.check import Assignments
 
 __all__ = ["over_positions", "try_augmentation", "try_loss", "try_metrics", "try_validation"]
