@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import tree
+from keras.src.utils import io_utils
 
 from lipdp.data.sources import Arrays, Records, Stream, as_type
 from lipdp.inputs import input_names, like_inputs
@@ -256,10 +257,8 @@ def _check_has_targets(x):
             "`y` must be given where `x` is a DataFrame: fit(frame.drop(columns='target'), "
             "frame['target'])."
         )
-    if isinstance(x, tuple) and len(x) == 2 and all(np.ndim(part) > 0 for part in x):
-        lengths = {len(part) if hasattr(part, "__len__") else None for part in x}
-        if len(lengths) == 1 and lengths != {2}:
-            raise TypeError("`x` and `y` must be given apart: fit(x, y), not fit((x, y)).")
+    if isinstance(x, tuple) and len(x) == 2 and all(map(_is_array, x)):
+        raise TypeError("`x` and `y` must be given apart: fit(x, y), not fit((x, y)).")
     if not hasattr(x, "__getitem__") and hasattr(x, "__iter__"):
         raise TypeError(_no_source(x))
 
@@ -385,7 +384,7 @@ def _read_batches(dataset) -> tuple[Any, Any]:
     for batch in dataset:
         batches.append(tree.map_structure(_to_numpy, batch))
         if bar is None and time.monotonic() > begin + _PATIENCE:
-            keras.utils.io_utils.print_msg("Reading the data set into memory:")
+            io_utils.print_msg("Reading the data set into memory:")
             bar = keras.utils.Progbar(None, unit_name="batch")
         if bar is not None:
             bar.update(len(batches))

@@ -335,7 +335,6 @@ def test_broken_records_add_nothing():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-
 def test_class_weights_need_arrays():
     model = private(sampling=lipdp.FullBatch())
     model.compile("sgd", "sparse_categorical_crossentropy", max_sample_weight=2.0)
