@@ -22,6 +22,7 @@ from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.data.opening import held_out
 from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import as_graph, check_trainable, check_units
+from lipdp.metrics import MetricsOfLogits
 from lipdp.noise import SecureNoise, make_noise
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
@@ -300,6 +301,8 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
+        if self._compile_metrics is not None:
+            self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
