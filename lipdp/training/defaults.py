@@ -30,7 +30,7 @@ _STEPS, _EPOCHS = 500, 20
 #: The least batch size, and the largest share of the examples.
 _LEAST_BATCH, _LARGEST_SHARE = 256, 0.25
 #: What the noise of all steps moves the weights by, in norm, per root of the steps; see `rate_for`.
-_DISTANCE = {"per layer": 30.0, "certified": 3.0}
+_DISTANCE = {"per layer": 30.0, "certified": 10.0}
 _MOMENTUM, _AVERAGING = 0.9, 0.98
 #: In the certified way: clip of the loss gradient, and temperature of a cross-entropy.
 CERTIFIED_CLIP, _TEMPERATURE = 0.2, 20.0
@@ -134,7 +134,7 @@ class TrainingPlan:
     def learning_rate(self) -> float:
         """`c·(1 − momentum) / (noise_norm·√steps)`: the noise of all steps together then moves the
         weights by about `c`, in norm, whatever the budget. `c` is 30 with per-layer clipping, where
-        updates come in units of the thresholds, and 3 for certified bounds.
+        updates come in units of the thresholds, and 10 for certified bounds.
         """
         if self.noise_norm == 0:
             return 0.1
