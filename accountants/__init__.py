@@ -21,6 +21,7 @@ from accountants.calibration import (
 from accountants.ledger import Ledger, LedgerError
 from accountants.mechanisms import TrainingRun
 from accountants.published import published_epsilon_not_a_guarantee
+from accountants.queries import Query
 from accountants.sampling import (
     CyclicPoisson,
     FixedEpochs,
@@ -46,6 +47,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "PoissonSampling",
+    "Query",
     "RandomAllocation",
     "RandomTrials",
     "Sampling",

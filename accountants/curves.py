@@ -189,6 +189,8 @@ class PldCurve(Curve):
 def pld_curve(counts: Counts) -> Curve:
     """The curve of releases that are not all unsampled."""
     unsampled = {one: count for one, count in counts.items() if isinstance(one, Gaussian)}
+    if math.isinf(gaussian_shift(unsampled)):
+        return GaussianCurve(math.inf)  # one without noise: nothing is private
     # The latest goes last: while calibration varies it, all before stays composed.
     groups = [(one, count) for one, count in counts.items() if one not in unsampled]
     if shift := gaussian_shift(unsampled):

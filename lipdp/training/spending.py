@@ -13,6 +13,7 @@ import accountants
 from accountants import Budget, LedgerError, TrainingRun
 from accountants.accounting import resolve_relation
 from accountants.ledger import LedgerEntry
+from accountants.mechanisms import Mechanism
 from accountants.sampling import Sampling
 from lipdp.bounds import norms
 from lipdp.bounds.projections import Projection
@@ -88,8 +89,8 @@ class Spending:
     # --- what has been spent ------------------------------------------------------------------
 
     @property
-    def runs(self) -> list[TrainingRun]:
-        """All that was paid for so far."""
+    def runs(self) -> list[Mechanism]:
+        """All that was paid for so far, and the ledger's queries."""
         if self.run is not None:
             # The file holds what the open run reserved; what it paid for is what counts.
             return [*self.run.earlier, *([self.run.spent] if self.run.paid else [])]
@@ -146,7 +147,7 @@ class Spending:
             delta = self.budget.delta
         runs = self.runs
         if runs:
-            _warn_of_delta(delta, max(run.num_examples for run in runs))
+            _warn_of_delta(delta, max((run.num_examples for run in _training(runs)), default=0))
         epsilon = self.epsilon(runs, delta)
         relation = resolve_relation(runs, None) if runs else sampling.relations[0]
         return Spent(float(epsilon), float(delta), relation, sum(run.steps for run in runs))
@@ -288,11 +289,12 @@ class Spending:
                 )
             if self.run.limited and self.run.paid + steps > self.run.allowed:
                 raise BudgetExceeded(self._exceeded())
-        elif self.budget is not None and self.noise_multiplier is not None and self.runs:
+        elif self.budget is not None and self.noise_multiplier is not None:
             runs = self.runs
-            more = dataclasses.replace(runs[-1], steps=runs[-1].steps + 1)
-            if self.epsilon([*runs[:-1], more], self.budget.delta) > self.budget.epsilon:
-                raise BudgetExceeded(self._exceeded())
+            for last in _training(runs)[-1:]:
+                runs[runs.index(last)] = last.counted(last.steps + 1)
+                if self.epsilon(runs, self.budget.delta) > self.budget.epsilon:
+                    raise BudgetExceeded(self._exceeded())
 
     def pay(self, steps: int = 1) -> None:
         """Pays for steps, before they run.
@@ -383,6 +385,11 @@ class ActiveRun:
             self._entry.close()
         elif self._writer is not None:
             self._writer.close()
+
+
+def _training(runs):
+    """The training runs among what was paid for."""
+    return [run for run in runs if isinstance(run, TrainingRun)]
 
 
 def certificates(network: keras.Model) -> int:

@@ -187,7 +187,7 @@ def test_a_broken_ledger(capsys, tmp_path):
         (["epsilon", *RUN, "--steps=1", "more"], "more"),
         (["epsilon", *RUN, "--steps=1", "--sigma=3"], "sigma"),
         (["epsilon", *RUN, "--steps=1", "--accountant=magic"], "accountant"),
-        (["epsilon", *RUN, "--steps=1", "--accountant=exact"], "subsampling"),
+        (["epsilon", *RUN, "--steps=1", "--accountant=exact"], "unsampled"),
         (["epsilon", *RUN, "--steps=1", "--delta=2"], "delta"),
         (["epsilon", *RUN, "--steps=1", "--batch_size=nan"], "batch_size"),
         (["epsilon", *RUN, "--steps=1", "--physical_batch_size=9"], "physical_batch_size"),
