@@ -89,6 +89,11 @@ def _schemes_of_a_batch_size() -> dict[str, type[Sampling]]:
 def _calibrate_flags() -> Flags:
     values = Flags()
     values.number("epsilon", "Epsilon of the budget.")
+    values.number(
+        "advantage", "Instead of a budget: the most by which an attacker's TPR exceeds the FPR."
+    )
+    values.number("tpr", "Instead of a budget: the highest true positive rate of an attacker ...")
+    values.number("at_fpr", "... at this false positive rate.")
     values.accounting()
     values.mechanism()
     values.one_of("solve_for", _SOLVE_FOR, "What to find.", "noise_multiplier")
@@ -99,9 +104,9 @@ def _calibrate(values: Flags, arguments: list[str]) -> None:
     no_arguments(arguments)
     unknown = values.solve_for
     values.refuse(unknown, reason="as it is what is searched for (--solve_for)")
+    target = _calibration_target(values)
     common = {
-        "epsilon": values.needed("epsilon"),
-        "delta": values.needed("delta"),
+        **target,
         "num_examples": values.needed("num_examples"),
         "accountant": values.accountant,
         "relation": values.relation,
@@ -133,11 +138,24 @@ def _calibrate(values: Flags, arguments: list[str]) -> None:
             values.refuse("steps", "epochs", reason=f"with --solve_for={unknown}")
             search = calibrate_steps if unknown == "steps" else calibrate_epochs
             found = search(**common, noise_multiplier=values.needed("noise_multiplier"))
-    budget = {"epsilon": common["epsilon"], "delta": common["delta"]}
-    text = (
-        f"{unknown} = {found:.6g}" if isinstance(found, float) else f"{unknown} = {found}"
-    ) + f" for epsilon = {budget['epsilon']:g} at delta = {budget['delta']:g}"
-    write(values, {unknown: found, **budget}, text)
+    kept = " and ".join(f"{name} = {value:g}" for name, value in target.items())
+    number = f"{found:.6g}" if isinstance(found, float) else str(found)
+    write(values, {unknown: found, **target}, f"{unknown} = {number} for {kept}")
+
+
+def _calibration_target(values: Flags) -> dict[str, float]:
+    """The budget, or the risk in place of it."""
+    risk = ("advantage", "tpr", "at_fpr")
+    given = [name for name in risk if values[name].value is not None]
+    if not given:
+        return {"epsilon": values.needed("epsilon"), "delta": values.needed("delta")}
+    if values.solve_for != "noise_multiplier":
+        values.refuse(*given, reason=f"with --solve_for={values.solve_for}")
+    values.refuse("epsilon", "delta", reason=f"with --{given[0]}")
+    if given == ["advantage"]:
+        return {"advantage": values.advantage}
+    values.refuse("advantage", reason="with --tpr and --at_fpr")
+    return {"tpr": values.needed("tpr"), "at_fpr": values.needed("at_fpr")}
 
 
 # --- all commands ---------------------------------------------------------------------------------

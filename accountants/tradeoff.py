@@ -47,7 +47,7 @@ class TradeOff:
         if not math.isfinite(most):
             most = 100.0
         epsilons = most * np.linspace(0.0, 1.0, _POINTS) ** 2 if most else np.zeros(1)
-        return epsilons, np.array([self.curve.delta(float(epsilon)) for epsilon in epsilons])
+        return epsilons, self.curve.deltas(epsilons)
 
     @property
     def advantage(self) -> float:
