@@ -34,6 +34,7 @@ from accountants.sampling import (
     TruncatedPoisson,
 )
 from accountants.selection import RandomTrials, search_epsilon
+from accountants.statement import Statement, Use
 from accountants.tradeoff import TradeOff, tradeoff
 
 __all__ = [
@@ -52,9 +53,11 @@ __all__ = [
     "RandomTrials",
     "Sampling",
     "ShuffledEpochs",
+    "Statement",
     "TradeOff",
     "TrainingRun",
     "TruncatedPoisson",
+    "Use",
     "calibrate_batch_size",
     "calibrate_epochs",
     "calibrate_noise_multiplier",

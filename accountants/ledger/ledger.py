@@ -1,6 +1,8 @@
 """The ledger as its readers see it."""
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from accountants.accounting import Accountant, Epsilon, epsilon
@@ -11,6 +13,7 @@ from accountants.ledger.writing import LedgerRepair, LedgerRun, LedgerWriter
 from accountants.mechanisms import Mechanism, TrainingRun
 from accountants.queries import Query
 from accountants.sampling import Relation, Sampling
+from accountants.statement import Statement, Use
 from accountants.validation import check_integer
 
 if TYPE_CHECKING:
@@ -106,7 +109,8 @@ class Ledger:
         num_examples: int,
         reserve: int = 64,
         max_steps: int | None = None,
-    ) -> "LedgerRun":
+        about: Mapping[str, str] = MappingProxyType({}),
+    ) -> LedgerRun:
         """Opens a run to be paid for; a context manager that settles it at the end.
 
         Args:
@@ -116,6 +120,8 @@ class Ledger:
                 milliseconds; a process that dies wastes at most this many steps.
             max_steps: the most steps that may be paid for, so that not even a reservation
                 surpasses what a budget allows.
+            about: what else to write down of it, texts of one line each by their names, such as
+                the kind of noise; statements quote it.
 
         Raises:
             LedgerError: as for `lock`.
@@ -124,9 +130,10 @@ class Ledger:
         """
         run = TrainingRun(noise_multiplier, sampling, num_examples, steps=0)
         records.check_limits(reserve, max_steps)  # before a file is made
+        records.check_about(about)
         writer = self.lock()
         try:
-            return writer.open_run(run, reserve, max_steps)
+            return writer.open_run(run, reserve, max_steps, about)
         except BaseException:  # an interrupt on the way there
             writer.close()
             raise
@@ -179,6 +186,33 @@ class Ledger:
         )
         with self.lock() as writer, writer.open_run(query, query.times, query.times) as paying:
             paying.pay(query.times)
+
+    def statement(
+        self,
+        delta: float,
+        *,
+        accountant: Accountant = "pld",
+        relation: Relation | None = None,
+        software: str | None = None,
+    ) -> Statement:
+        """What can be filed about all that the file has: an `accountants.Statement`.
+
+        Args:
+            delta, accountant, relation: as for `accountants.epsilon`.
+            software: what accounts for it, to be named.
+
+        Raises:
+            LedgerError: as for `entries`.
+            TypeError, ValueError: as for `accountants.epsilon`.
+        """
+        return Statement.of(
+            [Use(entry.run, entry.about, entry.settled) for entry in self.entries],
+            delta,
+            subject=f"all that the ledger {os.path.basename(self.path)} holds",
+            software=software,
+            accountant=accountant,
+            relation=relation,
+        )
 
     def repair(self) -> LedgerRepair | None:
         """Counts a last line that cannot be read as the most that it can have said.

@@ -4,12 +4,13 @@ import dataclasses
 import datetime
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from accountants.ledger.files import LedgerError
 from accountants.mechanisms import Mechanism
-from accountants.queries import mechanism_from_dict
-from accountants.validation import check_integer
+from accountants.queries import check_description, mechanism_from_dict
+from accountants.validation import argument_message, check_integer
 
 _CHECK_LENGTH = 16
 SEAL = b" <torn> "
@@ -26,12 +27,14 @@ class LedgerEntry:
             for it.
         settled: whether it ended cleanly, so that these are the steps it took. Otherwise it is
             still going on or has died, and what it had reserved is charged.
+        about: what else was written down of it, texts by their names.
     """
 
     run_id: str
     time: str
     run: Mechanism
     settled: bool
+    about: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def encode(record: dict[str, Any], previous: str) -> tuple[bytes, str]:
@@ -72,6 +75,16 @@ def check_limits(reserve: int, max_steps: int | None) -> tuple[int, int | None]:
     return reserve, None if max_steps is None else check_integer(max_steps, "max_steps", 0)
 
 
+def check_about(about: Mapping[str, str]) -> dict[str, str]:
+    """What is written down of a run beside its mechanism: texts of one line each."""
+    if not isinstance(about, Mapping):
+        raise TypeError(argument_message("about", "a mapping of names to texts", about))
+    for name, text in about.items():
+        check_description(name, "about")
+        check_description(text, f"about[{name!r}]")
+    return dict(about)
+
+
 @dataclasses.dataclass
 class _Entry:
     """A run while it is read."""
@@ -81,6 +94,7 @@ class _Entry:
     run: Mechanism
     reserve: int
     max_steps: int | None
+    about: dict[str, str]
     charged: int = 0
     open: bool = True
     settled: bool = False
@@ -109,7 +123,8 @@ class State:
 
     def public(self) -> list[LedgerEntry]:
         return [
-            LedgerEntry(e.run_id, e.time, e.run.counted(e.charged), e.settled) for e in self.entries
+            LedgerEntry(e.run_id, e.time, e.run.counted(e.charged), e.settled, e.about)
+            for e in self.entries
         ]
 
     def tear(self, line: bytes) -> None:
@@ -164,7 +179,8 @@ class State:
             values = {key: record[key] for key in names} | {"steps": 0}
         run = mechanism_from_dict(values)
         limits = check_limits(record["reserve"], record["max_steps"])
-        self.entries.append(_Entry(name, record["time"], run, *limits))
+        about = check_about(record.get("about", {}))
+        self.entries.append(_Entry(name, record["time"], run, *limits, about))
 
 
 def parse(path: str, data: bytes, repair: bool = False) -> State:

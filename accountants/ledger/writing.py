@@ -7,7 +7,8 @@ import os
 import secrets
 import time
 import weakref
-from types import TracebackType
+from collections.abc import Mapping
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from accountants.ledger import files, records
@@ -81,10 +82,14 @@ class LedgerWriter:
         return records.charged(self.entries)
 
     def open_run(
-        self, run: Mechanism, reserve: int = 64, max_steps: int | None = None
+        self,
+        run: Mechanism,
+        reserve: int = 64,
+        max_steps: int | None = None,
+        about: Mapping[str, str] = MappingProxyType({}),
     ) -> "LedgerRun":
         """Opens the run, whose end lets other writers in, as does an error; its `steps` do not
-        matter.
+        matter. `about` is written down with it.
 
         Raises:
             LedgerError: this is closed, or the file has changed.
@@ -92,7 +97,8 @@ class LedgerWriter:
             TypeError, ValueError: an argument is of another type or out of range.
         """
         try:
-            return LedgerRun(self, run, *records.check_limits(reserve, max_steps))
+            limits = records.check_limits(reserve, max_steps)
+            return LedgerRun(self, run, *limits, records.check_about(about))
         except BaseException:
             self.close()
             raise
@@ -233,7 +239,12 @@ class LedgerRun:
     """
 
     def __init__(
-        self, writer: LedgerWriter, run: Mechanism, reserve: int, max_steps: int | None
+        self,
+        writer: LedgerWriter,
+        run: Mechanism,
+        reserve: int,
+        max_steps: int | None,
+        about: dict[str, str],
     ) -> None:
         self.run_id = secrets.token_hex(8)
         self._writer = writer
@@ -250,6 +261,7 @@ class LedgerRun:
                 **records.settings(run),
                 "reserve": reserve,
                 "max_steps": max_steps,
+                **({"about": about} if about else {}),
             }
         )
 

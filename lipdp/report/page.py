@@ -56,6 +56,8 @@ def page(report: Figures) -> str:
                 f"alarms.</p>{plots.trade_off(curve)}",
             )
         )
+        if report.uses:
+            parts.append(_section("Statement of differential privacy", _statement(report)))
         parts.append(_what_if(report))
     if report.attained is not None:
         parts.append(_attained(report))
@@ -160,6 +162,25 @@ def _spent(report):
         done.append(run)
     lines = "".join(f"<li>{escape(run.words)}</li>" for run in report.runs)
     return f"<ul>{lines}</ul>{plots.epsilon_over_steps(points)}"
+
+
+def _statement(report):
+    """What can be filed, as `accountants.Statement` has it."""
+    statement = accountants.Statement.of(
+        report.uses,
+        report.delta,
+        subject=f"the network {report.network!r}",
+        software=report.uses[-1].about.get("software"),
+        spent=report.epsilon,
+    )
+    parts = []
+    for title, said in statement.paragraphs():
+        parts.append(f"<h3>{escape(title)}</h3>")
+        if isinstance(said, str):
+            parts.append(f"<p>{escape(said)}</p>")
+        else:
+            parts.append(f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in said)}</ul>")
+    return "".join(parts)
 
 
 def _what_if(report):
