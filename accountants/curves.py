@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accountants.numerics import ORDERS, self_convolve
-from accountants.releases import Gaussian, Release
+from accountants.releases import Gaussian, Release, Zcdp
 
 if TYPE_CHECKING:
     from dp_accounting.pld.pld_pmf import PLDPmf
@@ -214,10 +214,18 @@ class PldCurve(Curve):
 def pld_curve(counts: Counts) -> Curve:
     """The curve of releases that are not all unsampled."""
     unsampled = {one: count for one, count in counts.items() if isinstance(one, Gaussian)}
-    if math.isinf(gaussian_shift(unsampled)):
-        return GaussianCurve(math.inf)  # one without noise: nothing is private
+    # What is known by its ρ alone: these add up before they become one distribution.
+    rho = sum(count * one.rho for one, count in counts.items() if isinstance(one, Zcdp))
+    if math.isinf(gaussian_shift(unsampled)) or rho > 300.0:
+        return GaussianCurve(math.inf)  # without noise, or next to none: nothing is private
     # The latest goes last: while calibration varies it, all before stays composed.
-    groups = [(one, count) for one, count in counts.items() if one not in unsampled]
+    groups = [
+        (one, count)
+        for one, count in counts.items()
+        if one not in unsampled and not isinstance(one, Zcdp)
+    ]
+    if rho:
+        groups.insert(0, (Zcdp(rho), 1))
     if shift := gaussian_shift(unsampled):
         groups.insert(0, (Gaussian(shift), 1))
     grid = _grid(groups)

@@ -101,6 +101,7 @@ def _show(values: Flags, ledger: Ledger) -> None:
                 "time": entry.time,
                 "settled": entry.settled,
                 **entry.run.to_dict(),
+                "about": entry.about,
                 "epsilon_so_far": cost,
             }
             for entry, cost in rows

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accountants.mechanisms import Mechanism
-from accountants.numerics import ORDERS, WIDTH, event_rdp
-from accountants.releases import Release, gaussian_release
+from accountants.mechanisms import Mechanism, TrainingRun
+from accountants.numerics import ORDERS, event_rdp, renyi_pld
+from accountants.releases import Release, Zcdp, gaussian_release
 from accountants.sampling import RELATIONS, Relation
 from accountants.validation import (
     argument_message,
@@ -131,8 +131,8 @@ class Query(Mechanism):
 
     @property
     def participations(self) -> int:
-        """The number of releases; those of ρ-zCDP are one, as their ρ add up."""
-        return min(self.times, 1) if self.rho is not None else self.times
+        """How often it took place."""
+        return self.times
 
     @property
     def label(self) -> str:
@@ -191,7 +191,7 @@ class Query(Mechanism):
             return PairRelease(twice * max(self.epsilon, 1 / _MOST_NOISE), min(1.0, delta))
         if self.rho is not None:
             # Bun and Steinke 2016, Proposition 1.9: k changes cost k²ρ.
-            return ZcdpRelease(self.rho * twice**2 * max(self.times, 1))
+            return Zcdp(self.rho * twice**2)
         return EventRelease(json.dumps(event_to_dict(self.event), sort_keys=True))
 
     def group_release(self, relation: Relation, size: int) -> Release | None:
@@ -224,8 +224,6 @@ class Query(Mechanism):
 
 def mechanism_from_dict(values: dict[str, Any]) -> Mechanism:
     """The inverse of `to_dict`, whichever kind it was; raises as the constructors do."""
-    from accountants.mechanisms import TrainingRun
-
     return (Query if "query" in values else TrainingRun).from_dict(values)
 
 
@@ -312,25 +310,6 @@ class PairRelease(Release):
 
 
 @dataclasses.dataclass(frozen=True)
-class ZcdpRelease(Release):
-    """A pair that dominates every ρ-zCDP mechanism; see `renyi_pld`."""
-
-    rho: float
-
-    source = "Bun and Steinke 2016; Zhu, Dong and Wang 2022, Proposition 8"
-
-    def scale(self) -> tuple[float, float]:
-        spread = math.sqrt(2 * self.rho)
-        return _wide(spread, self.rho + WIDTH * spread)
-
-    def pld(self, grid: float) -> "PrivacyLossDistribution":
-        return renyi_pld(self.rdp(), grid)
-
-    def rdp(self) -> np.ndarray:
-        return self.rho * ORDERS
-
-
-@dataclasses.dataclass(frozen=True)
 class EventRelease(Release):
     """An event of dp_accounting, written down as JSON, as dp_accounting accounts for it.
 
@@ -342,16 +321,13 @@ class EventRelease(Release):
 
     source = "dp_accounting"
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 - a value
     def scale(self) -> tuple[float, float]:
-        return self._scale
-
-    @functools.cached_property
-    def _scale(self) -> tuple[float, float]:
         """From a coarse distribution, or from its Rényi divergences where it has none."""
         found = _event_pld(self._event(), 1e-3)
         if found is not None:
             return _wide(*np.max([_spread(found._pmf_remove), _spread(found._pmf_add)], axis=0))
-        return ZcdpRelease(float(np.min(self.rdp() / ORDERS))).scale()
+        return Zcdp(float(np.min(self.rdp() / ORDERS))).scale()
 
     def pld(self, grid: float) -> "PrivacyLossDistribution":
         found = _event_pld(self._event(), grid)
@@ -407,69 +383,6 @@ def _has_pld(event: "dp_accounting.DpEvent") -> bool:
     return PLDAccountant().supports(event)
 
 
-def renyi_pld(divergences: np.ndarray, grid: float) -> "PrivacyLossDistribution":
-    """Losses, on multiples of `grid`, that dominate whatever has these Rényi divergences at most.
-
-    Proposition 12 of Canonne, Kamath and Steinke 2020 turns each of them into a bound on the
-    hockey-stick divergence H(e^ε), for both directions. H is a convex function, so it lies below
-    the largest convex function below these bounds, and a convex function that falls from 1 and
-    stays above 1 - e^ε is that of a pair of distributions (Zhu, Dong and Wang 2022, Proposition
-    8). Between grid points a chord is above, and chords are what losses on the grid have
-    (Doroshenko et al. 2022).
-    """
-    from dp_accounting.pld import pld_pmf, privacy_loss_distribution
-
-    finite = np.isfinite(divergences)
-    if not finite.any():
-        raise ValueError("without a finite Rényi divergence there is nothing to bound.")
-    orders, divergences = ORDERS[finite], divergences[finite]
-
-    def bound(epsilons: np.ndarray) -> np.ndarray:
-        found = np.ones(len(epsilons))
-        for order, divergence in zip(orders, divergences, strict=True):
-            exponent = (order - 1) * (divergence - epsilons + math.log1p(-1 / order))
-            np.minimum(found, np.exp(np.minimum(exponent - math.log(order), 0.0)), out=found)
-        return found
-
-    # Beyond this, what is left counts as lost.
-    tail = math.log(1e-15)
-    top = np.min(divergences + np.log1p(-1 / orders) - (tail + np.log(orders)) / (orders - 1))
-    # On a grid that is much finer than the losses spread, differences would be rounding.
-    stride = max(1, int(np.sqrt(2 * np.min(divergences / orders)) / (32 * grid)))
-    size = max(1, math.ceil(max(top, 0.0) / (stride * grid)))
-    positive = stride * grid * np.arange(size + 1)
-    above = bound(positive)
-    # Of the other direction: H(1 / a) = 1 - 1 / a + H'(a) / a.
-    below = -np.expm1(-positive[:0:-1]) + np.exp(-positive[:0:-1]) * above[:0:-1]
-    ratios = np.exp(np.concatenate([-positive[:0:-1], positive]))
-    heights = _convex(ratios, np.concatenate([below, above]))
-    # Masses are what the slope changes by; beyond the last point what is left stays. Both
-    # directions are alike, so a loss of -ε has exp(-ε) times the mass of ε, and 0 has the rest.
-    slopes = np.diff(heights[size:]) / np.diff(ratios[size:])
-    masses = np.maximum(np.diff(slopes, append=0.0), 0.0) * ratios[size + 1 :]
-    mirrored = (masses * np.exp(-positive[1:]))[::-1]
-    lost = min(1.0, heights[-1] + 4e-16 * len(ratios))
-    rest = max(0.0, 1.0 - lost - masses.sum() - mirrored.sum())
-    found = np.zeros(2 * stride * size + 1)
-    found[::stride] = [*mirrored, rest, *masses]
-    pmf = pld_pmf.DensePLDPmf(grid, -stride * size, found, lost, True)
-    return privacy_loss_distribution.PrivacyLossDistribution(pmf)
-
-
-def _convex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The largest convex values below y that start, at x = 0, from 1."""
-    hull = [(0.0, 1.0)]
-    for point in zip(x.tolist(), y.tolist(), strict=True):
-        while len(hull) > 1:
-            (ax, ay), (bx, by) = hull[-2:]
-            if (by - ay) * (point[0] - bx) <= (point[1] - by) * (bx - ax):
-                break
-            hull.pop()
-        hull.append(point)
-    hx, hy = np.array(hull).T
-    return np.interp(x, hx, hy)
-
-
 def _check_event(event: "dp_accounting.DpEvent", relation: Relation) -> None:
     """Raises TypeError or ValueError for an event that cannot be accounted for."""
     from dp_accounting import rdp
@@ -482,6 +395,13 @@ def _check_event(event: "dp_accounting.DpEvent", relation: Relation) -> None:
             f"what is known of {event!r} is for data sets with one example more or less, not for "
             f"relation='replace_one'. {_STATE_A_PAIR}"
         )
+    # Before anything is written: what nobody can evaluate would spoil all that it is added to.
+    try:
+        EventRelease(json.dumps(event_to_dict(event), sort_keys=True)).scale()
+    except Exception as error:
+        raise ValueError(
+            f"dp_accounting cannot account for {event!r} ({error}). {_STATE_A_PAIR}"
+        ) from error
 
 
 _STATE_A_PAIR = "If it is (epsilon, delta)-private for another reason, state epsilon= and delta=."
