@@ -33,6 +33,13 @@ _RELATIONS = {
     "replace_one": "one example of the one is another example in the other",
 }
 
+_ACCOUNTANTS = {
+    "pld": "privacy loss distributions (pld)",
+    "rdp": "Rényi divergences (rdp)",
+    "exact": "the closed form of the Gaussian mechanism (exact)",
+    "zcdp": "zero-concentrated differential privacy (zcdp)",
+}
+
 _NOT_COVERED = (
     "People with several examples: for them the guarantee is that of a group, which is weaker.",
     "The number of examples, which is treated as public.",
@@ -209,14 +216,15 @@ class Statement:
 
     def _guaranteed(self) -> str:
         if math.isinf(self.epsilon):
-            return f"Nothing: there is no finite epsilon at delta = {self.delta:g}."
+            return f"Nothing: there is no finite epsilon at delta = {up(self.delta)}."
+        delta, accountant = up(self.delta), _ACCOUNTANTS[self.accountant]
         factor = up(math.exp(min(self.epsilon, 700.0)))
         return (
-            f"({up(self.epsilon, 4)}, {self.delta:g})-differential privacy, of {self._released()}: "
+            f"({up(self.epsilon, 4)}, {delta})-differential privacy, of {self._released()}: "
             f"whatever is computed from that is at most e^epsilon = {factor} times as likely with "
-            f"one data set as with its neighbour, but for a probability of delta = {self.delta:g}. "
-            f"Accounted by {self.accountant!r}, as an upper bound, for batches that were drawn as "
-            "the sampling schemes below say."
+            f"one data set as with its neighbour, but for a probability of delta = {delta}. "
+            f"Accounted by {accountant}, as an upper bound, for batches that were drawn as the "
+            "sampling schemes below say."
         )
 
     def _released(self) -> str:
@@ -228,15 +236,17 @@ class Statement:
         return ", and of ".join(held)
 
     def _attacker(self) -> tuple[str, ...]:
+        replaced = self.relation == "replace_one"
+        secret = "which of two examples took part" if replaced else "whether one example took part"
         return (
             "The attacker knows all other examples and everything that is released, and has to "
-            "tell whether one example took part.",
+            f"tell {secret}.",
             f"Advantage: true positives exceed false positives by at most {up(self.advantage)} "
             "(0 is guessing, 1 is knowing).",
             f"At 1 % false positives, true positives are at most "
             f"{up(100 * self.true_positive_rate)} %.",
-            f"A belief of 50 % that the example took part becomes at most "
-            f"{up(100 * self.posterior, 4)} %, but with a probability of {self.delta:g}.",
+            f"A belief of 50 % becomes at most {up(100 * self.posterior, 4)} %, but for a "
+            f"probability of {up(self.delta)}.",
         )
 
     def _done(self) -> tuple[str, ...]:

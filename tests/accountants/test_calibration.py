@@ -274,8 +274,11 @@ def test_the_risk_of_the_gaussian_has_a_closed_form(target):
         assert least * (1 - 1e-9) <= found <= least * 1.0006
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("target", [{"advantage": 0.1}, {"tpr": 0.1, "at_fpr": 0.05}])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, {"advantage": 0.1}) for name in SCHEMES]
+    + [(name, {"tpr": 0.1, "at_fpr": 0.05}) for name in ("poisson", "random_allocation")],
+)
 def test_the_risk_of_every_scheme_is_kept_to(name, target):
     run = {"sampling": SCHEMES[name].example(), "num_examples": 200, "steps": 8}
     found = calibrate_noise_multiplier(**target, **run)
