@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accountants.mechanisms import Mechanism, TrainingRun
-from accountants.numerics import ORDERS, event_rdp, renyi_pld
-from accountants.releases import Release, Zcdp, gaussian_release
+from accountants.numerics import ORDERS, WIDTH, event_rdp, renyi_pld, sampled_scale
+from accountants.releases import Gaussian, Release, Zcdp, gaussian_release
 from accountants.sampling import RELATIONS, Relation
 from accountants.validation import (
     argument_message,
@@ -321,13 +321,8 @@ class EventRelease(Release):
 
     source = "dp_accounting"
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 - a value
     def scale(self) -> tuple[float, float]:
-        """From a coarse distribution, or from its Rényi divergences where it has none."""
-        found = _event_pld(self._event(), 1e-3)
-        if found is not None:
-            return _wide(*np.max([_spread(found._pmf_remove), _spread(found._pmf_add)], axis=0))
-        return Zcdp(float(np.min(self.rdp() / ORDERS))).scale()
+        return _wide(*_event_scale(self._event()))
 
     def pld(self, grid: float) -> "PrivacyLossDistribution":
         found = _event_pld(self._event(), grid)
@@ -360,12 +355,43 @@ def _safe(divergences: np.ndarray) -> np.ndarray:
     return np.maximum(divergences, 0.0) * (1 + 1e-12) + 1e-14
 
 
-def _spread(pmf: Any) -> tuple[float, float]:
-    """The standard deviation of the finite losses, and the largest of them."""
-    dense = pmf.to_dense_pmf()
-    losses = dense._discretization * (dense._lower_loss + np.arange(len(dense._probs)))
-    mean = np.average(losses, weights=dense._probs)
-    return math.sqrt(np.average((losses - mean) ** 2, weights=dense._probs)), np.max(np.abs(losses))
+def _event_scale(event: "dp_accounting.DpEvent") -> tuple[float, float]:
+    """As `Release.scale`, roughly: it chooses grids, on which any bound holds."""
+    from dp_accounting import dp_event
+
+    match event:
+        case dp_event.ComposedDpEvent():
+            parts = [_event_scale(part) for part in event.events]
+            return _composed([(*part, 1) for part in parts])
+        case dp_event.SelfComposedDpEvent():
+            return _composed([(*_event_scale(event.event), event.count)])
+        case dp_event.GaussianDpEvent():
+            return Gaussian(1 / event.noise_multiplier).scale()
+        case dp_event.LaplaceDpEvent():
+            return 1 / event.noise_multiplier, 1 / event.noise_multiplier
+        case dp_event.DiscreteLaplaceDpEvent():
+            most = event.noise_parameter * event.sensitivity
+            return most, most
+        case dp_event.MixtureOfGaussiansDpEvent():
+            return Gaussian(max(event.sensitivities) / event.standard_deviation).scale()
+        case dp_event.TruncatedSubsampledGaussianDpEvent():
+            return sampled_scale(event.sampling_probability, event.noise_multiplier)
+        case dp_event.PoissonSampledDpEvent(event=dp_event.GaussianDpEvent()):
+            return sampled_scale(event.sampling_probability, event.event.noise_multiplier)
+        case dp_event.ZCDpEvent():
+            spread, reach = Zcdp(event.rho).scale()
+            return spread, event.xi + reach
+        case dp_event.PoissonSampledDpEvent() | dp_event.RepeatAndSelectDpEvent():
+            return _event_scale(event.event)
+    return 0.0, 0.0
+
+
+def _composed(parts: list[tuple[float, float, int]]) -> tuple[float, float]:
+    """The scale of releases that take place so many times each."""
+    spread = math.sqrt(sum(count * spread**2 for spread, _, count in parts))
+    most = sum(count * reach for _, reach, count in parts)
+    largest = max((reach for _, reach, _ in parts), default=0.0)
+    return spread, min(most, spread**2 / 2 + WIDTH * spread + largest)
 
 
 def _event_pld(event: "dp_accounting.DpEvent", grid: float) -> "PrivacyLossDistribution | None":
@@ -397,11 +423,20 @@ def _check_event(event: "dp_accounting.DpEvent", relation: Relation) -> None:
         )
     # Before anything is written: what nobody can evaluate would spoil all that it is added to.
     try:
-        EventRelease(json.dumps(event_to_dict(event), sort_keys=True)).scale()
+        _try_event(json.dumps(event_to_dict(event), sort_keys=True))
     except Exception as error:
         raise ValueError(
             f"dp_accounting cannot account for {event!r} ({error}). {_STATE_A_PAIR}"
         ) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _try_event(text: str) -> None:
+    """Has dp_accounting evaluate an event on a coarse grid."""
+    release = EventRelease(text)
+    spread, reach = release.scale()
+    if reach < _MOST_LOSS:
+        release.pld(max(spread / 4, reach / 1000))
 
 
 _STATE_A_PAIR = "If it is (epsilon, delta)-private for another reason, state epsilon= and delta=."

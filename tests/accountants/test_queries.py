@@ -254,6 +254,8 @@ def test_relations_that_follow():
         {"epsilon": 1e300},
         {"rho": 1e300},
         {"epsilon": 1e-9, "delta": 1 - 1e-16},
+        {"event": GAUSSIAN(1e-300)},
+        {"event": dp_event.SelfComposedDpEvent(dp_event.LaplaceDpEvent(1.0), 10**18)},
     ],
 )
 def test_hardly_any_privacy_is_none(stated):
