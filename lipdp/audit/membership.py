@@ -20,7 +20,7 @@ import numpy as np
 
 from accountants.validation import check_integer, check_number, check_probability
 from lipdp.audit.claims import Claim
-from lipdp.data.sources import as_array, open_source
+from lipdp.data.opening import as_array, open_source
 from lipdp.inspection.check import final_activation
 from lipdp.rich_text import RichText
 

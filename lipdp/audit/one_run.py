@@ -21,7 +21,7 @@ from accountants.validation import check_integer, check_probability
 from lipdp import losses
 from lipdp.audit.claims import Claim
 from lipdp.autodiff import gradient
-from lipdp.data.sources import as_array
+from lipdp.data.opening import as_array
 from lipdp.rich_text import RichText
 from lipdp.training.clipping import clip_rows
 

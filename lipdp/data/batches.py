@@ -12,7 +12,8 @@ from keras import tree
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from accountants.sampling import Draws, Sampling
-from lipdp.data.sources import Arrays, Records, Stream, as_array, as_type, padded
+from lipdp.data.opening import as_array
+from lipdp.data.sources import Arrays, Records, Stream, as_type, padded
 from lipdp.devices import SINGLE_DEVICE, Devices
 from lipdp.randomness import RandomSource
 
@@ -212,7 +213,7 @@ class DrawnBatches:
     the request for its own step; what nobody asks for is dropped, with its key.
 
     Args:
-        examples: where they come from, as `lipdp.data.sources.open_source` returns it.
+        examples: where they come from, as `lipdp.data.opening.open_source` returns it.
         sampling: a scheme of `accountants`.
         source: of randomness, a `lipdp.randomness.RandomSource`.
         position: integers that set these draws apart from all others of the source.

@@ -12,6 +12,7 @@ from lipdp.bounds import LayerBound, UnknownLayerError, network_bounds
 from lipdp.bounds.projections import Projection
 from lipdp.bounds.rule import as_float
 from lipdp.bounds.walk import LONGEST_INPUT, LONGEST_SQUARED, Trace, rule_of, trace
+from lipdp.inputs import input_tensors, like_inputs
 from lipdp.local.calls import LayerUnits, layer_units
 from lipdp.rich_text import RichText
 
@@ -23,7 +24,6 @@ __all__ = [
     "check_trainable",
     "check_units",
     "final_activation",
-    "input_tensors",
 ]
 
 
@@ -360,11 +360,6 @@ def as_graph(network: keras.Model) -> keras.Model:
     return keras.Model(inputs if len(inputs) > 1 else inputs[0], network(*inputs))
 
 
-def input_tensors(graph: keras.Model) -> Any:
-    """The inputs of a functional or Sequential model, in the structure that it is called on."""
-    return (getattr(graph, "_functional", None) or graph)._inputs_struct
-
-
 def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
     """The layer that makes the output, also where it is the last of a model within the model, and
     the name of its activation in small letters: its own name where it has none.
@@ -420,7 +415,7 @@ def _assigned_in_call(network):
         return []
     zeros = [ops.zeros((1, *t.shape[1:]), dtype=t.dtype) for t in inputs]
     with Assignments() as scope:
-        network(zeros if len(zeros) > 1 else zeros[0], training=True)
+        network(like_inputs(network, zeros), training=True)
     return [
         f"A layer assigns to {variable.path!r} while it is called in training mode: what it writes "
         "has no noise, and no bound holds for it. Leave that out, or do it in a callback."

@@ -13,7 +13,8 @@ from keras import ops, tree
 
 from lipdp.local.products import Tensor
 from lipdp.local.rows import UnitCall, check_rows_apart, over_batch
-from lipdp.local.units import Unit, find_units, patched
+from lipdp.local.unit import Unit, patched
+from lipdp.local.units import find_units
 
 __all__ = ["Call", "LayerUnits", "layer_units"]
 

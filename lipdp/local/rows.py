@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import threading
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +27,7 @@ from keras.src.random.seed_generator import global_seed_generator
 from lipdp.bounds.rule import UnknownLayerError, has_rule
 from lipdp.bounds.walk import added_loss, check_losses
 from lipdp.local import row_rules
+from lipdp.local.declared import DeclaredFunction, is_declared
 
 #: What stands for the unknown sizes of an input, such as the length of a text.
 _UNKNOWN_SIZE = 128
@@ -65,74 +65,6 @@ class UnitCall:
 
     layer: keras.layers.Layer
     batched: bool
-
-
-# --- declarations ---------------------------------------------------------------------------------
-
-_declared_classes = weakref.WeakSet()
-_declared_lambdas = weakref.WeakSet()
-
-
-class _DeclaredFunction(keras.Operation):
-    """A declared function, called on symbolic tensors."""
-
-    def __init__(self, function):
-        super().__init__(name=getattr(function, "__name__", None))
-        self.function = function
-
-    def call(self, *args, **kwargs):
-        return self.function(*args, **kwargs)
-
-
-def keeps_rows_apart(thing: Any) -> Any:
-    """Declares that row i of a result depends on row i of the tensors that were given, only.
-
-    The first axis of every tensor is the batch, and stays the batch throughout. This is a promise:
-    the privacy guarantee relies on it. It is tried on two made-up rows, which finds some mistakes
-    and proves nothing.
-
-    Args:
-        thing: a class of layers, as a decorator (its subclasses are not declared); a
-            `keras.layers.Lambda`; or a function of tensors, also as a decorator. A class that
-            holds other layers with trainable weights is followed into all the same: declare the
-            functions that it calls.
-
-    Returns:
-        The same class or Lambda. Of a function, one to use in its place.
-
-    Raises:
-        TypeError: it is something else.
-
-    >>> import keras
-    >>> @keeps_rows_apart
-    ... def double(x):
-    ...     return 2 * x
-    >>> double(keras.Input((3,))).shape
-    (None, 3)
-    """
-    if isinstance(thing, type) and issubclass(thing, keras.layers.Layer):
-        _declared_classes.add(thing)
-        return thing
-    if isinstance(thing, keras.layers.Lambda):
-        _declared_lambdas.add(thing)
-        return thing
-    if not callable(thing) or isinstance(thing, (type, Operation)):
-        raise TypeError(
-            "`thing` must be a class of layers, a keras.layers.Lambda or a function; got "
-            f"{thing!r}."
-        )
-
-    @functools.wraps(thing)
-    def function(*args, **kwargs):
-        if any_symbolic_tensors(args, kwargs):
-            return _DeclaredFunction(thing)(*args, **kwargs)
-        return thing(*args, **kwargs)
-
-    return function
-
-
-def _is_declared(layer):
-    return type(layer) in _declared_classes or layer in _declared_lambdas
 
 
 def over_batch(x: Any, batch_size: int) -> Any:
@@ -272,7 +204,7 @@ class _Run:
         where = f"Layer {thing.name!r} ({type(thing).__name__})"
         if not isinstance(thing, keras.layers.Layer):
             kind = type(thing).__name__
-            name = thing.name if isinstance(thing, _DeclaredFunction) else kind
+            name = thing.name if isinstance(thing, DeclaredFunction) else kind
             where = f"Operation {name!r} in {self._place()}"
         text = f"{where} may mix the rows of a batch: {why}. {remedy}"
         return self._refusal(text.rstrip())
@@ -369,7 +301,7 @@ class _Run:
             raise self.refusal(
                 layer, "nothing is known of it", "Leave it out, or declare a class of your own."
             )
-        return (_is_declared(layer) or _has_own_rule(layer)) and not self._inner_units(layer)
+        return (is_declared(layer) or _has_own_rule(layer)) and not self._inner_units(layer)
 
     def _check_leaf(self, layer, args, kwargs):
         first, rest = row_rules.named(layer, args, kwargs)
@@ -396,7 +328,7 @@ class _Run:
         if rule is not None:
             if reason := rule(layer, inputs, rest):
                 raise self.refusal(layer, reason, "")
-        elif _is_declared(layer):
+        elif is_declared(layer):
             self._try(layer, layer.call, args, kwargs)
         elif type(layer) is keras.layers.Lambda:
             raise self.refusal(layer, "nothing is known of what a Lambda computes", _DECLARE)
@@ -456,7 +388,7 @@ class _Run:
             if isinstance(x, keras.Variable):
                 self.read(x)  # symbolically nothing else reads it
         rule = row_rules.OPERATIONS.get(type(op))
-        if isinstance(op, _DeclaredFunction):
+        if isinstance(op, DeclaredFunction):
             self._try(op, op.call, args, kwargs)
         elif rule is None:
             raise self.refusal(op, "nothing is known of it", _DECLARE)
@@ -468,7 +400,7 @@ class _Run:
         if type(op) is numpy_ops.Reshape:
             row, _ = row_rules.reshaped(op, *args, **kwargs)
             return keras.KerasTensor((None, *row), dtype=args[0].dtype)
-        if isinstance(op, _DeclaredFunction):
+        if isinstance(op, DeclaredFunction):
             outputs = self._trace(op.call, args, kwargs)
         else:
             with self._as_it_is():

@@ -6,17 +6,23 @@ from typing import Any
 
 import keras
 
+from accountants.sampling import Sampling
 from accountants.validation import check_number
 from lipdp import losses
+from lipdp.bounds import UnknownLayerError
 from lipdp.data.augmentation import Augmentation
-from lipdp.inspection.check import final_activation
+from lipdp.inspection.check import check_trainable, final_activation
+from lipdp.training.clipping import PerLayerClip
+from lipdp.training.defaults import CERTIFIED_CLIP
 
 __all__ = [
     "check_augmentation",
     "check_head",
+    "check_keras_batches",
     "check_loss_bound",
     "check_max_sample_weight",
     "check_optimizer",
+    "default_clip",
     "warn_of_monitors",
 ]
 
@@ -39,6 +45,24 @@ def check_augmentation(augmentation: Any, network: keras.Model) -> Augmentation 
     return augmentation
 
 
+def default_clip(network: keras.Model, left_open: bool) -> PerLayerClip | float | None:
+    """The clip of a network that none was said for: None where its bounds are certified.
+
+    A network that has no layer of lipdp, and no certified bounds, clips layer by layer.
+
+    Args:
+        network: what is to be trained.
+        left_open: whether the sampling is to be chosen, too, and the noise with it.
+    """
+    layers = [*network._flatten_layers()]
+    if not any(type(layer).__module__.startswith("lipdp.") for layer in layers):
+        try:
+            check_trainable(network)
+        except (TypeError, ValueError, UnknownLayerError):
+            return PerLayerClip()
+    return CERTIFIED_CLIP if left_open else None
+
+
 def check_head(network: keras.Model, loss: losses.Loss) -> None:
     """Raises ValueError where a network ends in probabilities and the loss takes logits."""
     layer, activation = final_activation(network)
@@ -46,6 +70,25 @@ def check_head(network: keras.Model, loss: losses.Loss) -> None:
         raise ValueError(
             f"The network ends in a {activation}, and this loss takes logits: remove it from "
             f"layer {layer.name!r}."
+        )
+
+
+def check_keras_batches(batch_size: int | None, shuffle: Any, sampling: Sampling) -> None:
+    """Refuses what `fit` of Keras says of batches, where it is not what the sampling does.
+
+    Raises:
+        ValueError: it is not.
+    """
+    own = getattr(sampling, "batch_size", None)
+    if batch_size is not None and batch_size != own:
+        raise ValueError(
+            f"`batch_size` must be that of the sampling, {own}: what is drawn is accounted. "
+            f"Say PrivateModel(..., sampling=lipdp.PoissonSampling(batch_size={batch_size!r}))."
+        )
+    if not shuffle:
+        raise ValueError(
+            "`shuffle` must be True: batches are drawn at random, as the sampling says, and the "
+            f"noise is scaled for that; got {shuffle!r}."
         )
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from keras import ops
 
 from lipdp import losses
-from lipdp.data.sources import Arrays, open_source
+from lipdp.data.opening import open_source
+from lipdp.data.sources import Arrays
 from lipdp.report.numbers import Attained
 from lipdp.training import steps
 from lipdp.training.steps.private_step import gradient_sums

@@ -19,8 +19,10 @@ from lipdp import losses
 from lipdp.bounds.projections import project
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
+from lipdp.data.opening import held_out
 from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import as_graph, check_trainable, check_units
+from lipdp.metrics import MetricsOfLogits
 from lipdp.noise import SecureNoise, make_noise
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
@@ -28,13 +30,16 @@ from lipdp.training import steps
 from lipdp.training.arguments import (
     check_augmentation,
     check_head,
+    check_keras_batches,
     check_loss_bound,
     check_max_sample_weight,
     check_optimizer,
+    default_clip,
     warn_of_monitors,
 )
 from lipdp.training.attained import attained_gradients
 from lipdp.training.clipping import AdaptiveClip, PerLayerClip, check_clip, clip_state
+from lipdp.training.defaults import default_loss, default_optimizer
 from lipdp.training.history import History
 from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
@@ -81,10 +86,12 @@ class PrivateModel(keras.Model):
         noise_multiplier: std of the noise over the sensitivity.
         sampling: how batches are drawn: `lipdp.PoissonSampling(batch_size)`, `TruncatedPoisson`,
             `FixedSize`, `RandomAllocation`, `ShuffledEpochs` or `FullBatch`, each accounted as it
-            is drawn; `CyclicPoisson` or `FixedEpochs` for correlated noise.
+            is drawn; `CyclicPoisson` or `FixedEpochs` for correlated noise. By default Poisson
+            batches whose size is chosen at the first `fit`; `plan` then says what was chosen.
         clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
             default the loss' own bound; a loss without one needs a clip. Or
             `lipdp.PerLayerClip(...)`: each layer clips its own gradient, and none needs a bound.
+            That is the default for a network that has no layer of lipdp and no certified bounds.
         augmentation: `lipdp.Augmentation(layers, views)`: random views of each example.
         physical_batch_size: most rows that are computed at once: a drawn batch is split into
             pieces of this size, whose gradients are summed before the noise, once. Same result,
@@ -159,18 +166,21 @@ class PrivateModel(keras.Model):
             lambda: certificates(self.network),
             History(lambda: self.network._flatten_layers()),
         )
-        if not isinstance(sampling, Sampling):
+        if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(
                 "`sampling` must say how batches are drawn, for instance "
                 f"lipdp.PoissonSampling(batch_size=256); got {sampling!r}."
             )
-        self.sampling = sampling
+        self.sampling = sampling  # None: chosen at the first `fit`
         self.noise = make_noise(noise, sampling)
         if seed is not None and isinstance(self.noise, SecureNoise):
             raise ValueError(
                 f"noise='secure' cannot be repeated: leave `seed` out; got seed={seed!r}."
             )
-        self.clip = check_clip(clip)
+        self.plan = None
+        self._left_open = sampling is None and clip is None
+        clip = default_clip(network, self._left_open) if clip is None else check_clip(clip)
+        self.clip = clip
         if self.noise.correlated and getattr(clip, "adaptive", False):
             raise ValueError(
                 "`clip` must be fixed with correlated noise, a number or "
@@ -248,7 +258,7 @@ class PrivateModel(keras.Model):
 
     def compile(
         self,
-        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        optimizer: str | keras.optimizers.Optimizer | None = None,
         loss: str | losses.Loss | None = None,
         metrics: list | None = None,
         weighted_metrics: list | None = None,
@@ -260,7 +270,9 @@ class PrivateModel(keras.Model):
         """Configures training, as Keras' `compile` does.
 
         Args:
-            optimizer: any Keras optimizer or its name. It sees noisy gradients only.
+            optimizer: any Keras optimizer or its name. It sees noisy gradients only. By default SGD
+                with momentum and averaged weights, whose learning rate is chosen in `fit`, when
+                the noise is known, and decays to zero.
             loss: a name (cross-entropies are those on logits), a Keras loss or a function
                 `(y_true, y_pred)`. Its reduction is ignored: an example's loss is the mean over
                 its positions. Without a known gradient bound it needs a `clip`.
@@ -281,10 +293,13 @@ class PrivateModel(keras.Model):
             raise RuntimeError("This model is training: end the run before compile(...).")
         if self.units is not None:
             self.units = check_units(self.network)  # of the weights that are trained now
-        loss = losses.get(loss)
+        certified = self._left_open and self.units is None
+        loss = default_loss(loss) if certified else losses.get(loss)
         check_head(self.graph, loss)
         max_sample_weight = check_max_sample_weight(max_sample_weight)
-        optimizer = check_optimizer(optimizer, self.network)
+        optimizer = check_optimizer(
+            default_optimizer() if optimizer is None else optimizer, self.network
+        )
         bound = check_loss_bound(loss, self.graph, self.clip)
         try_loss(loss, self.graph.output_shape[1:])
         if jit_compile == "auto":
@@ -299,6 +314,8 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
+        if self._compile_metrics is not None:
+            self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
@@ -310,7 +327,7 @@ class PrivateModel(keras.Model):
         self,
         x: Any = None,
         y: Any = None,
-        epochs: int = 1,
+        epochs: int | None = None,
         verbose: str | int = "auto",
         callbacks: Any = None,
         validation_data: Any = None,
@@ -321,6 +338,9 @@ class PrivateModel(keras.Model):
         validation_freq: int = 1,
         sample_weight: Any = None,
         class_weight: dict[int, float] | None = None,
+        batch_size: int | None = None,
+        validation_split: float = 0.0,
+        shuffle: bool = True,
     ) -> keras.callbacks.History:
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
@@ -335,12 +355,18 @@ class PrivateModel(keras.Model):
                 order must not depend on what the examples hold); or anything with `len()` whose
                 items are pairs `(x, y)`, of which only drawn ones are read, in another thread.
             y: targets, one array `(examples, ...)`.
-            epochs, verbose, callbacks, validation_*, initial_epoch: as in Keras.
+            epochs: passes over the data, on average; by default one, or as many as are chosen
+                together with the sampling.
+            verbose, callbacks, validation_*, initial_epoch: as in Keras.
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
             sample_weight: `(examples,)`, each from 0 to compile's `max_sample_weight`, and made of
                 public knowledge or of its own example: the gradient of an example, once clipped,
                 is multiplied by its weight.
             class_weight: `{label: weight}` of public constants; not counted in the private labels.
+            batch_size: that of `sampling`, where it is given at all.
+            validation_split: share of the arrays' last rows that is evaluated on. They are not
+                trained on, and no part of the examples that ε is about.
+            shuffle: True: `sampling` says how batches are drawn.
 
         Returns:
             Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
@@ -351,16 +377,24 @@ class PrivateModel(keras.Model):
             TypeError, ValueError: data or arguments that cannot be trained on, or metrics or
                 validation data that do not fit; nothing is spent.
         """
-        epochs = check_integer(epochs, "epochs")
         initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
+        if epochs is not None:
+            epochs = max(0, check_integer(epochs, "epochs") - initial_epoch)
         if not isinstance(validation_freq, (list, tuple)):
             check_integer(validation_freq, "validation_freq")
         if validation_batch_size is not None:
             check_integer(validation_batch_size, "validation_batch_size")
-        planned = max(0, epochs - initial_epoch)
+        if self.sampling is None and batch_size is not None:
+            self.sampling = accountants.PoissonSampling(batch_size)
+            self.settings = self.settings and settings_of(self)
+        check_keras_batches(batch_size, shuffle, self.sampling)
+        if validation_split:
+            if validation_data is not None:
+                raise ValueError("`validation_split` and `validation_data` cannot both be given.")
+            (x, y, sample_weight), validation_data = held_out(x, y, sample_weight, validation_split)
         warn_of_monitors(callbacks)
         with self._running(
-            *(x, y, planned, steps_per_epoch, sample_weight, class_weight),
+            *(x, y, epochs, steps_per_epoch, sample_weight, class_weight),
             self.steps_per_execution,
             (validation_data, validation_batch_size),
         ) as batches:
@@ -369,17 +403,17 @@ class PrivateModel(keras.Model):
                     "`validation_data` is for one process; with several, save the network and "
                     "evaluate it by itself."
                 )
-            run = self.spending.run
+            run, epochs = self.spending.run, self._plan.epochs
             if run.limited:
                 warnings.warn(
-                    f"The budget allows {run.allowed} of the {len(batches) * planned} steps that "
+                    f"The budget allows {run.allowed} of the {len(batches) * epochs} steps that "
                     "were asked for; training will end there.",
                     stacklevel=2,
                 )
             with steps.backend().keep_weights(self):
                 history = super().fit(
                     steps.backend().keras_batches(self, batches),
-                    epochs=epochs,
+                    epochs=initial_epoch + epochs,
                     verbose=verbose,
                     callbacks=callbacks,
                     validation_data=validation_data,
@@ -398,7 +432,7 @@ class PrivateModel(keras.Model):
         self,
         x: Any,
         y: Any,
-        epochs: int = 1,
+        epochs: int | None = None,
         steps_per_epoch: int | None = None,
         sample_weight: Any = None,
         class_weight: dict[int, float] | None = None,
@@ -414,10 +448,11 @@ class PrivateModel(keras.Model):
         Raises:
             RuntimeError: a batch was left out, and the scheme counts on steps in their order.
         """
-        epochs = check_integer(epochs, "epochs")
+        if epochs is not None:
+            epochs = check_integer(epochs, "epochs")
         data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight)
         with self._running(*data) as drawn:
-            for _ in range(epochs):
+            for _ in range(self._plan.epochs):
                 drawn.on_epoch_begin()
                 for index in range(len(drawn)):
                     if self.spending.run.allowed <= self.spending.run.paid:
@@ -557,7 +592,8 @@ class PrivateModel(keras.Model):
         Raises:
             ValueError: no delta, and no budget to take it from.
         """
-        return self.spending.spent(delta, self.sampling)
+        sampling = accountants.PoissonSampling(1) if self.sampling is None else self.sampling
+        return self.spending.spent(delta, sampling)
 
     def statement(self, delta: float | None = None) -> accountants.Statement:
         """What can be filed about the privacy of this network: who is protected, how far, from
@@ -610,6 +646,10 @@ class PrivateModel(keras.Model):
         """
         if self.private_loss is None:
             raise RuntimeError("Call compile(...) first: the bounds start at the loss.")
+        if self.sampling is None and expected_batch_size is None:
+            raise RuntimeError(
+                "The sampling is chosen at the first fit(...). Before, give `expected_batch_size`."
+            )
         if sample is not None:
             if not isinstance(sample, tuple) or len(sample) != 2:
                 raise TypeError(f"`sample` must be a pair (x, y); got {type(sample).__name__}.")
@@ -674,7 +714,10 @@ class PrivateModel(keras.Model):
     def _follow(self, plan: Plan) -> None:
         """Takes over what is planned; a train function that was compiled for other steps goes."""
         now = plan.step, plan.devices, plan.steps_per_call
-        if now != (self.step, self.devices, self._steps_per_call) or plan.new_memory:
+        before = self.step, self.devices, self._steps_per_call
+        # A learning rate that was chosen is a constant of the compiled step.
+        if now != before or plan.new_memory or plan.training is not None:
             self.train_function = None
         self.step, self.devices, self._steps_per_call = now
+        self.plan = plan.training
         self.fits += 1

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from lipdp.bounds.walk import LONGEST_INPUT
+from lipdp.inputs import input_names
 
 __all__ = ["readable_inputs"]
 
@@ -40,7 +41,8 @@ def readable_inputs(network: keras.Model, x: Any) -> tuple[Any, Any]:
     """
     if not isinstance(x, dict):
         return _readable(x, network.inputs[0].dtype)
-    rows = {t.name: _readable(x[t.name], t.dtype) for t in network.inputs}
+    named = zip(input_names(network), network.inputs, strict=True)
+    rows = {name: _readable(x[name], tensor.dtype) for name, tensor in named}
     finite = 1.0
     for _, whole in rows.values():
         finite = finite * whole

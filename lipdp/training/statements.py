@@ -32,7 +32,7 @@ def circumstances(model) -> dict[str, str]:
 
 def statement_of(model, delta: float | None) -> Statement:
     """The statement of what a `PrivateModel` and its ledger have spent; raises as `spent` does."""
-    spent = model.spending.spent(delta, model.sampling)
+    spent = model.spent(delta)
     ledger = ""
     if model.ledger is not None:
         ledger = f", and all that its ledger {os.path.basename(model.ledger.path)} holds"

@@ -17,7 +17,7 @@ from keras.src.backend import KerasTensor, compute_output_spec
 from lipdp import losses
 from lipdp.autodiff import compiled
 from lipdp.data.augmentation import Augmentation
-from lipdp.data.sources import as_array
+from lipdp.data.opening import as_array
 from lipdp.inspection.check import Assignments
 
 __all__ = ["over_positions", "try_augmentation", "try_loss", "try_metrics", "try_validation"]
@@ -207,6 +207,9 @@ def try_metrics(model: Any, target: tuple[Sequence[int], Any]) -> None:
     others |= set(map(id, model.weights))
     for metric in metrics.metrics:
         try:
+            if not getattr(metric, "_built", True):  # makes its variables in its first update
+                metric.update_state(y, z, sample_weight=np.zeros(_ROWS, "float32"))
+                metric.reset_state()
             # A metric owns what is in an attribute of it, also a weight of the network.
             _try_metric(metric, y, z, [v for v in metric.variables if id(v) not in others])
         except _Assigns as error:

@@ -8,7 +8,8 @@ import pytest
 
 import lipdp
 from lipdp import layers
-from lipdp.data.sources import Arrays, Records, open_source, padded
+from lipdp.data.opening import open_source
+from lipdp.data.sources import Arrays, Records, padded
 from tests.lipdp.helpers import data, dense_network, private, weights
 
 pytestmark = pytest.mark.any_backend
@@ -287,7 +288,7 @@ X, Y = np.ones((8, 6), "float32"), np.zeros(8, int)
         ([], None, ValueError, "`x` is empty"),
         ([X[0], X[1]], None, TypeError, r"records must be pairs \(x, y\)"),
         ([(X[0, :3], 0)], None, ValueError, r"records must hold numbers of shape \(6,\)"),
-        (iter([]), None, ValueError, "must both be given"),
+        (iter([]), None, TypeError, "from which any example can be drawn"),
     ],
 )
 def test_what_is_refused(x, y, error, words):
@@ -297,11 +298,41 @@ def test_what_is_refused(x, y, error, words):
     assert model.spent(1e-5).steps == 0
 
 
-def test_records_of_another_shape_are_refused_where_they_are_drawn():
-    records = [(np.ones(6, "float32"), 0), (np.ones(5, "float32"), 0)]
-    source = open_source(records, None, dense_network())
-    with pytest.raises(ValueError, match=r"shapes of the first one, \(6,\); got one of \(5,\)"):
-        source.take(np.array([1]), 1)
+@pytest.mark.parametrize(
+    "broken",
+    [
+        (np.ones(5, "float32"), 1),
+        (np.ones(6, "float32"), [1, 2]),
+        (np.ones(6, "float32"), "no label"),
+        (np.ones(6, "float32"), None),
+        (["a"] * 6, 1),
+        ([1.0, [2.0]], 1),
+        (np.ones(6, "float32"),),
+        {"x": 1},
+        None,
+    ],
+    ids=str,
+)
+def test_a_broken_record_is_drawn_without_an_error(broken):
+    records = [(np.ones(6, "float32"), 1), broken, (np.full(6, 2.0), 2)]
+    x, y = open_source(records, None, dense_network()).take(np.array([2, 1, 0]), 4)
+    assert np.isnan(x[1]).all() and y.tolist() == [2, 0, 1, 0]
+    np.testing.assert_array_equal(x[[0, 2, 3]], [[2.0] * 6, [1.0] * 6, [0.0] * 6])
+
+
+def test_broken_records_add_nothing():
+    records = [(np.full(6, i / 9, "float32"), i % 3) for i in range(32)]
+    updates = []
+    for source in (records, [*records, (np.ones(5), 0), "x"]):
+        model = private(sampling=lipdp.FullBatch(), noise_multiplier=0.0)
+        model.network.set_weights([np.full_like(w, 0.1) for w in model.network.get_weights()])
+        before = weights(model)
+        model.fit(source, verbose=0)
+        after = weights(model)
+        updates.append([len(source) * (a - b) for a, b in zip(after, before, strict=True)])
+    assert any(np.abs(u).max() > 0.1 for u in updates[0])
+    for a, b in zip(*updates, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_class_weights_need_arrays():

@@ -11,7 +11,8 @@ import lipdp.layers
 from lipdp.bounds import UnknownLayerError
 from lipdp.inspection.check import check_units
 from lipdp.local import row_rules
-from lipdp.local.rows import check_rows_apart, keeps_rows_apart, over_batch
+from lipdp.local.declared import keeps_rows_apart
+from lipdp.local.rows import check_rows_apart, over_batch
 
 random = keras.random
 

@@ -10,7 +10,8 @@ from keras import ops
 from lipdp.autodiff import compiled
 from lipdp.bounds import UnknownLayerError
 from lipdp.inspection.check import as_graph
-from lipdp.local import products, units
+from lipdp.local import matrix_units, products, recurrent_units, units
+from lipdp.local import unit as unit_module
 from lipdp.local.calls import LayerUnits, layer_units
 from lipdp.training import steps
 from tests.lipdp.local import networks
@@ -176,10 +177,10 @@ def test_gradients_in_pieces_are_the_same(name, memory, attacked, monkeypatch):
     network = attacked(name)
     thresholds = 0.7 * lengths_of(network.added(1))
     expected = [network.added(row, thresholds) for row in range(ROWS)]
-    monkeypatch.setattr(units, "MEMORY", memory)  # 60: three rows, then one
+    monkeypatch.setattr(unit_module, "MEMORY", memory)  # 60: three rows, then one
     used = []
-    in_pieces = units.in_pieces
-    monkeypatch.setattr(units, "in_pieces", lambda *a: used.append(a[2]) or in_pieces(*a))
+    in_pieces = unit_module.in_pieces
+    monkeypatch.setattr(unit_module, "in_pieces", lambda *a: used.append(a[2]) or in_pieces(*a))
     other = Attacked(name)
     for row, theirs in enumerate(expected):
         for ours, their in zip(other.added(row, thresholds), theirs, strict=True):
@@ -198,12 +199,12 @@ def test_a_layer_of_ten_million_weights_is_read_in_pieces(monkeypatch):
     large = Large()
     large.build((None, 4))
     found = []
-    monkeypatch.setattr(units, "in_pieces", lambda *a: found.append(a[2]))
+    monkeypatch.setattr(unit_module, "in_pieces", lambda *a: found.append(a[2]))
     unit = units.find_units(keras.Sequential([keras.Input((4,)), large]))[0]
     saved, static = [], []
     unit.run(large.call, lambda v, s, c: saved.extend(s) or static.append(c) or v, (X,), {})
     unit.clipped(saved, [X], static[0], None, ops.ones((64,)))
-    assert found and 4 * 10_000_000 * found[0] <= units.MEMORY
+    assert found and 4 * 10_000_000 * found[0] <= unit_module.MEMORY
 
 
 X = np.ones((64, 4), "float32")
@@ -350,7 +351,7 @@ def test_small_terms_are_not_swallowed(shape):
 def test_hard_rows_of_a_table(positions):
     layer = keras.layers.Embedding(3, 10)
     layer.build()
-    unit = units.EmbeddingUnit(layer)
+    unit = matrix_units.EmbeddingUnit(layer)
     g = hard_rows(positions, 10, 0)
     for ids in (np.zeros(g.shape[:2]), np.random.default_rng(0).integers(0, 3, g.shape[:2])):
         rows = [ops.convert_to_tensor(v) for v in (ids.astype("int32"), g)]
@@ -361,13 +362,13 @@ def test_hard_rows_of_a_table(positions):
 
 
 def without_bias(patch):
-    measure = units.DenseUnit.measure
+    measure = matrix_units.DenseUnit.measure
 
     def wrong(unit, saved, g, static=None):
         squares = ops.sum(ops.square(saved[0]), -1) * ops.sum(ops.square(g), -1)
         return squares, measure(unit, saved, g, static)[1]
 
-    patch.setattr(units.DenseUnit, "measure", wrong)
+    patch.setattr(matrix_units.DenseUnit, "measure", wrong)
 
 
 def diagonal_of_gram(patch):
@@ -385,27 +386,27 @@ def uses_not_counted(patch):
 
 
 def frozen_part_counted(patch):
-    measure = units.DenseUnit.measure
+    measure = matrix_units.DenseUnit.measure
 
     def wrong(unit, saved, g, static=None):
         squares, pull = measure(unit, saved, g, static)
         frozen = products.row_squares(saved[0]) * products.row_squares(g)
         return squares + (frozen if unit.lora else 0.0), pull
 
-    patch.setattr(units.DenseUnit, "measure", wrong)
+    patch.setattr(matrix_units.DenseUnit, "measure", wrong)
 
 
 def masks_not_counted(patch):
-    run = units.RecurrentUnit.run
+    run = recurrent_units.RecurrentUnit.run
 
     def wrong(unit, call, tap, args, kwargs):
         return run(unit, call, tap, args, {**kwargs, "mask": None})
 
-    patch.setattr(units.RecurrentUnit, "run", wrong)
+    patch.setattr(recurrent_units.RecurrentUnit, "run", wrong)
 
 
 def state_not_counted(patch):
-    matrices = units.Unit.matrices
+    matrices = unit_module.Unit.matrices
 
     def wrong(unit, pairs, g, bias=None):
         found = matrices(unit, pairs, g, bias)
@@ -414,12 +415,12 @@ def state_not_counted(patch):
         (names, (_, pull)) = found[0]
         return [(names, (matrices(unit, pairs[:1], g)[0][1][0], pull))]
 
-    patch.setattr(units.Unit, "matrices", wrong)
+    patch.setattr(unit_module.Unit, "matrices", wrong)
 
 
 def gate_not_counted(patch):
     # The recurrent kernel's cotangent of a GRU is the kernel's through the gate.
-    patch.setattr(units.K, "GRUCell", object())
+    patch.setattr(recurrent_units.K, "GRUCell", object())
 
 
 def positions_without_rows(patch):
@@ -498,8 +499,8 @@ def test_a_subclass_with_code_of_its_own_has_no_formula():
     patched = keras.layers.Conv2D(2, 3)
     patched.convolution_op = lambda inputs, kernel: 2.0 * ops.conv(inputs, kernel)
     for conv, kind in [
-        (keras.layers.Conv2D(2, 3), units.ConvUnit),
-        (Named(2), units.ConvUnit),
+        (keras.layers.Conv2D(2, 3), matrix_units.ConvUnit),
+        (Named(2), matrix_units.ConvUnit),
         (Standardised(2, 3), units.AnyUnit),
         (patched, units.AnyUnit),
     ]:

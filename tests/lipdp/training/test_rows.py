@@ -313,7 +313,7 @@ def test_labels_that_do_not_fit_the_type_of_the_first_record(label):
     model = private(normaliser(), sampling=lipdp.FixedSize(8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        source = lipdp.data.sources.open_source(records, None, model.network)
+        source = lipdp.data.opening.open_source(records, None, model.network)
         _, y = source.take(np.arange(3), 3)
     assert y.dtype == np.uint8 and y[0] == 1
 
