@@ -314,7 +314,7 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
-        if self._compile_metrics is not None:
+        if metrics is not None or weighted_metrics is not None:
             self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
         self.tried = None
         self.private_loss = loss
