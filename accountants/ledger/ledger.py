@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from accountants.accounting import Accountant, Epsilon, epsilon
+from accountants.accounting import Accountant, Epsilon, epsilon, resolve_relation
 from accountants.ledger import files, records
 from accountants.ledger.files import LedgerError
 from accountants.ledger.records import LedgerEntry
@@ -171,7 +171,8 @@ class Ledger:
         Raises:
             LedgerError: as for `lock`.
             OSError: the record could not be written.
-            TypeError, ValueError: as for `accountants.Query`; nothing has been written.
+            TypeError, ValueError: as for `accountants.Query`, or no neighbouring relation would
+                hold for all that the file has; nothing has been written.
         """
         query = Query(
             description=description,
@@ -184,8 +185,10 @@ class Ledger:
             relation=relation,
             times=check_integer(times, "times"),
         )
-        with self.lock() as writer, writer.open_run(query, query.times, query.times) as paying:
-            paying.pay(query.times)
+        with self.lock() as writer:
+            resolve_relation([*writer.runs, query], None)
+            with writer.open_run(query, query.times, query.times) as paying:
+                paying.pay(query.times)
 
     def statement(
         self,

@@ -5,6 +5,7 @@ import pytest
 
 from accountants import (
     FixedSize,
+    FullBatch,
     PoissonSampling,
     RandomAllocation,
     TrainingRun,
@@ -64,3 +65,10 @@ def test_many_deltas_are_those_of_each(noise, sampling):
     together = curve.deltas(epsilons)
     assert np.all(singly <= together + 1e-18)
     np.testing.assert_allclose(together, singly, rtol=1e-6, atol=1e-13)
+
+
+def test_one_run_without_noise_leaves_nothing():
+    runs = [TrainingRun(0.0, FullBatch(), 100, 1), TrainingRun(1.0, PoissonSampling(10), 100, 5)]
+    for accountant in ("pld", "rdp"):
+        for order in (runs, runs[::-1]):
+            assert epsilon(runs=order, delta=1e-5, accountant=accountant) == math.inf

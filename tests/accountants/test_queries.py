@@ -410,6 +410,16 @@ def test_a_ledger_holds_both(path):
         Ledger(path).add("meanwhile", laplace=1.0)
 
 
+def test_a_query_that_would_leave_no_relation_is_refused(path):
+    Ledger(path).add("sampled", event=dp_event.PoissonSampledDpEvent(0.1, GAUSSIAN(1.0)))
+    before = open(path, "rb").read()
+    with pytest.raises(ValueError, match="no relation.*'sampled', 'replaced'"):
+        Ledger(path).add("replaced", laplace=1.0, relation="replace_one")
+    assert open(path, "rb").read() == before
+    Ledger(path).add("added", laplace=1.0)
+    assert Ledger(path).epsilon(1e-6) > 1.0
+
+
 # As it was written before there were queries.
 OLD = (
     b'{"type": "privacy ledger", "version": 1} 4c8c76707f4e48cf\n'
