@@ -536,7 +536,6 @@ def network_with(*middle, first=True, outputs=3, **last):
         (lambda: dict(noise_multiplier=-1.0), ValueError, "noise_multiplier"),
         (lambda: dict(noise_multiplier=float("nan")), ValueError, "noise_multiplier"),
         (lambda: dict(budget=(3.0, 1e-5)), TypeError, "Budget"),
-        (lambda: dict(sampling=None), TypeError, "PoissonSampling"),
         (lambda: dict(sampling=256), TypeError, "PoissonSampling"),
         (lambda: dict(clip=0.0), ValueError, "clip"),
         (lambda: dict(clip="adaptive"), TypeError, "AdaptiveClip"),
