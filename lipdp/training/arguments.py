@@ -9,7 +9,6 @@ import keras
 from accountants.sampling import Sampling
 from accountants.validation import check_number
 from lipdp import losses
-from lipdp.bounds import UnknownLayerError
 from lipdp.data.augmentation import Augmentation
 from lipdp.inspection.check import check_trainable, final_activation
 from lipdp.training.clipping import PerLayerClip
@@ -54,12 +53,13 @@ def default_clip(network: keras.Model, left_open: bool) -> PerLayerClip | float 
         network: what is to be trained.
         left_open: whether the sampling is to be chosen, too, and the noise with it.
     """
-    layers = [*network._flatten_layers()]
-    if not any(type(layer).__module__.startswith("lipdp.") for layer in layers):
-        try:
-            check_trainable(network)
-        except (TypeError, ValueError, UnknownLayerError):
-            return PerLayerClip()
+    if isinstance(network, keras.Model):
+        kinds = {type(layer).__module__ for layer in network._flatten_layers()}
+        if not any(kind.startswith("lipdp.") for kind in kinds):
+            try:
+                check_trainable(network)
+            except (TypeError, ValueError):
+                return PerLayerClip()
     return CERTIFIED_CLIP if left_open else None
 
 

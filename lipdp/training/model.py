@@ -44,6 +44,7 @@ from lipdp.training.history import History
 from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
+from lipdp.training.statements import circumstances, statement_of
 from lipdp.training.trial import over_positions, try_loss
 
 __all__ = ["PrivateModel"]
@@ -225,7 +226,7 @@ class PrivateModel(keras.Model):
         self._open_batch = None
         self._held_weights = None  # those that steps rely on, as the last one left them
         self.built = True
-        before = sum(run.steps for run in self.spending.beside_ledger)
+        before = sum(use.run.steps for use in self.spending.beside_ledger)
         if before:
             warnings.warn(
                 f"This network was trained privately before, in {before} steps that count: "
@@ -314,7 +315,7 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
-        if self._compile_metrics is not None:
+        if metrics is not None or weighted_metrics is not None:
             self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
         self.tried = None
         self.private_loss = loss
@@ -600,6 +601,21 @@ class PrivateModel(keras.Model):
         sampling = accountants.PoissonSampling(1) if self.sampling is None else self.sampling
         return self.spending.spent(delta, sampling)
 
+    def statement(self, delta: float | None = None) -> accountants.Statement:
+        """What can be filed about the privacy of this network: who is protected, how far, from
+        what, and what is not covered. With a ledger: of all that is in it.
+
+        Args:
+            delta: by default the budget's.
+
+        Returns:
+            `accountants.Statement`: print it, or take `to_dict()`.
+
+        Raises:
+            ValueError: no delta, and no budget to take it from.
+        """
+        return statement_of(self, delta)
+
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None) -> None:
         """Saves the network, which is what a run is for; `ModelCheckpoint` does so, too.
 
@@ -692,7 +708,7 @@ class PrivateModel(keras.Model):
             raise
         try:
             self._follow(plan)
-            self.spending.begin(plan.run)
+            self.spending.begin(plan.run, circumstances(self))
             self._plan = plan
             yield plan.batches
         finally:

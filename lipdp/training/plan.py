@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from accountants import TrainingRun
+from accountants.queries import mechanism_from_dict
 from accountants.validation import check_integer
 from lipdp import losses
 from lipdp.bounds.projections import Projection
@@ -437,7 +437,7 @@ def _follow_chief(spending, all_gather, devices):
         spending.lock()
     runs = broadcast_from_chief(all_gather, devices, [run.to_dict() for run in spending.runs])
     if not devices.chief:
-        spending.follow([TrainingRun.from_dict(run) for run in runs])
+        spending.follow([mechanism_from_dict(run) for run in runs])
 
 
 def constants_of(model, examples, noise_constants, frozen_norms):

@@ -595,7 +595,7 @@ def test_budgets_that_are_refused(epsilon, delta):
         (lambda x, y: (x, y - 1), ValueError, "labels"),
         (lambda x, y: (x, y + 0.5), ValueError, "integer"),
         (lambda x, y: (x[:, :4], y), ValueError, "shape"),
-        (lambda x, y: (x[:, :, None], y), ValueError, "shape"),
+        (lambda x, y: (np.stack([x, x], 2), y), ValueError, "shape"),
         (lambda x, y: (x[:10], y), ValueError, "10 and 64"),
         (lambda x, y: (x[:8], y[:8]), ValueError, "batch_size"),
         (lambda x, y: (x[:0], y[:0]), ValueError, "empty"),
