@@ -50,6 +50,7 @@ def plan(
     model.compile(loss=loss)
     if model.sampling is None:
         model.sampling, epochs = choose_batches(num_examples, epochs)
+    model.sampling.validate(num_examples)
     epochs = 1 if epochs is None else epochs
     steps = epochs * model.sampling.steps_per_epoch(num_examples)
     noise_constants = model.noise.plan(model.sampling, num_examples, steps)

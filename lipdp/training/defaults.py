@@ -29,7 +29,7 @@ __all__ = [
 _STEPS, _EPOCHS = 500, 20
 #: The least batch size, and the largest share of the examples.
 _LEAST_BATCH, _LARGEST_SHARE = 256, 0.25
-#: What the noise of all steps moves the weights by, in norm, per root of the steps; see `rate_for`.
+#: What the noise of all steps moves the weights by, in norm; see `TrainingPlan.learning_rate`.
 _DISTANCE = {"per layer": 30.0, "certified": 10.0}
 _MOMENTUM, _AVERAGING = 0.9, 0.98
 #: In the certified way: clip of the loss gradient, and temperature of a cross-entropy.
@@ -53,11 +53,11 @@ def choose_batches(num_examples: int, epochs: int | None = None) -> tuple[Poisso
     >>> choose_batches(1_500)
     (PoissonSampling(batch_size=256), 85)
     """
-    wanted = num_examples * (epochs or _EPOCHS) / _STEPS
+    wanted = num_examples * (_EPOCHS if epochs is None else epochs) / _STEPS
     most = max(1, int(num_examples * _LARGEST_SHARE))
     batch_size = min(most, max(_LEAST_BATCH, int(wanted)))
     chosen = max(1, round(_STEPS * batch_size / num_examples))
-    return PoissonSampling(batch_size=batch_size), epochs or chosen
+    return PoissonSampling(batch_size=batch_size), chosen if epochs is None else epochs
 
 
 def default_loss(loss: Any) -> Any:
@@ -68,6 +68,7 @@ def default_loss(loss: Any) -> Any:
     return made
 
 
+@keras.saving.register_keras_serializable("lipdp")
 class PlannedDecay(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that is decided when a run is planned, and falls to zero along a cosine.
 
@@ -106,14 +107,14 @@ class TrainingPlan:
         num_examples: how many examples there are.
         budget: what may be spent, or None.
         sampling: how batches are drawn.
-        epochs, steps: of the run.
+        epochs, steps: of the run; as many steps as the budget allows.
         noise_multiplier: with which the run spends the budget.
         weights, layers: how many numbers are trained, and in how many groups.
         noise_norm: expected norm of the noise of one update, before the learning rate.
         signal: the most that all steps can add up to, where all examples agree, over the norm of
             the noise of all steps; no data set is so kind.
-        learning_rate: of the first step, where the optimizer is that of `default_optimizer`.
         linear_weights: how many numbers a linear model of the same inputs would train.
+        own_optimizer: whether the optimizer was given, and no learning rate is chosen.
     """
 
     way: str
@@ -128,22 +129,27 @@ class TrainingPlan:
     noise_norm: float
     signal: float
     linear_weights: int
+    own_optimizer: bool = False
 
     @property
-    def learning_rate(self) -> float:
-        """`c·(1 − momentum) / (noise_norm·√steps)`: the noise of all steps together then moves the
-        weights by about `c`, in norm, whatever the budget. `c` is 30 with per-layer clipping, where
-        updates come in units of the thresholds, and 10 for certified bounds.
+    def learning_rate(self) -> float | None:
+        """Of the first step; None where the optimizer was given.
+
+        It is `c·(1 − momentum) / (noise_norm·√steps)`: at this rate the noise of all steps together
+        moves the weights by about `c`, in norm, whatever the budget. `c` is 30 with per-layer
+        clipping, where updates come in units of the thresholds, and 10 for certified bounds.
         """
+        if self.own_optimizer:
+            return None
         if self.noise_norm == 0:
             return 0.1
         distance = _DISTANCE[self.way] * (1 - _MOMENTUM)
-        return distance / (self.noise_norm * math.sqrt(self.steps))
+        return distance / (self.noise_norm * math.sqrt(max(1, self.steps)))
 
     @property
     def hopeless(self) -> str | None:
         """What to change, where the noise drowns whatever the data could say; else None."""
-        if self.signal >= _HOPELESS:
+        if self.signal >= _HOPELESS or not self.steps:
             return None
         advice = []
         if 2 * self.linear_weights < self.weights:
@@ -185,12 +191,14 @@ class TrainingPlan:
             (
                 "noise multiplier",
                 f"{self.noise_multiplier:.4g}",
-                "spends the budget" if self.budget is None else f"spends {self.budget}",
+                "as given" if self.budget is None else f"at most {self.budget} is spent",
             ),
             (
                 "learning rate",
-                f"{self.learning_rate:.3g}",
-                "the noise of all steps then moves the weights by about "
+                "as given" if self.own_optimizer else f"{self.learning_rate:.3g}, to 0",
+                "of your own optimizer"
+                if self.own_optimizer
+                else "at this rate the noise of all steps moves the weights by about "
                 f"{_DISTANCE[self.way]:g}, in norm",
             ),
             (

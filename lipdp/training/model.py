@@ -178,6 +178,7 @@ class PrivateModel(keras.Model):
                 f"noise='secure' cannot be repeated: leave `seed` out; got seed={seed!r}."
             )
         self.plan = None
+        self.chosen_epochs = None  # together with the sampling
         self._left_open = sampling is None and clip is None
         clip = default_clip(network, self._left_open) if clip is None else check_clip(clip)
         self.clip = clip
@@ -345,7 +346,8 @@ class PrivateModel(keras.Model):
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
         Training ends before the step that would overspend the budget. A further call goes on
-        from what has been spent.
+        from what has been spent, with the sampling of the first. A learning rate that was left
+        open is chosen anew for each call, and decays to zero over its steps.
 
         Args:
             x: inputs, an array `(examples, ...)`, finite; for several inputs a dict by their names
@@ -355,15 +357,15 @@ class PrivateModel(keras.Model):
                 order must not depend on what the examples hold); or anything with `len()` whose
                 items are pairs `(x, y)`, of which only drawn ones are read, in another thread.
             y: targets, one array `(examples, ...)`.
-            epochs: passes over the data, on average; by default one, or as many as are chosen
-                together with the sampling.
+            epochs: passes over the data, on average; by default as many as were chosen together
+                with the sampling, and one where the sampling was given.
             verbose, callbacks, validation_*, initial_epoch: as in Keras.
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
             sample_weight: `(examples,)`, each from 0 to compile's `max_sample_weight`, and made of
                 public knowledge or of its own example: the gradient of an example, once clipped,
                 is multiplied by its weight.
             class_weight: `{label: weight}` of public constants; not counted in the private labels.
-            batch_size: that of `sampling`, where it is given at all.
+            batch_size: that of `sampling`; where none was given, of Poisson batches.
             validation_split: share of the arrays' last rows that is evaluated on. They are not
                 trained on, and no part of the examples that ε is about.
             shuffle: True: `sampling` says how batches are drawn.
@@ -384,10 +386,10 @@ class PrivateModel(keras.Model):
             check_integer(validation_freq, "validation_freq")
         if validation_batch_size is not None:
             check_integer(validation_batch_size, "validation_batch_size")
-        if self.sampling is None and batch_size is not None:
-            self.sampling = accountants.PoissonSampling(batch_size)
-            self.settings = self.settings and settings_of(self)
-        check_keras_batches(batch_size, shuffle, self.sampling)
+        sampling = self.sampling
+        if sampling is None and batch_size is not None:
+            sampling = accountants.PoissonSampling(batch_size)
+        check_keras_batches(batch_size, shuffle, sampling)
         if validation_split:
             if validation_data is not None:
                 raise ValueError("`validation_split` and `validation_data` cannot both be given.")
@@ -397,6 +399,7 @@ class PrivateModel(keras.Model):
             *(x, y, epochs, steps_per_epoch, sample_weight, class_weight),
             self.steps_per_execution,
             (validation_data, validation_batch_size),
+            sampling=sampling,
         ) as batches:
             if validation_data is not None and self.devices.processes > 1:
                 raise ValueError(
@@ -424,7 +427,10 @@ class PrivateModel(keras.Model):
                     shuffle=False,
                 )
             if self.optimizer.use_ema:
-                # Keras averages weights as they are before their projection.
+                # Keras averages weights as they are before their projection. On JAX it also lets a
+                # weight and its average share memory, which the next run could not give away twice.
+                for variable in self.network.trainable_variables:
+                    variable.assign(ops.copy(variable.value))
                 project(self.network.trainable_variables)
             return history
 
@@ -671,9 +677,18 @@ class PrivateModel(keras.Model):
         """The file that keeps what was spent."""
         return self.spending.ledger
 
+    def take_sampling(self, sampling: Sampling) -> None:
+        """Settles the sampling that was left open, after `_check_settings`."""
+        self.sampling = sampling
+        self.settings = settings_of(self)
+
     @contextlib.contextmanager
-    def _running(self, *data: Any) -> Iterator[DrawnBatches]:
-        """Plans a run, as `make_plan` does, and keeps it open while the scope lasts."""
+    def _running(self, *data: Any, sampling: Sampling | None = None) -> Iterator[DrawnBatches]:
+        """Plans a run, as `make_plan` does, and keeps it open while the scope lasts.
+
+        Where planning fails, a sampling that was left open stays open: what was chosen for the data
+        of a call that failed is not for those of the next.
+        """
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
@@ -682,10 +697,14 @@ class PrivateModel(keras.Model):
                 "left, call model.end_run()."
             )
         self._check_settings()
+        before = self.sampling, self.settings, self.chosen_epochs
         try:
+            if self.sampling is None and sampling is not None:
+                self.take_sampling(sampling)
             plan = make_plan(self, *data)
         except BaseException:
             self.spending.settle()
+            self.sampling, self.settings, self.chosen_epochs = before
             raise
         try:
             self._follow(plan)
@@ -716,7 +735,8 @@ class PrivateModel(keras.Model):
         now = plan.step, plan.devices, plan.steps_per_call
         before = self.step, self.devices, self._steps_per_call
         # A learning rate that was chosen is a constant of the compiled step.
-        if now != before or plan.new_memory or plan.training is not None:
+        new_rate = plan.training is not None and not plan.training.own_optimizer
+        if now != before or plan.new_memory or new_rate:
             self.train_function = None
         self.step, self.devices, self._steps_per_call = now
         self.plan = plan.training

@@ -29,7 +29,6 @@ from lipdp.inspection.check import check_trainable, check_units
 from lipdp.noise import resolve_allocation
 from lipdp.training import steps
 from lipdp.training.defaults import PlannedDecay, TrainingPlan, choose_batches
-from lipdp.training.settings import settings_of
 from lipdp.training.spending import ActiveRun
 from lipdp.training.steps.private_step import (
     PrivateStep,
@@ -70,7 +69,7 @@ class Plan:
         frozen: of the weights whose norms were measured for this run, by their numbers among the
             non-trainable variables, a digest of the value.
         epochs: how many.
-        training: what was chosen, and why, where the learning rate was.
+        training: what was chosen, and why, where the sampling or the learning rate was.
     """
 
     step: PrivateStep
@@ -155,8 +154,8 @@ def make_plan(
     run = model.spending.plan(model.sampling, len(examples), planned, per_epoch, steps_per_call)
     step = step_of(model, constants_of(model, len(examples), noise_constants, frozen_norms))
     training = None
-    if isinstance(model.optimizer._learning_rate, PlannedDecay):
-        training = training_plan(model, step, len(examples), epochs, planned)
+    if model.chosen_epochs or isinstance(model.optimizer._learning_rate, PlannedDecay):
+        training = training_plan(model, step, len(examples), epochs, run.allowed)
         _settle_rate(model.optimizer, training)
     with backend.scope(model):
         new_memory = model.noise.begin(model.network.trainable_variables)
@@ -235,14 +234,18 @@ def training_plan(
         noise_norm=noise,
         signal=largest * math.sqrt(steps) / noise if noise else math.inf,
         linear_weights=inputs * (step.network.output_shape[-1] or 1),
+        own_optimizer=not isinstance(model.optimizer._learning_rate, PlannedDecay),
     )
 
 
 def _settle_rate(optimizer, training):
-    """Gives the optimizer the learning rate that was left to be chosen."""
-    decay = optimizer._learning_rate
-    decay.rate, decay.steps = training.learning_rate, max(1, training.steps)
-    decay.start = int(optimizer.iterations)
+    """Gives the optimizer the learning rate that was left to be chosen, and warns of a run that
+    is hopeless.
+    """
+    if not training.own_optimizer:
+        decay = optimizer._learning_rate
+        decay.rate, decay.steps = training.learning_rate, max(1, training.steps)
+        decay.start = int(optimizer.iterations)
     if training.hopeless:
         warnings.warn(training.hopeless, stacklevel=2)
 
@@ -335,9 +338,10 @@ def _open_data(model, x, y, epochs, sample_weight, class_weight, devices):
     in_order = sampling.batch_size if sampling is not None and sampling.streamable else None
     examples = open_source(x, y, model.graph, stream=in_order)
     if sampling is None:
-        model.sampling, epochs = choose_batches(len(examples), epochs)
-        model.settings = settings_of(model)
-    epochs = 1 if epochs is None else epochs
+        sampling, model.chosen_epochs = choose_batches(len(examples), epochs)
+        model.take_sampling(sampling)
+    if epochs is None:
+        epochs = model.chosen_epochs or 1
     losses.check_target_shape(
         model.private_loss, _target_of(examples)[0], model.graph.output_shape[1:]
     )
