@@ -27,7 +27,7 @@ _WAYS = (
 
 
 def open_source(
-    x: Any, y: Any, network: keras.Model, stream: int | None = None
+    x: Any, y: Any, network: keras.Model, stream: bool = False
 ) -> Arrays | Records | Stream:
     """The source of what `fit` was given, after the checks that can be made before training.
 
@@ -38,8 +38,8 @@ def open_source(
             with `len()` whose items are pairs `(x, y)`, of which only drawn ones are read.
         y: targets, an array `(examples, ...)`.
         network: whose inputs they are.
-        stream: where a pass in the data set's own order is what the scheme samples, its batch
-            size: a `tf.data.Dataset` is then not read into memory, and must know its length.
+        stream: whether a pass in the data set's own order is what the scheme samples: a
+            `tf.data.Dataset` is then not read into memory, and must know its length.
 
     Raises:
         TypeError: not one of these.
@@ -54,8 +54,8 @@ def open_source(
     if y is None and x is not None:
         if hasattr(x, "element_spec"):
             batched = _check_dataset(x, pack, network)
-            if stream is not None:
-                return _opened_stream(x, batched, stream, pack)
+            if stream:
+                return _opened_stream(x, batched, pack)
             if not _surely_ends(x):
                 raise ValueError(
                     "`x` does not know its number of examples, on which the sampling depends, and "
@@ -361,7 +361,7 @@ def _surely_ends(dataset):
     return all(_surely_ends(d) for d in _inputs_of(dataset))
 
 
-def _opened_stream(dataset, batched, batch_size, pack):
+def _opened_stream(dataset, batched, pack):
     examples = int(dataset.cardinality())
     if batched:
         rows = tree.flatten(dataset.element_spec)[0].shape[0]
@@ -375,7 +375,7 @@ def _opened_stream(dataset, batched, batch_size, pack):
         )
     if examples == 0:
         raise ValueError("`x` and `y` are empty.")
-    return Stream(dataset, examples, batch_size, pack)
+    return Stream(dataset, examples, pack)
 
 
 def _read_batches(dataset) -> tuple[Any, Any]:

@@ -260,8 +260,7 @@ def _check_network(model, examples):
 
 def _open_data(model, x, y, sample_weight, class_weight, devices):
     """The source of the examples, and the weight of each."""
-    in_order = model.sampling.batch_size if model.sampling.streamable else None
-    examples = open_source(x, y, model.graph, stream=in_order)
+    examples = open_source(x, y, model.graph, stream=model.sampling.streamable)
     losses.check_target_shape(
         model.private_loss, _target_of(examples)[0], model.graph.output_shape[1:]
     )
