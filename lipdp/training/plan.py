@@ -30,7 +30,13 @@ from lipdp.noise import resolve_allocation
 from lipdp.training import steps
 from lipdp.training.spending import ActiveRun
 from lipdp.training.steps.private_step import PrivateStep, StepConstants
-from lipdp.training.trial import try_augmentation, try_loss, try_metrics, try_validation
+from lipdp.training.trial import (
+    try_augmentation,
+    try_loss,
+    try_metrics,
+    try_network,
+    try_validation,
+)
 
 __all__ = ["Plan", "allocation_of", "make_plan", "run_fingerprint", "step_of"]
 
@@ -324,6 +330,7 @@ def _try(model, examples, validation_data, validation_batch_size):
     own, arrays = not losses.is_known(model.private_loss), isinstance(examples, Arrays)
     in_range = own and arrays and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
     if model.tried != (target, in_range):
+        try_network(model.graph)
         try_loss(model.private_loss, output_shape, target, in_range)
         try_metrics(model, target)
         if model.augmentation is not None:

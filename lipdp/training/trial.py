@@ -5,6 +5,7 @@ and reads nothing of the data.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,14 +16,23 @@ from keras import ops, tree
 from keras.src.backend import KerasTensor, compute_output_spec
 
 from lipdp import losses
-from lipdp.autodiff import compiled
+from lipdp.autodiff import compiled, raw_writes
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.opening import as_array
+from lipdp.inputs import like_inputs
 from lipdp.inspection.check import Assignments
 
-__all__ = ["over_positions", "try_augmentation", "try_loss", "try_metrics", "try_validation"]
+__all__ = [
+    "over_positions",
+    "try_augmentation",
+    "try_loss",
+    "try_metrics",
+    "try_network",
+    "try_validation",
+]
 
 _ROWS = 4
+_KNOWN = ("keras.", "lipdp.")  # modules whose functions write nowhere but into Keras variables
 
 
 def try_loss(
@@ -57,6 +67,9 @@ def try_loss(
     for shape, dtype in _usual_targets(output_shape) if target is None else [target]:
         y = _made_up_targets(loss, shape, dtype, output_shape[-1])
         try:
+            _refuse_raw_writes(
+                functools.partial(losses.as_written, loss), y, _made_up(output_shape)
+            )
             values = _values_alone(loss, y, output_shape)
         except _Assigns as error:
             raise ValueError(f"`loss` {error}") from None
@@ -129,11 +142,22 @@ def _assigning_only(own=()):
     with Assignments() as scope:
         yield scope
     for other in scope.assigned.keys() - set(map(id, own)):
-        raise _Assigns(
-            f"assigns to the variable {scope.assigned[other].path!r} within a step. What it writes "
-            "tells of the batch without noise, and no bound holds for it. Leave that out, or do it "
-            "in a callback."
-        )
+        raise _Assigns(repr(scope.assigned[other].path))
+
+
+def _refuse_raw_writes(function, *arrays):
+    """Refuses a function that writes into a `tf.Variable` itself, which no scope of Keras sees.
+
+    Raises:
+        _Assigns: it does.
+    """
+
+    def scoped(*tensors):
+        with keras.StatelessScope():
+            function(*tensors)
+
+    for operation in sorted(raw_writes(scoped, arrays)):
+        raise _Assigns(f"of the backend, by {operation},")
 
 
 def _check_values(pairs):
@@ -225,7 +249,13 @@ class _Unfit(Exception):
 
 
 class _Assigns(Exception):
-    """What somebody's function does to a variable."""
+    """That somebody's function changes a variable."""
+
+    def __init__(self, variable):
+        super().__init__(
+            f"assigns to the variable {variable} within a step. What it writes tells of the batch "
+            "without noise, and no bound holds for it. Leave that out, or do it in a callback."
+        )
 
 
 def _try_metric(metric, y, z, own):
@@ -248,9 +278,10 @@ def _try_metric(metric, y, z, own):
         return update
 
     makers = type(metric), getattr(metric, "_fn", type(metric))  # Keras wraps a function
-    if all(maker.__module__.startswith(("keras.", "lipdp.")) for maker in makers):
+    if all(maker.__module__.startswith(_KNOWN) for maker in makers):
         _run(state_after(_ROWS, _ROWS), y, z, values=False)
         return
+    _refuse_raw_writes(state_after(_ROWS, _ROWS), y, z)
     filled = _run(state_after(_ROWS, 2), y, z)
     plain = _run(state_after(2, 2), y[:2], z[:2])
     for a, b in zip(filled, plain, strict=True):
@@ -260,6 +291,30 @@ def _try_metric(metric, y, z, own):
                 "it counts rows whose `sample_weight` is 0, which only fill up a batch. Multiply "
                 "what it adds up by `sample_weight`."
             )
+
+
+def try_network(network: keras.Model) -> None:
+    """Refuses layers of somebody's own that write into a `tf.Variable` itself when they are called.
+
+    Those that assign to Keras variables are found when the network is checked.
+
+    Raises:
+        ValueError: one does.
+    """
+    if all(map(_is_known, network._flatten_layers(include_self=False))):
+        return
+    shapes = [tuple(8 if n is None else n for n in t.shape[1:]) for t in network.inputs]
+    rows = [_made_up(s).astype(t.dtype) for s, t in zip(shapes, network.inputs, strict=True)]
+    try:
+        _refuse_raw_writes(lambda *x: network(like_inputs(network, list(x)), training=True), *rows)
+    except _Assigns as error:
+        raise ValueError(f"A layer {error}") from None
+
+
+def _is_known(layer):
+    """Whether a layer is Keras' or lipdp's, and so are the functions that it was given."""
+    functions = [value for value in vars(layer).values() if inspect.isroutine(value)]
+    return all(maker.__module__.startswith(_KNOWN) for maker in (type(layer), *functions))
 
 
 def try_augmentation(augmentation: Augmentation, network: keras.Model) -> None:

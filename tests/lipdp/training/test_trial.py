@@ -487,3 +487,103 @@ def test_a_layer_that_assigns_to_a_variable_of_somebody_else_is_refused():
     )
     with pytest.raises(ValueError, match="assigns to 'of_nobody'"):
         private(network)
+
+
+# --- what writes into a variable of the backend itself --------------------------------------------
+
+on_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a program on JAX changes nothing"
+)
+
+
+def raw(variable, values):
+    variable.value.assign(ops.zeros(variable.shape) + ops.mean(values))
+
+
+def in_a_branch(variable, values):
+    import tensorflow as tf
+
+    tf.cond(tf.reduce_sum(values) > 1e9, lambda: raw(variable, values), lambda: None)
+
+
+def scattered(variable, values):
+    rows = ops.zeros((1, *variable.shape[1:])) + ops.mean(values)
+    variable.value.scatter_nd_update([[0]], rows)
+
+
+class Writes(keras.layers.Layer):
+    """Writes where it should not; its rows stay apart otherwise."""
+
+    def __init__(self, write, variable):
+        super().__init__()
+        self.write = lambda x: write(variable, x)
+
+    def call(self, x):
+        self.write(x)
+        return x
+
+    def bound(self, call):
+        return lipdp.bounds.lipschitz()
+
+
+@on_tensorflow
+@pytest.mark.parametrize("write", [raw, in_a_branch, scattered])
+@pytest.mark.parametrize("what", ["loss", "metric", "layer"])
+@pytest.mark.parametrize("clip", [1.0, lipdp.PerLayerClip()], ids=["certified", "per layer"])
+def test_raw_writes_are_refused_before_anything_is_paid(what, write, clip):
+    network = dense_network()
+    variable = of_the_network(network)
+    before = np.array(variable)
+
+    def loss(y, z):
+        write(variable, z)
+        return ops.mean(ops.square(z), axis=-1)
+
+    class Metric(Seen):
+        def update_state(self, y, z, sample_weight=None):
+            write(variable, z)
+            super().update_state(y, z, sample_weight)
+
+    options = {"loss": loss} if what == "loss" else {}
+    metrics = [Metric()] if what == "metric" else None
+    if what == "layer":
+        other = keras.Variable(np.zeros((2, 2)), trainable=False, dtype="float32")
+        if isinstance(clip, lipdp.PerLayerClip):
+            lipdp.keeps_rows_apart(Writes)
+        network = keras.Sequential([keras.Input((6,)), *network.layers, Writes(write, other)])
+    with pytest.raises(ValueError, match="assigns to the variable of the backend, by"):
+        model = private(network, clip=clip, compile={"metrics": metrics}, **options)
+        model.fit(*data(), verbose=0)
+    if what != "layer":
+        assert (np.array(variable) == before).all()
+
+
+@on_tensorflow
+def test_without_the_trace_a_raw_write_is_not_seen(monkeypatch):
+    """Mutant: nothing is traced, and the weights are what the loss writes."""
+    monkeypatch.setattr(trial, "raw_writes", lambda function, arrays: set())
+    network = dense_network()
+    extra = keras.Variable(np.zeros(()), trainable=False, dtype="float32")
+
+    def loss(y, z):
+        raw(extra, z)
+        return ops.mean(ops.square(z), axis=-1)
+
+    private(network, loss=loss, clip=1.0, compile={"metrics": None}).fit(*data(), verbose=0)
+    assert float(extra) != 0.0
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX")
+def test_what_a_traced_loss_leaves_in_a_variable_ends_in_an_error_first():
+    network = dense_network()
+    variable = of_the_network(network)
+
+    def loss(y, z):
+        variable._value = ops.zeros(variable.shape) + ops.mean(z)
+        return ops.mean(ops.square(z), axis=-1)
+
+    models = []
+    with pytest.raises(Exception, match="racer"):
+        models.append(private(network, loss=loss, clip=1.0, compile={"metrics": None}))
+        models[0].fit(*data(), verbose=0)
+    assert not models or models[0].spent(1e-5).steps == 0
