@@ -13,7 +13,7 @@ from keras.src.utils import io_utils
 from lipdp.data.sources import Arrays, Records, Stream, as_type
 from lipdp.inputs import input_names, like_inputs
 
-__all__ = ["as_array", "held_out", "open_source"]
+__all__ = ["as_array", "held_out", "open_source", "surely_ends"]
 
 _PATIENCE = 5.0  # seconds of silence while a data set is read
 _MOST_DENSE = 2**31  # bytes that a sparse matrix may take as an array
@@ -56,7 +56,7 @@ def open_source(
             batched = _check_dataset(x, pack, network)
             if stream:
                 return _opened_stream(x, batched, pack)
-            if not _surely_ends(x):
+            if not surely_ends(x):
                 raise ValueError(
                     "`x` does not know its number of examples, on which the sampling depends, and "
                     "may be endless. Announce how many elements it has: dataset.apply("
@@ -352,13 +352,15 @@ def _single(repeated):
     return all(int(d.cardinality()) == 1 for d in _inputs_of(repeated))
 
 
-def _surely_ends(dataset):
-    """Whether a data set knows its length, or is made of finite ones by what keeps them finite."""
-    if int(dataset.cardinality()) >= 0:
-        return True
+def surely_ends(dataset):
+    """Whether a `tf.data.Dataset` knows its length, or is made of finite ones by what keeps them
+    finite.
+    """
+    if int(dataset.cardinality()) != -2:
+        return int(dataset.cardinality()) >= 0
     if any(kind in type(dataset).__name__ for kind in _OF_UNKNOWN_LENGTH):
         return False
-    return all(_surely_ends(d) for d in _inputs_of(dataset))
+    return all(surely_ends(d) for d in _inputs_of(dataset))
 
 
 def _opened_stream(dataset, batched, pack):

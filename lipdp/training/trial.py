@@ -7,6 +7,8 @@ and reads nothing of the data.
 import contextlib
 import functools
 import inspect
+import itertools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,11 +16,12 @@ import keras
 import numpy as np
 from keras import ops, tree
 from keras.src.backend import KerasTensor, compute_output_spec
+from keras.src.trainers.data_adapters import get_data_adapter
 
 from lipdp import losses
 from lipdp.autodiff import compiled, raw_writes
 from lipdp.data.augmentation import Augmentation
-from lipdp.data.opening import as_array
+from lipdp.data.opening import as_array, surely_ends
 from lipdp.inputs import like_inputs
 from lipdp.inspection.check import Assignments
 
@@ -345,48 +348,71 @@ def try_augmentation(augmentation: Augmentation, network: keras.Model) -> None:
         raise ValueError("`augmentation` mixes the examples of a batch; leave out the layer.")
 
 
-def try_validation(model: Any, data: Any, batch_size: int | None = None) -> None:
-    """Refuses validation data whose first batch cannot be evaluated. It is public, and may be read.
-
-    A generator is not tried: what is read of it is gone.
+def try_validation(
+    model: Any, data: Any, batch_size: int | None = None, steps: int | None = None
+) -> Any:
+    """Refuses validation data whose first batches cannot be evaluated, or that may be endless. It
+    is public, and may be read.
 
     Args:
         model: a compiled `PrivateModel`.
-        data, batch_size: as `validation_data` and `validation_batch_size` of `fit`.
+        data, batch_size, steps: `validation_data`, `validation_batch_size` and `validation_steps`
+            of `fit`.
+
+    Returns:
+        The data. Of a generator a new one, which begins with the batches that were tried.
 
     Raises:
         ValueError: it cannot.
     """
     try:
-        batch = _first_batch(model, data, batch_size)
-        if batch is not None:
-            compute_output_spec(_evaluation_of(model), *batch)
+        batches, data, ends = _first_batches(model, data, batch_size)
+        for batch in batches:
+            if not isinstance(batch, tuple) or len(batch) < 2 or batch[1] is None:
+                raise ValueError("it must have targets, too, in tuples: (x, y).")
+            if isinstance(batch[1], np.ndarray):
+                losses.check_targets(model.private_loss, batch[1], model.graph.output_shape[1:])
+            compute_output_spec(_evaluation_of(model), *tree.map_structure(_without_values, batch))
+        if not ends and steps is None:
+            raise ValueError("it may be endless; say validation_steps=...")
     except Exception as error:
         raise ValueError(
             f"`validation_data` cannot be evaluated: {type(error).__name__}: {error}"
         ) from error
+    return data
 
 
-def _first_batch(model, data, batch_size):
-    """Inputs, targets and weights, as tensors without values."""
+def _first_batches(model, data, batch_size):
+    """The first batches, the data as they were, and whether these are known to end."""
     if hasattr(data, "element_spec"):
-        first = data.element_spec
-    elif isinstance(data, keras.utils.PyDataset):
-        first = tree.map_structure(np.asarray, data[0])
-    elif isinstance(data, (tuple, list)):
-        parts = keras.utils.unpack_x_y_sample_weight(tuple(data))
-        lengths = {len(part) for part in tree.flatten(parts) if part is not None}
-        if len(lengths) != 1:
-            raise ValueError(f"it must have one row an example; got {sorted(lengths)} rows.")
-        if parts[1] is None:
-            raise ValueError("it must have targets, too: (x, y).")
-        y = as_array(parts[1], "y")
-        losses.check_targets(model.private_loss, y, model.graph.output_shape[1:])
-        first = tuple(part for part in parts if part is not None)
-        first = tree.map_structure(lambda part: np.asarray(part[: batch_size or 32]), first)
-    else:
-        return None
-    return tree.map_structure(_without_values, tuple(first))
+        return [data.element_spec], data, surely_ends(data)
+    if isinstance(data, keras.utils.PyDataset):
+        if data.num_batches == 0:
+            raise ValueError("it has no batches.")
+        first = tree.map_structure(np.asarray, tuple(data[0]))
+        return [first], data, data.num_batches is not None
+    if isinstance(data, types.GeneratorType):
+        first = list(itertools.islice(data, 2))  # as many as Keras looks at
+        if not first:
+            raise ValueError("it has no batches.")
+        again = (batch for batch in itertools.chain(first, data))
+        return [tree.map_structure(np.asarray, batch) for batch in first], again, False
+    if isinstance(data, (tuple, list, dict)) or hasattr(data, "shape"):
+        return [_first_rows(model, data, batch_size)], data, True
+    get_data_adapter(data)  # raises where Keras does not know it
+    return [tree.map_structure(np.asarray, tuple(next(iter(data))))], data, hasattr(data, "__len__")
+
+
+def _first_rows(model, data, batch_size):
+    parts = keras.utils.unpack_x_y_sample_weight(tuple(data) if isinstance(data, list) else data)
+    lengths = {len(part) for part in tree.flatten(parts) if part is not None}
+    if len(lengths) != 1:
+        raise ValueError(f"it must have one row an example; got {sorted(lengths)} rows.")
+    if parts[1] is None:
+        raise ValueError("it must have targets, too: (x, y).")
+    losses.check_targets(model.private_loss, as_array(parts[1], "y"), model.graph.output_shape[1:])
+    first = tuple(part for part in parts if part is not None)
+    return tree.map_structure(lambda part: np.asarray(part[: batch_size or 32]), first)
 
 
 def _without_values(array):
