@@ -6,6 +6,7 @@ when it is called a few times only: a program on JAX, which would compile each o
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,14 @@ if keras.backend.backend() == "tensorflow":
 
     def fused(function):
         return function
+
+    _WRITING = re.compile("Assign|Resource(?!Gather)|LookupTable(Insert|Import|Remove)")
+
+    def _raw_writes(function, arrays):
+        specs = [tf.TensorSpec(array.shape, array.dtype) for array in arrays]
+        definition = compiled(function).get_concrete_function(*specs).graph.as_graph_def()
+        nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+        return {node.op for node in nodes if _WRITING.match(node.op)}
 
     def _per_row(function, rows):
         return tf.vectorized_map(lambda row: function(*row), tuple(rows))
@@ -65,6 +74,9 @@ elif keras.backend.backend() == "jax":
 
     compiled = fused = jax.jit
 
+    def _raw_writes(function, arrays):
+        return set()  # a program changes nothing but what it returns
+
     def _per_row(function, rows):
         return jax.vmap(function)(*rows)
 
@@ -90,6 +102,20 @@ else:
         f"lipdp.autodiff knows the backends tensorflow and jax; got "
         f"{keras.backend.backend()!r}. Set KERAS_BACKEND."
     )
+
+
+def raw_writes(function: Callable, arrays: Sequence[Any]) -> set[str]:
+    """The operations by which a function writes into variables when it is compiled, past the scopes
+    of Keras: those on a `tf.Variable` itself. The function is traced, and does not run.
+
+    Args:
+        function: takes tensors.
+        arrays: with the shapes and types of these.
+
+    >>> raw_writes(lambda x: keras.ops.sum(x), [keras.ops.ones(2)])
+    set()
+    """
+    return _raw_writes(function, arrays)
 
 
 def vjp(

@@ -13,7 +13,7 @@ from keras.src.utils import io_utils
 from lipdp.data.sources import Arrays, Records, Stream, as_type
 from lipdp.inputs import input_names, like_inputs
 
-__all__ = ["as_array", "held_out", "open_source"]
+__all__ = ["as_array", "held_out", "open_source", "surely_ends"]
 
 _PATIENCE = 5.0  # seconds of silence while a data set is read
 _MOST_DENSE = 2**31  # bytes that a sparse matrix may take as an array
@@ -27,7 +27,7 @@ _WAYS = (
 
 
 def open_source(
-    x: Any, y: Any, network: keras.Model, stream: int | None = None
+    x: Any, y: Any, network: keras.Model, stream: bool = False
 ) -> Arrays | Records | Stream:
     """The source of what `fit` was given, after the checks that can be made before training.
 
@@ -38,8 +38,8 @@ def open_source(
             with `len()` whose items are pairs `(x, y)`, of which only drawn ones are read.
         y: targets, an array `(examples, ...)`.
         network: whose inputs they are.
-        stream: where a pass in the data set's own order is what the scheme samples, its batch
-            size: a `tf.data.Dataset` is then not read into memory, and must know its length.
+        stream: whether a pass in the data set's own order is what the scheme samples: a
+            `tf.data.Dataset` is then not read into memory, and must know its length.
 
     Raises:
         TypeError: not one of these.
@@ -54,9 +54,9 @@ def open_source(
     if y is None and x is not None:
         if hasattr(x, "element_spec"):
             batched = _check_dataset(x, pack, network)
-            if stream is not None:
-                return _opened_stream(x, batched, stream, pack)
-            if not _surely_ends(x):
+            if stream:
+                return _opened_stream(x, batched, pack)
+            if not surely_ends(x):
                 raise ValueError(
                     "`x` does not know its number of examples, on which the sampling depends, and "
                     "may be endless. Announce how many elements it has: dataset.apply("
@@ -352,16 +352,18 @@ def _single(repeated):
     return all(int(d.cardinality()) == 1 for d in _inputs_of(repeated))
 
 
-def _surely_ends(dataset):
-    """Whether a data set knows its length, or is made of finite ones by what keeps them finite."""
-    if int(dataset.cardinality()) >= 0:
-        return True
+def surely_ends(dataset):
+    """Whether a `tf.data.Dataset` knows its length, or is made of finite ones by what keeps them
+    finite.
+    """
+    if int(dataset.cardinality()) != -2:
+        return int(dataset.cardinality()) >= 0
     if any(kind in type(dataset).__name__ for kind in _OF_UNKNOWN_LENGTH):
         return False
-    return all(_surely_ends(d) for d in _inputs_of(dataset))
+    return all(surely_ends(d) for d in _inputs_of(dataset))
 
 
-def _opened_stream(dataset, batched, batch_size, pack):
+def _opened_stream(dataset, batched, pack):
     examples = int(dataset.cardinality())
     if batched:
         rows = tree.flatten(dataset.element_spec)[0].shape[0]
@@ -375,7 +377,7 @@ def _opened_stream(dataset, batched, batch_size, pack):
         )
     if examples == 0:
         raise ValueError("`x` and `y` are empty.")
-    return Stream(dataset, examples, batch_size, pack)
+    return Stream(dataset, examples, pack)
 
 
 def _read_batches(dataset) -> tuple[Any, Any]:

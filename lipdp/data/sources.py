@@ -45,16 +45,20 @@ class Records:
     """Anything with `len(records)` and `records[i] -> (x, y)`: files on disk, a database, a
     Hugging Face or Grain source with a function that makes the pair. Only what is drawn is read.
 
-    A record that is no such pair, or differs in shape or kind from the first one, counts as broken:
-    its entries become NaN, or zeros where they are integers. An error would tell, in the middle of
-    a run, that this example had been drawn. What the source itself raises ends the run.
+    A record that cannot be read, is no such pair, or differs in shape or kind from the first one,
+    counts as broken: its entries become NaN, or zeros where they are integers. An error would tell,
+    in the middle of a run, that this example had been drawn. Errors of the machine, such as a disk
+    that is gone, end the run.
 
     Attributes:
         like: inputs and targets of the first record, whose shapes all others should have.
 
     Args:
-        records: the source.
+        records: the source, of which the first and the last record are read at once.
         pack: makes the structure of the network's inputs out of a record's `x`.
+
+    Raises:
+        Exception: what the source raises for the first or the last record.
 
     >>> source = Records([(np.ones(2), 0.0), (np.zeros(3), 1.0)], lambda x: x)
     >>> x, y = source.take(np.array([0, 1]), size=3)
@@ -66,6 +70,8 @@ class Records:
         self.records = records
         self._pack = pack
         self.like = _pair(records[0], pack)
+        # A source at fault for every record but the first would train on nothing, in silence.
+        _pair(records[len(records) - 1], pack)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -76,24 +82,9 @@ class Records:
             lambda a: _aligned((size, *a.shape), np.float32 if a.dtype.kind == "f" else a.dtype),
             self.like,
         )
-        arrays = tree.flatten(filled)
         for place, row in enumerate(rows):
-            for array, value in zip(arrays, self._values(self.records[int(row)]), strict=True):
-                array[place] = value
+            _fill(filled, place, lambda i=int(row): _pair(self.records[i], self._pack))
         return filled
-
-    def _values(self, record):
-        """The values of a record, one for each array."""
-        like = tree.flatten(self.like)
-        try:
-            values = tree.flatten(_pair(record, self._pack))
-        except (TypeError, ValueError):
-            values = []
-        shapes = [a.shape for a in like]
-        if [v.shape for v in values] != shapes or any(v.dtype.kind not in "buif" for v in values):
-            return [math.nan if a.dtype.kind == "f" else 0 for a in like]
-        types = [np.float32 if a.dtype.kind == "f" else a.dtype for a in like]
-        return [as_type(v, dtype) for v, dtype in zip(values, types, strict=True)]
 
 
 def _pair(record, pack):
@@ -106,32 +97,76 @@ def _pair(record, pack):
     return tree.map_structure(np.asarray, pack(record[0])), np.asarray(record[1])
 
 
+def _fill(arrays, place, read):
+    """Sets one row of each array to an example, or to NaN and zeros where it is broken.
+
+    Returns:
+        Whether it is broken.
+    """
+    arrays, values = tree.flatten(arrays), []
+    try:
+        values = tree.flatten(read())
+    except Exception as error:
+        if _of_the_machine(error):
+            raise
+    shapes = [a.shape[1:] for a in arrays]
+    broken = [v.shape for v in values] != shapes or not all(map(_is_number, values, arrays))
+    if broken:
+        values = [np.array(math.nan if a.dtype.kind == "f" else 0) for a in arrays]
+    for array, value in zip(arrays, values, strict=True):
+        array[place] = as_type(value, array.dtype)
+    return broken
+
+
+def _is_number(value, array):
+    return value.dtype.kind in "buif" or value.dtype == array.dtype
+
+
+class _Ended(Exception):
+    """A stream has no more examples."""
+
+
+def _of_the_machine(error):
+    """Whether an error says nothing of what an example holds.
+
+    The operating system numbers its errors. An `OSError` without a number is a decoder's: that an
+    image is truncated, say. TensorFlow has codes: 2 is an error of Python within a pipeline, 3 an
+    argument that an operation does not take; others are of files, memory and the like.
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None
+    if isinstance(error, (MemoryError, _Ended)):
+        return True
+    return getattr(error, "error_code", 3) not in (2, 3)
+
+
 class Stream:
-    """A `tf.data.Dataset` that is read in its own order, one pass an epoch, a batch at a time.
+    """A `tf.data.Dataset` that is read in its own order, one pass an epoch, an example at a time.
 
     Each example is in one step of a pass, which is all that `ShuffledEpochs` asks for. The order
-    must not depend on what the examples hold, nor may the pipeline drop any by what they hold.
+    must not depend on what the examples hold, nor may the pipeline drop any by what they hold. An
+    example at which the pipeline raises an error counts as broken, as one of `Records` does. Where
+    the pipeline makes batches an error takes others along, and the run ends.
 
     Args:
         dataset: its elements are pairs `(x, y)` of single examples.
         examples: how many a pass has.
-        batch_size: of the steps.
         pack: makes the structure of the network's inputs out of `x`.
 
     >>> import tensorflow as tf
     >>> dataset = tf.data.Dataset.from_tensor_slices((np.arange(3.0), np.arange(3)))
-    >>> source = Stream(dataset, 3, 2, lambda x: x)
+    >>> source = Stream(dataset, 3, lambda x: x)
     >>> [source.take(np.array(rows), size=2)[1].tolist() for rows in ([0, 1], [2])]
     [[0, 1], [2, 0]]
     """
 
-    def __init__(self, dataset: Any, examples: int, batch_size: int, pack: Any) -> None:
-        self._batches = dataset.batch(batch_size)
+    def __init__(self, dataset: Any, examples: int, pack: Callable[[Any], Any]) -> None:
+        self._dataset = dataset
         x, y = dataset.element_spec
         self._spec = pack(x), y
         self._examples = examples
         self._pack = pack
-        self._pass, self._read = iter(()), 0
+        self._pass, self._read, self._broken = iter(()), 0, False
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -147,27 +182,46 @@ class Stream:
 
         Raises:
             ValueError: the pass has fewer or more examples than announced, or the data set does not
-                know its shapes, and there are no rows that tell.
+                know the shape of an example.
             RuntimeError: these are not the next ones: what was read is gone.
         """
+        filled = tree.map_structure(lambda spec: _zeros(spec, size), self._spec)
         if len(rows) == 0:
-            return tree.map_structure(lambda spec: _zeros(spec, size), self._spec)
+            return filled
         with self._lock:
             if rows[0] == 0:
-                self._pass, self._read = self._batches.as_numpy_iterator(), 0
+                self._pass = self._dataset.as_numpy_iterator()
+                self._read, self._broken = 0, False
             if rows[0] != self._read:
                 raise RuntimeError(
                     f"A stream is read in order: {self._read} examples of this pass were taken, "
                     f"and those from {rows[0]} on were asked for."
                 )
-            x, y = next(self._pass, (None, ()))
-            self._read += len(y)
-            if len(y) < len(rows):
-                self._wrong_length("ended after", self._read)
-            if self._read == self._examples and next(self._pass, None) is not None:
+            for place in range(len(rows)):
+                try:
+                    self._broken |= _fill(filled, place, self._next)
+                except _Ended:
+                    self._wrong_length("ended after", self._read)
+                self._read += 1
+            if self._read == self._examples and self._goes_on():
                 self._wrong_length("goes on after", self._read)
-        everything = np.arange(len(rows))
-        return tree.map_structure(lambda a: padded(a, everything, size), (self._pack(x), y))
+        return filled
+
+    def _next(self):
+        example = next(self._pass, None)
+        if example is None:
+            raise _Ended
+        x, y = example
+        return tree.map_structure(np.asarray, (self._pack(x), y))
+
+    def _goes_on(self):
+        try:
+            return next(self._pass, None) is not None
+        except Exception:
+            # `assert_cardinality` counts without the broken ones, and would tell that there are.
+            if self._broken:
+                return False
+            raise
 
     def _wrong_length(self, what, count):
         raise ValueError(
@@ -183,7 +237,7 @@ def _zeros(spec, size):
             f"`x` must know the shape of its examples here; got {spec.shape}. Set it, with "
             "dataset.map(lambda x, y: (tf.ensure_shape(x, ...), tf.ensure_shape(y, ...)))."
         )
-    return np.zeros((size, *spec.shape), spec.dtype.as_numpy_dtype)
+    return _aligned((size, *spec.shape), spec.dtype.as_numpy_dtype)
 
 
 def padded(values: np.ndarray, rows: np.ndarray, size: int) -> np.ndarray:

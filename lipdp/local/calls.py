@@ -46,11 +46,13 @@ class LayerUnits:
             not batched, each example gets a copy of its input, so that its own cotangent can be
             told.
         variables: the trainable weights of the network.
+        tables: Keras' embeddings that are no units.
     """
 
     units: tuple[Unit, ...]
     order: tuple[UnitCall, ...]
     variables: tuple[keras.Variable, ...]
+    tables: tuple[keras.layers.Embedding, ...] = ()
 
     def groups(self) -> list[list[int]]:
         """For each unit the numbers of its weights among the network's trainable ones."""
@@ -69,7 +71,9 @@ class LayerUnits:
     def recorded(
         self, tap: Callable[[int, Tensor], Tensor], batch_size: Any
     ) -> Iterator[list[Call]]:
-        """While the scope lasts, units' calls are recorded, and their values go through `tap`.
+        """While the scope lasts, units' calls are recorded, and their values go through `tap`. An
+        embedding reads a token out of range as the nearest one in range: TensorFlow would end the
+        step with an error, which tells that such an example was drawn.
 
         Args:
             tap: of a number and a value: gives the value back, whose cotangent will be asked for.
@@ -102,7 +106,11 @@ class LayerUnits:
                 calls.append(Call(number, saved, static, len(value) if many else None))
                 return [tap(next(numbers), v) for v in value] if many else tap(next(numbers), value)
 
-            return unit.run(original, tapped, args, kwargs)
+            return unit.run(original, tapped, *_in_range(unit.layer, args, kwargs))
+
+        def read_by(layer, original, *args, **kwargs):
+            args, kwargs = _in_range(layer, args, kwargs)
+            return original(*args, **kwargs)
 
         with contextlib.ExitStack() as stack:
             for number, unit in enumerate(self.units):
@@ -111,6 +119,8 @@ class LayerUnits:
                     if hasattr(layer, "use_cudnn"):
                         stack.enter_context(patched(layer, use_cudnn=False))
                 stack.enter_context(_called_by(unit.layer, functools.partial(call_of, number)))
+            for layer in self.tables:
+                stack.enter_context(_called_by(layer, functools.partial(read_by, layer)))
             yield calls
         if len(calls) < len(self.order):
             raise RuntimeError(
@@ -200,7 +210,24 @@ def layer_units(network: keras.Model, inputs: Any = None) -> LayerUnits:
     """
     units = find_units(network)
     order = check_rows_apart(network, [unit.layer for unit in units], inputs=inputs)
-    return LayerUnits(tuple(units), tuple(order), tuple(network.trainable_variables))
+    own = [unit.layer for unit in units]
+    tables = [v for v in network._flatten_layers() if isinstance(v, keras.layers.Embedding)]
+    return LayerUnits(
+        tuple(units),
+        tuple(order),
+        tuple(network.trainable_variables),
+        tuple(v for v in tables if not any(v is layer for layer in own)),
+    )
+
+
+def _in_range(layer, args, kwargs):
+    """Arguments of a call, with an embedding's tokens in range. A tied output reads no tokens."""
+    if not isinstance(layer, keras.layers.Embedding) or len(args) > 1 or kwargs.get("reverse"):
+        return args, kwargs
+    # Cast first: the bound may not fit into a small integer.
+    return tree.map_structure(
+        lambda ids: ops.clip(ops.cast(ids, "int32"), 0, layer.input_dim - 1), (args, {})
+    )
 
 
 class _Calls:

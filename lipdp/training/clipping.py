@@ -49,7 +49,9 @@ def clip_rows(gradients: Any, clip: Any, mask: Any) -> tuple[Any, Any]:
     """
     axes = tuple(range(1, len(gradients.shape)))
     finite = ops.all(ops.isfinite(gradients), axis=axes, keepdims=True)
-    rows = ops.where(finite, gradients, ops.zeros_like(gradients))
+    # XLA divides by a product with the inverse, and that of 1e38 is 0: rows of such entries would
+    # have a norm of 0, and pass.
+    rows = ops.where(finite, ops.clip(gradients, -1e37, 1e37), ops.zeros_like(gradients))
     # Divided by its largest entry first, a row's squares do not overflow. Of zeros that is 1: where
     # XLA sees that a gradient is constant, it squares the divisor by itself, and a small one's
     # inverse becomes infinite.

@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -336,7 +336,7 @@ class PrivateModel(keras.Model):
         steps_per_epoch: int | None = None,
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
-        validation_freq: int = 1,
+        validation_freq: int | Sequence[int] = 1,
         sample_weight: Any = None,
         class_weight: dict[int, float] | None = None,
         batch_size: int | None = None,
@@ -359,7 +359,8 @@ class PrivateModel(keras.Model):
             y: targets, one array `(examples, ...)`.
             epochs: passes over the data, on average; by default as many as were chosen together
                 with the sampling, and one where the sampling was given.
-            verbose, callbacks, validation_*, initial_epoch: as in Keras.
+            verbose, callbacks, validation_*, initial_epoch: as in Keras. What may be
+                endless, such as a generator, needs `validation_steps`.
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
             sample_weight: `(examples,)`, each from 0 to compile's `max_sample_weight`, and made of
                 public knowledge or of its own example: the gradient of an example, once clipped,
@@ -382,10 +383,14 @@ class PrivateModel(keras.Model):
         initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
         if epochs is not None:
             epochs = max(0, check_integer(epochs, "epochs") - initial_epoch)
-        if not isinstance(validation_freq, (list, tuple)):
+        if isinstance(validation_freq, (list, tuple)):
+            validation_freq = [check_integer(epoch, "validation_freq") for epoch in validation_freq]
+        else:
             check_integer(validation_freq, "validation_freq")
         if validation_batch_size is not None:
             check_integer(validation_batch_size, "validation_batch_size")
+        if validation_steps is not None:
+            check_integer(validation_steps, "validation_steps")
         sampling = self.sampling
         if sampling is None and batch_size is not None:
             sampling = accountants.PoissonSampling(batch_size)
@@ -398,7 +403,7 @@ class PrivateModel(keras.Model):
         with self._running(
             *(x, y, epochs, steps_per_epoch, sample_weight, class_weight),
             self.steps_per_execution,
-            (validation_data, validation_batch_size),
+            (validation_data, validation_batch_size, validation_steps),
             sampling=sampling,
         ) as batches:
             if validation_data is not None and self.devices.processes > 1:
@@ -419,7 +424,7 @@ class PrivateModel(keras.Model):
                     epochs=initial_epoch + epochs,
                     verbose=verbose,
                     callbacks=callbacks,
-                    validation_data=validation_data,
+                    validation_data=self._plan.validation_data,
                     initial_epoch=initial_epoch,
                     validation_steps=validation_steps,
                     validation_batch_size=validation_batch_size,

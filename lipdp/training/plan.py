@@ -36,7 +36,13 @@ from lipdp.training.steps.private_step import (
     noise_of_weights,
     sensitivities,
 )
-from lipdp.training.trial import try_augmentation, try_loss, try_metrics, try_validation
+from lipdp.training.trial import (
+    try_augmentation,
+    try_loss,
+    try_metrics,
+    try_network,
+    try_validation,
+)
 
 __all__ = [
     "Plan",
@@ -66,6 +72,7 @@ class Plan:
         new_memory: whether the noise has other variables now than those of the last plan.
         trainable_variables, non_trainable_variables: of the model, in the order that its steps
             count on.
+        validation_data: as `try_validation` gives them back.
         frozen: of the weights whose norms were measured for this run, by their numbers among the
             non-trainable variables, a digest of the value.
         epochs: how many.
@@ -80,6 +87,7 @@ class Plan:
     new_memory: bool
     trainable_variables: list
     non_trainable_variables: list
+    validation_data: Any
     frozen: dict[int, str]
     epochs: int
     training: TrainingPlan | None
@@ -118,7 +126,7 @@ def make_plan(
     sample_weight: Any = None,
     class_weight: dict[int, float] | None = None,
     steps_per_call: int = 1,
-    validation: tuple[Any, int | None] = (None, None),
+    validation: tuple[Any, int | None, int | None] = (None, None, None),
 ) -> Plan:
     """The plan of a run of a compiled `PrivateModel`; calibrates the noise of its first one.
 
@@ -127,7 +135,7 @@ def make_plan(
         x, y, epochs, steps_per_epoch, sample_weight, class_weight: as for `fit`. Without epochs
             there are as many as are chosen together with the sampling, or one.
         steps_per_call: how many steps run, and are paid for, together.
-        validation: data that `fit` evaluates, and its batch size.
+        validation: data that `fit` evaluates, its batch size, and how many batches.
 
     Raises:
         BudgetExceeded: not one step is left, or too little to calibrate noise to.
@@ -145,7 +153,7 @@ def make_plan(
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
     frozen_norms, digests = _check_network(model, examples)
     with backend.scope(model):  # metrics have variables, which are made here
-        _try(model, examples, *validation)
+        validation_data = _try(model, examples, *validation)
     if devices.processes > 1:
         _follow_chief(model.spending, all_gather, devices)
 
@@ -193,6 +201,7 @@ def make_plan(
         new_memory,
         model.trainable_variables,
         model.non_trainable_variables,
+        validation_data,
         {
             i: digests[id(v)]
             for i, v in enumerate(model.non_trainable_variables)
@@ -335,7 +344,7 @@ def _check_network(model, examples):
 def _open_data(model, x, y, epochs, sample_weight, class_weight, devices):
     """The source of the examples, the weight of each, and how many epochs there are to be."""
     sampling = model.sampling
-    in_order = sampling.batch_size if sampling is not None and sampling.streamable else None
+    in_order = sampling is not None and sampling.streamable
     examples = open_source(x, y, model.graph, stream=in_order)
     if sampling is None:
         sampling, model.chosen_epochs = choose_batches(len(examples), epochs)
@@ -400,19 +409,23 @@ def _target_of(examples):
     return targets.shape[1:], targets.dtype
 
 
-def _try(model, examples, validation_data, validation_batch_size):
-    """Whatever a step or an evaluation would fail at, on made-up rows."""
+def _try(model, examples, validation_data, batch_size, steps):
+    """Whatever a step or an evaluation would fail at, on made-up rows. Gives back the validation
+    data, with what was read of them.
+    """
     target, output_shape = _target_of(examples), model.graph.output_shape[1:]
     own, arrays = not losses.is_known(model.private_loss), isinstance(examples, Arrays)
     in_range = own and arrays and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
     if model.tried != (target, in_range):
+        try_network(model.graph)
         try_loss(model.private_loss, output_shape, target, in_range)
         try_metrics(model, target)
         if model.augmentation is not None:
             try_augmentation(model.augmentation, model.graph)
         model.tried = target, in_range
-    if validation_data is not None:
-        try_validation(model, validation_data, validation_batch_size)
+    if validation_data is None:
+        return None
+    return try_validation(model, validation_data, batch_size, steps)
 
 
 def _steps_per_epoch(sampling, examples, asked, steps_per_call):

@@ -5,7 +5,10 @@ and reads nothing of the data.
 """
 
 import contextlib
+import functools
 import inspect
+import itertools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,16 +16,26 @@ import keras
 import numpy as np
 from keras import ops, tree
 from keras.src.backend import KerasTensor, compute_output_spec
+from keras.src.trainers.data_adapters import get_data_adapter
 
 from lipdp import losses
-from lipdp.autodiff import compiled
+from lipdp.autodiff import compiled, raw_writes
 from lipdp.data.augmentation import Augmentation
-from lipdp.data.opening import as_array
+from lipdp.data.opening import as_array, surely_ends
+from lipdp.inputs import like_inputs
 from lipdp.inspection.check import Assignments
 
-__all__ = ["over_positions", "try_augmentation", "try_loss", "try_metrics", "try_validation"]
+__all__ = [
+    "over_positions",
+    "try_augmentation",
+    "try_loss",
+    "try_metrics",
+    "try_network",
+    "try_validation",
+]
 
 _ROWS = 4
+_KNOWN = ("keras.", "lipdp.")  # modules whose functions write nowhere but into Keras variables
 
 
 def try_loss(
@@ -57,6 +70,9 @@ def try_loss(
     for shape, dtype in _usual_targets(output_shape) if target is None else [target]:
         y = _made_up_targets(loss, shape, dtype, output_shape[-1])
         try:
+            _refuse_raw_writes(
+                functools.partial(losses.as_written, loss), y, _made_up(output_shape)
+            )
             values = _values_alone(loss, y, output_shape)
         except _Assigns as error:
             raise ValueError(f"`loss` {error}") from None
@@ -129,11 +145,22 @@ def _assigning_only(own=()):
     with Assignments() as scope:
         yield scope
     for other in scope.assigned.keys() - set(map(id, own)):
-        raise _Assigns(
-            f"assigns to the variable {scope.assigned[other].path!r} within a step. What it writes "
-            "tells of the batch without noise, and no bound holds for it. Leave that out, or do it "
-            "in a callback."
-        )
+        raise _Assigns(repr(scope.assigned[other].path))
+
+
+def _refuse_raw_writes(function, *arrays):
+    """Refuses a function that writes into a `tf.Variable` itself, which no scope of Keras sees.
+
+    Raises:
+        _Assigns: it does.
+    """
+
+    def scoped(*tensors):
+        with keras.StatelessScope():
+            function(*tensors)
+
+    for operation in sorted(raw_writes(scoped, arrays)):
+        raise _Assigns(f"of the backend, by {operation},")
 
 
 def _check_values(pairs):
@@ -228,7 +255,13 @@ class _Unfit(Exception):
 
 
 class _Assigns(Exception):
-    """What somebody's function does to a variable."""
+    """That somebody's function changes a variable."""
+
+    def __init__(self, variable):
+        super().__init__(
+            f"assigns to the variable {variable} within a step. What it writes tells of the batch "
+            "without noise, and no bound holds for it. Leave that out, or do it in a callback."
+        )
 
 
 def _try_metric(metric, y, z, own):
@@ -251,9 +284,10 @@ def _try_metric(metric, y, z, own):
         return update
 
     makers = type(metric), getattr(metric, "_fn", type(metric))  # Keras wraps a function
-    if all(maker.__module__.startswith(("keras.", "lipdp.")) for maker in makers):
+    if all(maker.__module__.startswith(_KNOWN) for maker in makers):
         _run(state_after(_ROWS, _ROWS), y, z, values=False)
         return
+    _refuse_raw_writes(state_after(_ROWS, _ROWS), y, z)
     filled = _run(state_after(_ROWS, 2), y, z)
     plain = _run(state_after(2, 2), y[:2], z[:2])
     for a, b in zip(filled, plain, strict=True):
@@ -263,6 +297,30 @@ def _try_metric(metric, y, z, own):
                 "it counts rows whose `sample_weight` is 0, which only fill up a batch. Multiply "
                 "what it adds up by `sample_weight`."
             )
+
+
+def try_network(network: keras.Model) -> None:
+    """Refuses layers of somebody's own that write into a `tf.Variable` itself when they are called.
+
+    Those that assign to Keras variables are found when the network is checked.
+
+    Raises:
+        ValueError: one does.
+    """
+    if all(map(_is_known, network._flatten_layers(include_self=False))):
+        return
+    shapes = [tuple(8 if n is None else n for n in t.shape[1:]) for t in network.inputs]
+    rows = [_made_up(s).astype(t.dtype) for s, t in zip(shapes, network.inputs, strict=True)]
+    try:
+        _refuse_raw_writes(lambda *x: network(like_inputs(network, list(x)), training=True), *rows)
+    except _Assigns as error:
+        raise ValueError(f"A layer {error}") from None
+
+
+def _is_known(layer):
+    """Whether a layer is Keras' or lipdp's, and so are the functions that it was given."""
+    functions = [value for value in vars(layer).values() if inspect.isroutine(value)]
+    return all(maker.__module__.startswith(_KNOWN) for maker in (type(layer), *functions))
 
 
 def try_augmentation(augmentation: Augmentation, network: keras.Model) -> None:
@@ -293,48 +351,71 @@ def try_augmentation(augmentation: Augmentation, network: keras.Model) -> None:
         raise ValueError("`augmentation` mixes the examples of a batch; leave out the layer.")
 
 
-def try_validation(model: Any, data: Any, batch_size: int | None = None) -> None:
-    """Refuses validation data whose first batch cannot be evaluated. It is public, and may be read.
-
-    A generator is not tried: what is read of it is gone.
+def try_validation(
+    model: Any, data: Any, batch_size: int | None = None, steps: int | None = None
+) -> Any:
+    """Refuses validation data whose first batches cannot be evaluated, or that may be endless. It
+    is public, and may be read.
 
     Args:
         model: a compiled `PrivateModel`.
-        data, batch_size: as `validation_data` and `validation_batch_size` of `fit`.
+        data, batch_size, steps: `validation_data`, `validation_batch_size` and `validation_steps`
+            of `fit`.
+
+    Returns:
+        The data. Of a generator a new one, which begins with the batches that were tried.
 
     Raises:
         ValueError: it cannot.
     """
     try:
-        batch = _first_batch(model, data, batch_size)
-        if batch is not None:
-            compute_output_spec(_evaluation_of(model), *batch)
+        batches, data, ends = _first_batches(model, data, batch_size)
+        for batch in batches:
+            if not isinstance(batch, tuple) or len(batch) < 2 or batch[1] is None:
+                raise ValueError("it must have targets, too, in tuples: (x, y).")
+            if isinstance(batch[1], np.ndarray):
+                losses.check_targets(model.private_loss, batch[1], model.graph.output_shape[1:])
+            compute_output_spec(_evaluation_of(model), *tree.map_structure(_without_values, batch))
+        if not ends and steps is None:
+            raise ValueError("it may be endless; say validation_steps=...")
     except Exception as error:
         raise ValueError(
             f"`validation_data` cannot be evaluated: {type(error).__name__}: {error}"
         ) from error
+    return data
 
 
-def _first_batch(model, data, batch_size):
-    """Inputs, targets and weights, as tensors without values."""
+def _first_batches(model, data, batch_size):
+    """The first batches, the data as they were, and whether these are known to end."""
     if hasattr(data, "element_spec"):
-        first = data.element_spec
-    elif isinstance(data, keras.utils.PyDataset):
-        first = tree.map_structure(np.asarray, data[0])
-    elif isinstance(data, (tuple, list)):
-        parts = keras.utils.unpack_x_y_sample_weight(tuple(data))
-        lengths = {len(part) for part in tree.flatten(parts) if part is not None}
-        if len(lengths) != 1:
-            raise ValueError(f"it must have one row an example; got {sorted(lengths)} rows.")
-        if parts[1] is None:
-            raise ValueError("it must have targets, too: (x, y).")
-        y = as_array(parts[1], "y")
-        losses.check_targets(model.private_loss, y, model.graph.output_shape[1:])
-        first = tuple(part for part in parts if part is not None)
-        first = tree.map_structure(lambda part: np.asarray(part[: batch_size or 32]), first)
-    else:
-        return None
-    return tree.map_structure(_without_values, tuple(first))
+        return [data.element_spec], data, surely_ends(data)
+    if isinstance(data, keras.utils.PyDataset):
+        if data.num_batches == 0:
+            raise ValueError("it has no batches.")
+        first = tree.map_structure(np.asarray, tuple(data[0]))
+        return [first], data, data.num_batches is not None
+    if isinstance(data, types.GeneratorType):
+        first = list(itertools.islice(data, 2))  # as many as Keras looks at
+        if not first:
+            raise ValueError("it has no batches.")
+        again = (batch for batch in itertools.chain(first, data))
+        return [tree.map_structure(np.asarray, batch) for batch in first], again, False
+    if isinstance(data, (tuple, list, dict)) or hasattr(data, "shape"):
+        return [_first_rows(model, data, batch_size)], data, True
+    get_data_adapter(data)  # raises where Keras does not know it
+    return [tree.map_structure(np.asarray, tuple(next(iter(data))))], data, hasattr(data, "__len__")
+
+
+def _first_rows(model, data, batch_size):
+    parts = keras.utils.unpack_x_y_sample_weight(tuple(data) if isinstance(data, list) else data)
+    lengths = {len(part) for part in tree.flatten(parts) if part is not None}
+    if len(lengths) != 1:
+        raise ValueError(f"it must have one row an example; got {sorted(lengths)} rows.")
+    if parts[1] is None:
+        raise ValueError("it must have targets, too: (x, y).")
+    losses.check_targets(model.private_loss, as_array(parts[1], "y"), model.graph.output_shape[1:])
+    first = tuple(part for part in parts if part is not None)
+    return tree.map_structure(lambda part: np.asarray(part[: batch_size or 32]), first)
 
 
 def _without_values(array):

@@ -8,6 +8,7 @@ import pytest
 
 import lipdp
 from lipdp import layers
+from lipdp.data import sources
 from lipdp.data.opening import open_source
 from lipdp.data.sources import Arrays, Records, padded
 from tests.lipdp.helpers import data, dense_network, private, weights
@@ -163,11 +164,11 @@ def test_a_stream_is_fitted_and_never_kept():
 def test_a_stream_of_another_length_than_announced_stops(announced, words, asserted):
     """With TensorFlow's own check of the number, and where something slips by it."""
     tf = pytest.importorskip("tensorflow")
-    source = open_source(numbered(), None, dense_network(), stream=8)
+    source = open_source(numbered(), None, dense_network(), stream=True)
     source._examples = announced
     if asserted:
         stream = numbered().apply(tf.data.experimental.assert_cardinality(announced))
-        source = open_source(stream, None, dense_network(), stream=8)
+        source = open_source(stream, None, dense_network(), stream=True)
     assert len(source) == announced
     with pytest.raises((ValueError, tf.errors.OpError), match=words):
         for start in range(0, announced, 8):
@@ -185,7 +186,7 @@ def test_a_stream_that_ends_early_stops_the_run_and_what_ran_is_paid_for():
 
 
 def test_a_stream_is_read_in_order_or_not_at_all():
-    source = open_source(numbered(), None, dense_network(), stream=8)
+    source = open_source(numbered(), None, dense_network(), stream=True)
     source.take(np.arange(8), 8)
     for wrong in (16, 24):
         with pytest.raises(RuntimeError, match="8 examples of this pass were taken"):
@@ -320,10 +321,97 @@ def test_a_broken_record_is_drawn_without_an_error(broken):
     np.testing.assert_array_equal(x[[0, 2, 3]], [[2.0] * 6, [1.0] * 6, [0.0] * 6])
 
 
+class Raising:
+    """Records of which one raises an error."""
+
+    def __init__(self, error, row=1):
+        self.error, self.row = error, row
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == self.row:
+            raise self.error
+        return np.full(6, index, "float32"), index
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ValueError(), KeyError("label"), StopIteration(), ZeroDivisionError(), OSError("truncated")],
+    ids=repr,
+)
+def test_a_record_that_raises_is_broken(error):
+    x, y = open_source(Raising(error), None, dense_network()).take(np.arange(3), 3)
+    assert np.isnan(x[1]).all() and y.tolist() == [0, 0, 2] and (x[2] == 2.0).all()
+
+
+def test_without_broken_records_an_error_ends_the_run(monkeypatch):
+    """Mutant: every error is the machine's."""
+    monkeypatch.setattr(sources, "_of_the_machine", lambda error: True)
+    with pytest.raises(ZeroDivisionError):
+        private(sampling=lipdp.FullBatch()).fit(Raising(ZeroDivisionError()), verbose=0)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "disk"), MemoryError(), KeyboardInterrupt()])
+def test_errors_of_the_machine_end_the_run(error):
+    source = open_source(Raising(error), None, dense_network())
+    with pytest.raises(type(error)):
+        source.take(np.arange(3), 3)
+
+
+def test_a_source_that_cannot_read_its_last_record_costs_nothing():
+    model = private()
+    with pytest.raises(ZeroDivisionError):
+        model.fit(Raising(ZeroDivisionError(), row=2), verbose=0)
+    assert model.spent(1e-5).steps == 0
+
+
+@pytest.mark.parametrize("fault", ["shape", "error", "operation"])
+def test_a_stream_goes_on_after_a_broken_example(fault):
+    tf = pytest.importorskip("tensorflow")
+
+    def examples():
+        for i in range(10):
+            yield np.full(5 if fault == "shape" and i == 3 else 6, i, "float32"), i
+
+    def failing(i):
+        if fault == "error" and int(i) == 3:
+            raise ZeroDivisionError
+        return tf.constant(0, "int64")
+
+    def through(x, y):
+        if fault == "error":
+            y = y + tf.ensure_shape(tf.py_function(failing, [y], "int64"), ())
+        if fault == "operation":
+            x = tf.ensure_shape(tf.gather(x, tf.where(y == 3, 9, 0) + tf.range(6)), (6,))
+        return x, y
+
+    spec = (tf.TensorSpec((6,)), tf.TensorSpec((), tf.int64))
+    stream = tf.data.Dataset.from_generator(examples, output_signature=spec).map(through)
+    stream = stream.apply(tf.data.experimental.assert_cardinality(10))
+    source = open_source(stream, None, dense_network(), stream=True)
+    rows = [np.arange(10)[i : i + 4] for i in (0, 4, 8)]
+    x, y = map(np.concatenate, zip(*(source.take(r, len(r)) for r in rows), strict=True))
+    assert np.isnan(x[3]).all() and y.tolist() == [0, 1, 2, 0, *range(4, 10)]
+    assert np.delete(x, 3, axis=0)[:, 0].tolist() == [0, 1, 2, *range(4, 10)]
+
+
+def test_a_file_that_is_gone_ends_a_stream():
+    tf = pytest.importorskip("tensorflow")
+    names = tf.data.Dataset.from_tensor_slices((np.array(["/nowhere"]), np.array([0])))
+    stream = names.map(
+        lambda name, y: (tf.ensure_shape(tf.io.decode_raw(tf.io.read_file(name), "float"), 6), y)
+    )
+    source = open_source(stream, None, dense_network(), stream=True)
+    with pytest.raises(tf.errors.NotFoundError):
+        source.take(np.arange(1), 1)
+
+
 def test_broken_records_add_nothing():
     records = [(np.full(6, i / 9, "float32"), i % 3) for i in range(32)]
     updates = []
-    for source in (records, [*records, (np.ones(5), 0), "x"]):
+    for source in (records, [records[0], (np.ones(5), 0), "x", *records[1:]]):
         model = private(sampling=lipdp.FullBatch(), noise_multiplier=0.0)
         model.network.set_weights([np.full_like(w, 0.1) for w in model.network.get_weights()])
         before = weights(model)

@@ -611,6 +611,15 @@ def test_clipped_rows_are_finite_and_short():
     assert not ops.convert_to_numpy(masked).any() and not ops.convert_to_numpy(within).any()
 
 
+@pytest.mark.parametrize("entry", [1e36, 9e37, 3e38, -3e38])
+def test_rows_are_clipped_up_to_the_largest_number_in_a_program(entry):
+    """XLA divides by 1e38 by a product with its inverse, which is 0."""
+    rows = ops.convert_to_tensor(np.array([[entry, 0.0, 0.0], [entry, entry, entry]], "float32"))
+    clipped, within = fused(lambda rows: clip_rows(rows, 0.5, ops.ones((2,))))(rows)
+    assert np.linalg.norm(ops.convert_to_numpy(clipped), axis=1).max() <= 0.5 * (1 + 1e-6)
+    assert not ops.convert_to_numpy(within).any()
+
+
 def test_neither_mask_nor_weights_lengthen_a_row():
     rows = ops.convert_to_tensor(np.array([[3.0, 4.0], [0.3, 0.4], [3.0, 4.0]], "float32"))
     clipped, within = clip_rows(rows, 1.0, np.array([50.0, 50.0, -50.0], "float32"))

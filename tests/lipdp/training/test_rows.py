@@ -1,6 +1,7 @@
 """Rows that no data set should have: each is an example like any other, and nothing tells of it."""
 
 import dataclasses
+import math
 import warnings
 
 import keras
@@ -11,6 +12,7 @@ from keras import ops
 import lipdp
 from lipdp import layers, losses
 from lipdp.autodiff import fused
+from lipdp.local import calls
 from lipdp.training import steps
 from lipdp.training.steps import private_step
 from tests.lipdp.helpers import dense_network, one_in, private, weights
@@ -258,6 +260,47 @@ def test_training_on_tokens_out_of_range(dtype):
             Records(bad_x=lambda x, v=token: np.where(np.arange(6) == 2, v, x)), network
         )
         assert all(np.isfinite(w).all() for w in found)
+
+
+def of_tokens(kind):
+    tokens = keras.Input((6,), dtype="int32")
+    if kind == "tied":
+        table = K.ReversibleEmbedding(3, 4)
+        outputs = table(K.Dense(4)(table(tokens)), reverse=True)
+    else:
+        outputs = K.Dense(3)(K.Embedding(3, 4, trainable=kind == "trained")(tokens))
+    return keras.Model(tokens, K.GlobalAveragePooling1D()(outputs))
+
+
+def moved_by(network, tokens):
+    """How far an example moves the weights of each layer, in units of the layer's threshold."""
+    model = private(
+        network,
+        clip=lipdp.PerLayerClip(threshold=0.01),
+        sampling=lipdp.FullBatch(),
+        noise_multiplier=0.0,
+        optimizer=keras.optimizers.SGD(1.0),
+    )
+    before = weights(model)
+    model.fit(np.array([tokens], "int32"), np.array([1]), verbose=0)
+    moved = [np.sum((a - b) ** 2) for a, b in zip(weights(model), before, strict=True)]
+    groups = model.units.groups()
+    frozen = len(moved) - sum(map(len, groups))
+    return [math.sqrt(sum(moved[frozen + i] for i in group)) for group in groups]
+
+
+@pytest.mark.parametrize("kind", ["trained", "frozen", "tied"])
+def test_embeddings_of_keras_read_the_nearest_token_in_range(kind):
+    moved = moved_by(of_tokens(kind), [99, 98, 97, 96, 95, -7])
+    assert 0.9 < max(moved) <= 1.0
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="JAX gathers without an error")
+def test_without_a_range_a_token_ends_the_step(monkeypatch):
+    """Mutant: an embedding reads what came."""
+    monkeypatch.setattr(calls, "_in_range", lambda layer, args, kwargs: (args, kwargs))
+    with pytest.raises(Exception, match="is not in \\[0, 3\\)"):
+        moved_by(of_tokens("trained"), [99] * 6)
 
 
 @pytest.mark.any_backend

@@ -7,7 +7,7 @@ from keras import ops
 
 import lipdp
 from lipdp import layers, losses
-from lipdp.training import trial
+from lipdp.training import plan, trial
 from tests.lipdp.helpers import data, dense_network, one_in, private
 
 K = keras.losses
@@ -302,6 +302,11 @@ def as_dataset(x, y):
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
 
 
+def endless(x, y):
+    while True:
+        yield x, y
+
+
 CHANGES = {
     "other inputs": lambda x, y: (x[:, :2], y),
     "other targets": lambda x, y: (x, np.eye(3)[y]),
@@ -311,6 +316,15 @@ CHANGES = {
     "weights of another shape": lambda x, y: (x, y, np.ones(3)),
     "words": lambda x, y: (x.astype(str), y),
     "one number": lambda x, y: (1.0, 2.0),
+    "a word": lambda x, y: "abc",
+    "inputs alone": lambda x, y: {"x": x},
+    "an iterator": lambda x, y: iter([(x, y)]),
+    "no batches": lambda x, y: (b for b in ()),
+    "endless batches": lambda x, y: endless(x, y),
+    "endless data set": lambda x, y: as_dataset(x, y).repeat(),
+    "batches without targets": lambda x, y: ((x,) for _ in range(4)),
+    "second batch of other inputs": lambda x, y: ((x[:, : 6 - i], y) for i in range(4)),
+    "batches of labels out of range": lambda x, y: ((x, y + i) for i in range(4)),
     "batches of other inputs": lambda x, y: Batches(x[:, :2], y),
     "data set of other inputs": lambda x, y: as_dataset(x[:, :2], y),
 }
@@ -323,7 +337,6 @@ def test_validation_data_that_cannot_be_evaluated_costs_nothing(change):
     with pytest.raises(ValueError, match="`validation_data` cannot be evaluated"):
         model.fit(x, y, verbose=0, validation_data=CHANGES[change](x, y))
     assert model.spent(1e-5).steps == 0
-    model.fit(x, y, verbose=0, validation_data=(x, y))
 
 
 @pytest.mark.parametrize("kind", one_in(2, ["arrays", "weights", "batches", "set", "generator"]))
@@ -337,16 +350,40 @@ def test_validation_data_that_can_be_evaluated(kind):
         "generator": lambda: ((x[i : i + 8], y[i : i + 8]) for i in range(0, 64, 8)),
     }[kind]()
     model = private(seed=1)
-    history = model.fit(x, y, verbose=0, validation_data=given)
+    options = {"validation_steps": 8} if kind == "generator" else {}
+    history = model.fit(x, y, verbose=0, validation_data=given, **options)
     assert np.isfinite(history.history["val_loss"]).all()
+    expected = model.evaluate(x, y, verbose=0)[0]
+    assert history.history["val_loss"][0] == pytest.approx(expected, rel=1e-4)  # nothing is lost
+
+
+def test_without_its_trial_validation_fails_after_an_epoch(monkeypatch):
+    """Mutant: nothing is tried."""
+    monkeypatch.setattr(plan, "try_validation", lambda model, data, *sizes: data)
+    model = private()
+    with pytest.raises(ValueError, match="Unrecognized data type"):
+        model.fit(*data(), verbose=0, validation_data="abc")
+    assert model.spent(1e-5).steps == 4
 
 
 @pytest.mark.any_backend
-@pytest.mark.parametrize("argument", ["validation_freq", "validation_batch_size"])
+def test_epochs_to_validate_after_may_be_listed():
+    history = private().fit(
+        *data(), epochs=3, verbose=0, validation_data=data(), validation_freq=(1, 3)
+    )
+    assert len(history.history["val_loss"]) == 2
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize(
+    "argument", ["validation_freq", "validation_batch_size", "validation_steps"]
+)
 def test_how_often_and_how_many_are_checked_first(argument):
     model = private()
     with pytest.raises(ValueError, match=f"`{argument}` must be an integer"):
         model.fit(*data(), verbose=0, validation_data=data(), **{argument: 0})
+    with pytest.raises(ValueError, match="`validation_freq` must be an integer"):
+        model.fit(*data(), verbose=0, validation_data=data(), validation_freq=[1, 0])
     assert model.spent(1e-5).steps == 0
 
 
@@ -487,3 +524,103 @@ def test_a_layer_that_assigns_to_a_variable_of_somebody_else_is_refused():
     )
     with pytest.raises(ValueError, match="assigns to 'of_nobody'"):
         private(network)
+
+
+# --- what writes into a variable of the backend itself --------------------------------------------
+
+on_tensorflow = pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="a program on JAX changes nothing"
+)
+
+
+def raw(variable, values):
+    variable.value.assign(ops.zeros(variable.shape) + ops.mean(values))
+
+
+def in_a_branch(variable, values):
+    import tensorflow as tf
+
+    tf.cond(tf.reduce_sum(values) > 1e9, lambda: raw(variable, values), lambda: None)
+
+
+def scattered(variable, values):
+    rows = ops.zeros((1, *variable.shape[1:])) + ops.mean(values)
+    variable.value.scatter_nd_update([[0]], rows)
+
+
+class Writes(keras.layers.Layer):
+    """Writes where it should not; its rows stay apart otherwise."""
+
+    def __init__(self, write, variable):
+        super().__init__()
+        self.write = lambda x: write(variable, x)
+
+    def call(self, x):
+        self.write(x)
+        return x
+
+    def bound(self, call):
+        return lipdp.bounds.lipschitz()
+
+
+@on_tensorflow
+@pytest.mark.parametrize("write", [raw, in_a_branch, scattered])
+@pytest.mark.parametrize("what", ["loss", "metric", "layer"])
+@pytest.mark.parametrize("clip", [1.0, lipdp.PerLayerClip()], ids=["certified", "per layer"])
+def test_raw_writes_are_refused_before_anything_is_paid(what, write, clip):
+    network = dense_network()
+    variable = of_the_network(network)
+    before = np.array(variable)
+
+    def loss(y, z):
+        write(variable, z)
+        return ops.mean(ops.square(z), axis=-1)
+
+    class Metric(Seen):
+        def update_state(self, y, z, sample_weight=None):
+            write(variable, z)
+            super().update_state(y, z, sample_weight)
+
+    options = {"loss": loss} if what == "loss" else {}
+    metrics = [Metric()] if what == "metric" else None
+    if what == "layer":
+        other = keras.Variable(np.zeros((2, 2)), trainable=False, dtype="float32")
+        if isinstance(clip, lipdp.PerLayerClip):
+            lipdp.keeps_rows_apart(Writes)
+        network = keras.Sequential([keras.Input((6,)), *network.layers, Writes(write, other)])
+    with pytest.raises(ValueError, match="assigns to the variable of the backend, by"):
+        model = private(network, clip=clip, compile={"metrics": metrics}, **options)
+        model.fit(*data(), verbose=0)
+    if what != "layer":
+        assert (np.array(variable) == before).all()
+
+
+@on_tensorflow
+def test_without_the_trace_a_raw_write_is_not_seen(monkeypatch):
+    """Mutant: nothing is traced, and the weights are what the loss writes."""
+    monkeypatch.setattr(trial, "raw_writes", lambda function, arrays: set())
+    network = dense_network()
+    extra = keras.Variable(np.zeros(()), trainable=False, dtype="float32")
+
+    def loss(y, z):
+        raw(extra, z)
+        return ops.mean(ops.square(z), axis=-1)
+
+    private(network, loss=loss, clip=1.0, compile={"metrics": None}).fit(*data(), verbose=0)
+    assert float(extra) != 0.0
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="of JAX")
+def test_what_a_traced_loss_leaves_in_a_variable_ends_in_an_error_first():
+    network = dense_network()
+    variable = of_the_network(network)
+
+    def loss(y, z):
+        variable._value = ops.zeros(variable.shape) + ops.mean(z)
+        return ops.mean(ops.square(z), axis=-1)
+
+    models = []
+    with pytest.raises(Exception, match="racer"):
+        models.append(private(network, loss=loss, clip=1.0, compile={"metrics": None}))
+        models[0].fit(*data(), verbose=0)
+    assert not models or models[0].spent(1e-5).steps == 0
