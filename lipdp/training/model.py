@@ -316,7 +316,9 @@ class PrivateModel(keras.Model):
             auto_scale_loss=False,
         )
         if metrics is not None or weighted_metrics is not None:
-            self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
+            # Past Keras' tracking, as Keras does: what it tracks, it would evaluate a second time.
+            made = MetricsOfLogits(metrics, weighted_metrics, loss)
+            object.__setattr__(self, "_compile_metrics", made)
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
