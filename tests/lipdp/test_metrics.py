@@ -164,3 +164,4 @@ def test_a_metric_that_the_user_holds_has_the_result():
     x = inputs(1)
     model.evaluate(x, x > 0, verbose=0)
     assert float(metric.result()) == pytest.approx(1.0)
+    assert len(model.evaluate(x, x > 0, verbose=0)) == 2  # each is there once
