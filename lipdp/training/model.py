@@ -10,6 +10,7 @@ from typing import Any
 
 import keras
 from keras import ops
+from keras.src.utils.tracking import DotNotTrackScope
 
 import accountants
 from accountants import Budget
@@ -316,9 +317,8 @@ class PrivateModel(keras.Model):
             auto_scale_loss=False,
         )
         if metrics is not None or weighted_metrics is not None:
-            # Past Keras' tracking, as Keras does: what it tracks, it would evaluate a second time.
-            made = MetricsOfLogits(metrics, weighted_metrics, loss)
-            object.__setattr__(self, "_compile_metrics", made)
+            with DotNotTrackScope():  # Keras finds them in this attribute
+                self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
