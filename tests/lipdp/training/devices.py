@@ -89,7 +89,12 @@ def cases():
         "wide": poisson | {"network": wide_network},
         "noise": {"noisy": True},
         "compiled noise": {"noisy": True, "compile": {"jit_compile": True}},
-        "secure noise": {"noisy": True, "noise": "secure", "seed": None},
+        "secure noise": {
+            "noisy": True,
+            "noise": "secure",
+            "seed": None,
+            "physical_batch_size": 8,  # whose pieces share one draw
+        },
         "wide secure noise": {
             "noisy": True,
             "network": wide_network,
