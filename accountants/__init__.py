@@ -21,6 +21,7 @@ from accountants.calibration import (
 from accountants.ledger import Ledger, LedgerError
 from accountants.mechanisms import TrainingRun
 from accountants.published import published_epsilon_not_a_guarantee
+from accountants.queries import Query
 from accountants.sampling import (
     CyclicPoisson,
     FixedEpochs,
@@ -33,6 +34,7 @@ from accountants.sampling import (
     TruncatedPoisson,
 )
 from accountants.selection import RandomTrials, search_epsilon
+from accountants.statement import Statement, Use
 from accountants.tradeoff import TradeOff, tradeoff
 
 __all__ = [
@@ -46,13 +48,16 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "PoissonSampling",
+    "Query",
     "RandomAllocation",
     "RandomTrials",
     "Sampling",
     "ShuffledEpochs",
+    "Statement",
     "TradeOff",
     "TrainingRun",
     "TruncatedPoisson",
+    "Use",
     "calibrate_batch_size",
     "calibrate_epochs",
     "calibrate_noise_multiplier",

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 
 from accountants import curves
 from accountants.curves import Curve
-from accountants.mechanisms import TrainingRun
+from accountants.mechanisms import Mechanism, TrainingRun
 from accountants.releases import Gaussian, Release
 from accountants.sampling import RELATIONS, Relation, Sampling
 from accountants.validation import check_choice, check_integer, check_number, check_probability
@@ -129,7 +129,7 @@ def epsilon(
     sampling: Sampling | None = None,
     num_examples: int | None = None,
     steps: int | None = None,
-    runs: Iterable[TrainingRun] | None = None,
+    runs: Iterable[Mechanism] | None = None,
     accountant: Accountant = "pld",
     relation: Relation | None = None,
     group_size: int = 1,
@@ -149,7 +149,8 @@ def epsilon(
     Args:
         delta: strictly between 0 and 1; well below 1 / num_examples to mean anything.
         noise_multiplier, sampling, num_examples, steps: the run, as `TrainingRun` explains them.
-        runs: instead of these four, the runs to be composed. None spent nothing.
+        runs: instead of these four, the runs to be composed, and each `Query` beside them. None
+            spent nothing.
         accountant: "pld", "rdp", "zcdp" or "exact", explained at the top of this module.
         relation: the neighbouring relation; the default is the first in the scheme's `relations`
             that every run supports.
@@ -179,7 +180,7 @@ def delta(
     sampling: Sampling | None = None,
     num_examples: int | None = None,
     steps: int | None = None,
-    runs: Iterable[TrainingRun] | None = None,
+    runs: Iterable[Mechanism] | None = None,
     accountant: Accountant = "pld",
     relation: Relation | None = None,
     group_size: int = 1,
@@ -216,8 +217,8 @@ def as_runs(
     sampling: Sampling | None,
     num_examples: int | None,
     steps: int | None,
-    runs: Iterable[TrainingRun] | None,
-) -> tuple[TrainingRun, ...]:
+    runs: Iterable[Mechanism] | None,
+) -> tuple[Mechanism, ...]:
     """The runs that the arguments of `epsilon` name, in either of both ways."""
     run = {
         "noise_multiplier": noise_multiplier,
@@ -234,13 +235,13 @@ def as_runs(
     return check_runs("runs", runs)
 
 
-def check_runs(name: str, runs: Iterable[TrainingRun]) -> tuple[TrainingRun, ...]:
-    """`runs` as a tuple; TypeError if anything in it is no TrainingRun."""
-    if isinstance(runs, TrainingRun):
+def check_runs(name: str, runs: Iterable[Mechanism]) -> tuple[Mechanism, ...]:
+    """`runs` as a tuple; TypeError if anything in it is no Mechanism."""
+    if isinstance(runs, Mechanism):
         raise TypeError(f"{name} must be a list of runs, got the single run {runs!r}.")
     runs = tuple(runs)
     for run in runs:
-        if not isinstance(run, TrainingRun):
+        if not isinstance(run, Mechanism):
             raise TypeError(f"{name} must hold TrainingRun values, got {run!r}.")
     return runs
 
@@ -256,7 +257,7 @@ class Composed:
 
 
 def compose(
-    runs: Sequence[TrainingRun],
+    runs: Sequence[Mechanism],
     accountant: Accountant,
     relation: Relation | None,
     group_size: int = 1,
@@ -286,7 +287,7 @@ def compose(
 
 
 def _released(
-    runs: Sequence[TrainingRun], accountant: Accountant, relation: Relation, group_size: int
+    runs: Sequence[Mechanism], accountant: Accountant, relation: Relation, group_size: int
 ) -> dict[Release, int] | None:
     """The number of times that each release takes place, ordered by the last run that has it.
 
@@ -304,26 +305,27 @@ def _released(
             return None
         if accountant in ("exact", "zcdp") and not isinstance(release, Gaussian):
             raise ValueError(
-                f"accountant={accountant!r} is for unsampled Gaussians, got {run.sampling!r} "
-                f"under relation={relation!r}; 'pld' and 'rdp' account for subsampling."
+                f"accountant={accountant!r} is for unsampled Gaussians, got {run.label} "
+                f"under relation={relation!r}; 'pld' and 'rdp' account for it."
             )
         counts[release] = counts.pop(release, 0) + run.participations
     return counts
 
 
-def resolve_relation(runs: Sequence[TrainingRun], relation: Relation | None) -> Relation:
+def resolve_relation(runs: Sequence[Mechanism], relation: Relation | None) -> Relation:
     """The relation asked for, if every run supports it, or the first that all of them do."""
     if relation is None:
-        preferred = runs[0].sampling.relations if runs else RELATIONS
+        preferred = runs[0].relations if runs else RELATIONS
         for candidate in preferred:
-            if all(candidate in run.sampling.relations for run in runs):
+            if all(candidate in run.relations for run in runs):
                 return candidate
-        raise ValueError(f"no relation is supported by all of {[run.sampling for run in runs]}.")
+        labels = ", ".join(run.label for run in runs)
+        raise ValueError(f"no relation is supported by all of {labels}.")
     check_choice(relation, "relation", RELATIONS)
     for run in runs:
-        if relation not in run.sampling.relations:
+        if relation not in run.relations:
             raise ValueError(
-                f"relation={relation!r} does not hold for {run.sampling!r}, which supports "
-                f"{', '.join(map(repr, run.sampling.relations))}."
+                f"relation={relation!r} does not hold for {run.label}, which supports "
+                f"{', '.join(map(repr, run.relations))}."
             )
     return relation

@@ -1,19 +1,21 @@
 """The least noise, the most steps or epochs, the largest batches that a privacy budget allows.
 
-All searches evaluate `accountants.epsilon` itself, and return only what it has found within the
-target: they never overshoot.
+All searches evaluate `accountants.epsilon` itself, or `accountants.tradeoff`, and return only what
+these have found within the target: they never overshoot.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from accountants.accounting import Accountant, Budget, check_runs
 from accountants.accounting import epsilon as spent
 from accountants.curves import GaussianCurve
-from accountants.mechanisms import TrainingRun
+from accountants.mechanisms import Mechanism, TrainingRun
 from accountants.sampling import PoissonSampling, Relation, Sampling
-from accountants.validation import check_integer
+from accountants.tradeoff import tradeoff
+from accountants.validation import argument_message, check_integer, check_probability
 
 # How far above the least noise multiplier the answer may lie, relatively.
 _TOLERANCE = 5e-4
@@ -24,69 +26,163 @@ _MOST_NOISE = 1e9
 
 def calibrate_noise_multiplier(
     *,
-    epsilon: float,
-    delta: float,
+    epsilon: float | None = None,
+    delta: float | None = None,
+    advantage: float | None = None,
+    tpr: float | None = None,
+    at_fpr: float | None = None,
     sampling: Sampling,
     num_examples: int,
     steps: int,
     accountant: Accountant = "pld",
     relation: Relation | None = None,
-    prior: Iterable[TrainingRun] = (),
+    prior: Iterable[Mechanism] = (),
 ) -> float:
-    """The least noise multiplier with which a run, after the `prior` ones, stays within a budget.
+    """The least noise multiplier with which a run, after the `prior` ones, stays within a target.
+
+    The target is a budget, or what the best attacker may achieve who has to tell whether one
+    example took part (Kulynych et al. 2024, "Attack-aware noise calibration for differential
+    privacy"). That is read off the trade-off curve of all the runs together. It needs less noise
+    than to find an (epsilon, delta) that implies the same.
 
     >>> from accountants import FullBatch
     >>> sigma = calibrate_noise_multiplier(epsilon=1.0, delta=1e-5, sampling=FullBatch(),
     ...                                    num_examples=1000, steps=1)
     >>> 3.730 < sigma < 3.733  # Balle and Wang 2018 give 3.7304...
     True
+    >>> sigma = calibrate_noise_multiplier(advantage=0.1, sampling=FullBatch(), num_examples=1000,
+    ...                                    steps=1)
+    >>> 3.978 < sigma < 3.981  # 2Φ(1 / (2σ)) - 1 = 0.1
+    True
 
     Args:
-        epsilon, delta: the budget, as `accountants.Budget` takes it.
+        epsilon, delta: a budget, as `accountants.Budget` takes it.
+        advantage: instead of it, the most by which an attacker's true positive rate may exceed the
+            false positive rate, strictly between 0 and 1.
+        tpr, at_fpr: instead of it, the highest true positive rate of an attacker whose false
+            positive rate is `at_fpr`; both strictly between 0 and 1, and `tpr` is the larger.
         sampling, num_examples, steps: the run; at least one step.
         accountant, relation: as for `accountants.epsilon`.
-        prior: runs on the same data that have already spent of the budget.
+        prior: runs, and queries, on the same data that have already spent of the target.
 
     Returns:
         A noise multiplier at most 5e-4 of itself above the least one, and never below.
 
     Raises:
-        TypeError: an argument is of another type.
+        TypeError: an argument is of another type, or there is not one target.
         ValueError: a value is out of range, nobody can account for the combination, or the prior
-            runs leave nothing of the budget.
+            runs leave nothing of the target.
     """
-    budget = Budget(epsilon, delta)
+    target = _target(epsilon, delta, advantage, tpr, at_fpr)
     steps = check_integer(steps, "steps")
     prior = check_runs("prior", prior)
     run = TrainingRun(1.0, sampling, num_examples, steps)
+    how = {"accountant": accountant, "relation": relation}
 
     def cost(noise_multiplier: float) -> float:
         runs = (*prior, dataclasses.replace(run, noise_multiplier=noise_multiplier))
-        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+        return target.cost(runs=runs, **how)
 
-    _check_prior(prior, run, budget, accountant, relation)
+    _check_prior(prior, run, target, how)
     # A bracket: `enough` keeps to the budget, `short` does not.
     enough, short = math.inf, 0.0
     costs: dict[float, float] = {}
-    guess, stretch = _clt_noise_multiplier(run, budget), 1.05
+    guess, stretch = _clt_noise_multiplier(run, target.shift), 1.05
     while enough > short * (1 + _TOLERANCE):
         costs[guess] = cost(guess)
-        if costs[guess] <= budget.epsilon:
+        if costs[guess] <= target.most:
             enough = guess
         else:
             short = guess
         if short > _MOST_NOISE:
             raise ValueError(
-                f"epsilon={budget.epsilon!r} at delta={budget.delta!r} is out of reach of noise: "
-                f"a noise multiplier of {short:.3g} still spends {costs[short]:.6g} "
-                f"({len(prior)} prior runs included)."
+                f"{target.words} is out of reach of noise: a noise multiplier of {short:.3g} still "
+                f"has {target.measure} {costs[short]:.6g} ({len(prior)} prior runs included)."
             )
         if short == 0.0 or enough == math.inf:
-            guess = _beyond(costs, budget.epsilon, stretch)
+            guess = _beyond(costs, target.most, stretch)
             stretch = min(stretch**4, 100.0)
         else:
-            guess = _between(short, enough, costs, budget.epsilon)
+            guess = _between(short, enough, costs, target.most)
     return enough
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """What a search keeps to.
+
+    Attributes:
+        words, measure: the target and its cost, for messages.
+        most: what the cost may be.
+        shift: that of the Gaussian whose cost is that.
+        cost: of runs, by an accountant under a relation; falls with noise.
+    """
+
+    words: str
+    measure: str
+    most: float
+    shift: float
+    cost: Callable[..., float]
+
+
+def _target(
+    epsilon: float | None,
+    delta: float | None,
+    advantage: float | None,
+    tpr: float | None,
+    at_fpr: float | None,
+) -> _Target:
+    """The one target that the arguments name."""
+    from scipy import special
+
+    budget, rates = (epsilon, delta), (tpr, at_fpr)
+    pairs = [
+        values for values in (budget, (advantage,), rates) if any(v is not None for v in values)
+    ]
+    if len(pairs) != 1 or None in pairs[0]:
+        raise TypeError(
+            "one target must be given: epsilon= and delta=, or advantage=, or tpr= and at_fpr=."
+        )
+    if advantage is not None:
+        advantage = check_probability(advantage, "advantage")
+        return _Target(
+            words=f"advantage={advantage!r}",
+            measure="an advantage of",
+            most=advantage,
+            shift=2 * float(special.ndtri((1 + advantage) / 2)),
+            cost=lambda **runs: tradeoff(**runs).advantage,
+        )
+    if tpr is not None:
+        tpr, at_fpr = check_probability(tpr, "tpr"), check_probability(at_fpr, "at_fpr")
+        if tpr <= at_fpr:
+            raise ValueError(argument_message("tpr", f"above at_fpr={at_fpr!r}", tpr))
+        return _Target(
+            words=f"tpr={tpr!r} at_fpr={at_fpr!r}",
+            measure="true positives beyond at_fpr of",
+            most=tpr - at_fpr,
+            shift=float(special.ndtri(tpr) - special.ndtri(at_fpr)),
+            cost=lambda **runs: tradeoff(**runs).true_positive_rate(at_fpr) - at_fpr,
+        )
+    return _budget_target(Budget(epsilon, delta))
+
+
+def _budget_target(budget: Budget) -> _Target:
+    from scipy import optimize
+
+    # The closed form of delta at this epsilon rises from 0 to 1 with the shift.
+    shift = optimize.brentq(
+        lambda shift: GaussianCurve(shift).delta(budget.epsilon) - budget.delta,
+        1e-12,
+        2 * math.sqrt(2 * budget.epsilon) + 20.0,
+        rtol=1e-3,
+    )
+    return _Target(
+        words=f"epsilon={budget.epsilon!r} at delta={budget.delta!r}",
+        measure="an epsilon of",
+        most=budget.epsilon,
+        shift=shift,
+        cost=lambda **runs: spent(delta=budget.delta, **runs),
+    )
 
 
 def _beyond(costs: dict[float, float], target: float, stretch: float) -> float:
@@ -135,17 +231,8 @@ def _expected_root(costs: Mapping[float, float], target: float) -> float | None:
     return math.exp(root) if abs(root) < 100.0 else None
 
 
-def _clt_noise_multiplier(run: TrainingRun, budget: Budget) -> float:
+def _clt_noise_multiplier(run: TrainingRun, shift: float) -> float:
     """A first guess, by the central limit theorem of Bu, Dong, Long and Su 2020."""
-    from scipy import optimize
-
-    # The closed form of delta at this epsilon rises from 0 to 1 with the shift.
-    shift = optimize.brentq(
-        lambda shift: GaussianCurve(shift).delta(budget.epsilon) - budget.delta,
-        1e-12,
-        2 * math.sqrt(2 * budget.epsilon) + 20.0,
-        rtol=1e-3,
-    )
     probability = run.sampling.sampling_probability(run.num_examples)
     if probability == 1.0:
         return math.sqrt(run.participations) / shift
@@ -162,7 +249,7 @@ def calibrate_steps(
     num_examples: int,
     accountant: Accountant = "pld",
     relation: Relation | None = None,
-    prior: Iterable[TrainingRun] = (),
+    prior: Iterable[Mechanism] = (),
     max_steps: int = 10_000_000,
 ) -> int:
     """The most steps with which a run, after the `prior` ones, stays within a budget.
@@ -192,12 +279,13 @@ def calibrate_steps(
     max_steps = check_integer(max_steps, "max_steps", 0)
     prior = check_runs("prior", prior)
     run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
+    how = {"accountant": accountant, "relation": relation}
 
     def cost(steps: int) -> float:
         runs = (*prior, dataclasses.replace(run, steps=steps))
-        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+        return spent(runs=runs, delta=budget.delta, **how)
 
-    _check_prior(prior, run, budget, accountant, relation)
+    _check_prior(prior, run, _budget_target(budget), how)
     return _last_within(cost, budget.epsilon, max_steps)
 
 
@@ -210,7 +298,7 @@ def calibrate_epochs(
     num_examples: int,
     accountant: Accountant = "pld",
     relation: Relation | None = None,
-    prior: Iterable[TrainingRun] = (),
+    prior: Iterable[Mechanism] = (),
     max_epochs: int = 100_000,
 ) -> int:
     """The most whole epochs with which a run, after the `prior` ones, stays within a budget.
@@ -236,13 +324,14 @@ def calibrate_epochs(
     max_epochs = check_integer(max_epochs, "max_epochs", 0)
     prior = check_runs("prior", prior)
     run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
+    how = {"accountant": accountant, "relation": relation}
     length = sampling.steps_per_epoch(num_examples)
 
     def cost(epochs: int) -> float:
         runs = (*prior, dataclasses.replace(run, steps=epochs * length))
-        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+        return spent(runs=runs, delta=budget.delta, **how)
 
-    _check_prior(prior, run, budget, accountant, relation)
+    _check_prior(prior, run, _budget_target(budget), how)
     return _last_within(cost, budget.epsilon, max_epochs)
 
 
@@ -256,7 +345,7 @@ def calibrate_batch_size(
     scheme: Callable[[int], Sampling] = PoissonSampling,
     accountant: Accountant = "pld",
     relation: Relation | None = None,
-    prior: Iterable[TrainingRun] = (),
+    prior: Iterable[Mechanism] = (),
 ) -> int:
     """The largest batch size with which a run of some epochs stays within a budget.
 
@@ -285,6 +374,7 @@ def calibrate_batch_size(
     epochs = check_integer(epochs, "epochs")
     num_examples = check_integer(num_examples, "num_examples")
     prior = check_runs("prior", prior)
+    how = {"accountant": accountant, "relation": relation}
 
     def run(batch_size: int) -> TrainingRun:
         run = TrainingRun(noise_multiplier, scheme(batch_size), num_examples, 0)
@@ -293,9 +383,9 @@ def calibrate_batch_size(
 
     def cost(batch_size: int) -> float:
         runs = (*prior, run(batch_size))
-        return spent(runs=runs, delta=budget.delta, accountant=accountant, relation=relation)
+        return spent(runs=runs, delta=budget.delta, **how)
 
-    _check_prior(prior, run(1), budget, accountant, relation)
+    _check_prior(prior, run(1), _budget_target(budget), how)
     return _last_within(cost, budget.epsilon, num_examples)
 
 
@@ -321,17 +411,16 @@ def _last_within(cost: Callable[[int], float], target: float, most: int) -> int:
 
 
 def _check_prior(
-    prior: tuple[TrainingRun, ...],
+    prior: tuple[Mechanism, ...],
     run: TrainingRun,
-    budget: Budget,
-    accountant: Accountant,
-    relation: Relation | None,
+    target: _Target,
+    how: Mapping[str, Any],
 ) -> None:
     # With a run of no steps, so that the relation is the one that all of them will share.
     idle = dataclasses.replace(run, steps=0)
-    cost = spent(runs=(*prior, idle), delta=budget.delta, accountant=accountant, relation=relation)
-    if cost > budget.epsilon:
+    cost = float(target.cost(runs=(*prior, idle), **how))
+    if cost > target.most:
         raise ValueError(
-            f"prior runs alone spend epsilon={float(cost):.6g} at delta={budget.delta!r}, more "
-            f"than the target epsilon={budget.epsilon!r}."
+            f"prior runs alone have {target.measure} {cost:.6g}, more than the target "
+            f"{target.words}."
         )

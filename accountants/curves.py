@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from accountants.numerics import ORDERS, self_convolve
-from accountants.releases import Gaussian, Release
+from accountants.releases import Gaussian, Release, Zcdp
 
 if TYPE_CHECKING:
     from dp_accounting.pld.pld_pmf import PLDPmf
@@ -30,6 +30,10 @@ class Curve(abc.ABC):
     @abc.abstractmethod
     def delta(self, epsilon: float) -> float:
         """A delta that holds at `epsilon`."""
+
+    def deltas(self, epsilons: np.ndarray) -> np.ndarray:
+        """Deltas that hold at each of some epsilons of at least 0."""
+        return np.array([self.delta(float(epsilon)) for epsilon in epsilons])
 
 
 # --- the closed form ------------------------------------------------------------------------------
@@ -185,12 +189,43 @@ class PldCurve(Curve):
     def delta(self, epsilon: float) -> float:
         return min(1.0, float(self.pld.get_delta_for_epsilon(epsilon)) + self.rounding)
 
+    def deltas(self, epsilons: np.ndarray) -> np.ndarray:
+        """As `delta`, for all at once: sums over the losses above each epsilon."""
+        if np.max(epsilons) > 600.0:  # where exp(-loss) has lost its digits
+            return super().deltas(epsilons)
+        found = np.zeros(len(epsilons))
+        for pmf in (self.pld._pmf_remove, self.pld._pmf_add):
+            dense = pmf.to_dense_pmf()
+            losses = dense._discretization * (dense._lower_loss + np.arange(len(dense._probs)))
+            above = losses > 0.0
+            losses, masses = losses[above], dense._probs[above]
+            first = np.searchsorted(losses, epsilons, side="right")
+            upper, lower = (
+                np.append(np.cumsum(values[::-1])[::-1], 0.0)[first]
+                for values in (masses, masses * np.exp(-losses))
+            )
+            # Each sum is off by as many roundings as it has terms, at most.
+            slack = 2.5e-16 * len(losses) * upper
+            delta = np.maximum(upper - np.exp(epsilons) * lower, 0.0)
+            found = np.maximum(found, dense._infinity_mass + delta + slack)
+        return np.minimum(1.0, found + self.rounding)
+
 
 def pld_curve(counts: Counts) -> Curve:
     """The curve of releases that are not all unsampled."""
     unsampled = {one: count for one, count in counts.items() if isinstance(one, Gaussian)}
+    # What is known by its ρ alone: these add up before they become one distribution.
+    rho = sum(count * one.rho for one, count in counts.items() if isinstance(one, Zcdp))
+    if math.isinf(gaussian_shift(unsampled)) or rho > 300.0:
+        return GaussianCurve(math.inf)  # without noise, or next to none: nothing is private
     # The latest goes last: while calibration varies it, all before stays composed.
-    groups = [(one, count) for one, count in counts.items() if one not in unsampled]
+    groups = [
+        (one, count)
+        for one, count in counts.items()
+        if one not in unsampled and not isinstance(one, Zcdp)
+    ]
+    if rho:
+        groups.insert(0, (Zcdp(rho), 1))
     if shift := gaussian_shift(unsampled):
         groups.insert(0, (Gaussian(shift), 1))
     grid = _grid(groups)

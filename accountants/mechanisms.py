@@ -1,5 +1,6 @@
-"""A training run as a mechanism: what has to be known to account for it."""
+"""What has touched the data, as mechanisms: what has to be known to account for each."""
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -8,8 +9,44 @@ from accountants.sampling import RELATIONS, Relation, Sampling
 from accountants.validation import check_choice, check_integer, check_number
 
 
+class Mechanism(abc.ABC):
+    """Something that has touched the data, as often as its `count` says; a frozen dataclass.
+
+    A `TrainingRun` counts its steps; an `accountants.Query` is anything else.
+
+    Attributes:
+        relations: the neighbouring relations for which it is accounted, its default first.
+        count: how often it has taken place.
+        steps: the training steps among that.
+        participations: the number of releases to account for.
+        label: what it is, for a message.
+        words: all that is known of it, on one line.
+    """
+
+    relations: tuple[Relation, ...]
+    count: int
+    steps: int
+    participations: int
+    label: str
+    words: str
+
+    @abc.abstractmethod
+    def counted(self, count: int) -> "Mechanism":
+        """The same, with another count."""
+
+    @abc.abstractmethod
+    def group_release(self, relation: Relation, size: int) -> Release | None:
+        """The pair of distributions that dominates each of the `participations`, for data sets
+        that differ in `size` examples; None if not known.
+        """
+
+    @abc.abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """The mechanism as a dict of JSON values."""
+
+
 @dataclasses.dataclass(frozen=True)
-class TrainingRun:
+class TrainingRun(Mechanism):
     """A number of equal noisy steps on one data set.
 
     >>> from accountants import ShuffledEpochs
@@ -49,6 +86,38 @@ class TrainingRun:
         object.__setattr__(self, "noise_multiplier", noise_multiplier)
         object.__setattr__(self, "num_examples", num_examples)
         object.__setattr__(self, "steps", steps)
+
+    @property
+    def relations(self) -> tuple[Relation, ...]:
+        """Those of the sampling scheme."""
+        return self.sampling.relations
+
+    @property
+    def count(self) -> int:
+        """The number of steps."""
+        return self.steps
+
+    @property
+    def label(self) -> str:
+        """The sampling scheme."""
+        return repr(self.sampling)
+
+    @property
+    def words(self) -> str:
+        """The run on one line.
+
+        >>> from accountants import FullBatch
+        >>> TrainingRun(2.0, FullBatch(), num_examples=100, steps=3).words
+        '3 steps, noise multiplier 2, FullBatch() of 100 examples'
+        """
+        return (
+            f"{self.steps} steps, noise multiplier {self.noise_multiplier:.4g}, "
+            f"{self.sampling!r} of {self.num_examples} examples"
+        )
+
+    def counted(self, count: int) -> "TrainingRun":
+        """The run with another number of steps."""
+        return dataclasses.replace(self, steps=count)
 
     @property
     def participations(self) -> int:

@@ -140,3 +140,66 @@ def spread_over_grid(losses: np.ndarray, masses: np.ndarray, lost: float, grid: 
     probs = np.bincount(cells - lowest, masses - up, size)
     probs += np.bincount(cells - lowest + 1, up, size)
     return pld_pmf.DensePLDPmf(grid, lowest, probs, min(lost, 1.0), True)
+
+
+def renyi_pld(divergences: np.ndarray, grid: float) -> "PrivacyLossDistribution":
+    """Losses, on multiples of `grid`, that dominate whatever has these Rényi divergences at most.
+
+    Proposition 12 of Canonne, Kamath and Steinke 2020 turns each of them into a bound on the
+    hockey-stick divergence H(e^ε), for both directions. H is a convex function, so it lies below
+    the largest convex function below these bounds, and a convex function that falls from 1 and
+    stays above 1 - e^ε is that of a pair of distributions (Zhu, Dong and Wang 2022, Proposition
+    8). Between grid points a chord is above, and chords are what losses on the grid have
+    (Doroshenko et al. 2022).
+    """
+    from dp_accounting.pld import pld_pmf, privacy_loss_distribution
+
+    finite = np.isfinite(divergences)
+    if not finite.any():
+        raise ValueError("without a finite Rényi divergence there is nothing to bound.")
+    orders, divergences = ORDERS[finite], divergences[finite]
+
+    def bound(epsilons: np.ndarray) -> np.ndarray:
+        found = np.ones(len(epsilons))
+        for order, divergence in zip(orders, divergences, strict=True):
+            exponent = (order - 1) * (divergence - epsilons + math.log1p(-1 / order))
+            np.minimum(found, np.exp(np.minimum(exponent - math.log(order), 0.0)), out=found)
+        return found
+
+    # Beyond this, what is left counts as lost.
+    tail = math.log(1e-15)
+    top = np.min(divergences + np.log1p(-1 / orders) - (tail + np.log(orders)) / (orders - 1))
+    # On a grid that is much finer than the losses spread, differences would be rounding.
+    stride = max(1, int(np.sqrt(2 * np.min(divergences / orders)) / (32 * grid)))
+    size = max(1, math.ceil(max(top, 0.0) / (stride * grid)))
+    positive = stride * grid * np.arange(size + 1)
+    above = bound(positive)
+    # Of the other direction: H(1 / a) = 1 - 1 / a + H'(a) / a.
+    below = -np.expm1(-positive[:0:-1]) + np.exp(-positive[:0:-1]) * above[:0:-1]
+    ratios = np.exp(np.concatenate([-positive[:0:-1], positive]))
+    heights = _convex(ratios, np.concatenate([below, above]))
+    # Masses are what the slope changes by; beyond the last point what is left stays. Both
+    # directions are alike, so a loss of -ε has exp(-ε) times the mass of ε, and 0 has the rest.
+    slopes = np.diff(heights[size:]) / np.diff(ratios[size:])
+    masses = np.maximum(np.diff(slopes, append=0.0), 0.0) * ratios[size + 1 :]
+    mirrored = (masses * np.exp(-positive[1:]))[::-1]
+    lost = min(1.0, heights[-1] + 4e-16 * len(ratios))
+    rest = max(0.0, 1.0 - lost - masses.sum() - mirrored.sum())
+    found = np.zeros(2 * stride * size + 1)
+    found[::stride] = [*mirrored, rest, *masses]
+    pmf = pld_pmf.DensePLDPmf(grid, -stride * size, found, lost, True)
+    return privacy_loss_distribution.PrivacyLossDistribution(pmf)
+
+
+def _convex(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The largest convex values below y that start, at x = 0, from 1."""
+    hull = [(0.0, 1.0)]
+    for point in zip(x.tolist(), y.tolist(), strict=True):
+        while len(hull) > 1:
+            (ax, ay), (bx, by) = hull[-2:]
+            if (by - ay) * (point[0] - bx) <= (point[1] - by) * (bx - ax):
+                break
+            hull.pop()
+        hull.append(point)
+    hx, hy = np.array(hull).T
+    return np.interp(x, hx, hy)

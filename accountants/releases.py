@@ -8,8 +8,8 @@ Throughout, one example contributes a vector of norm at most 1 and the noise has
 deviation σ, so that all pairs live on a line. H_α(P‖Q) = sup_S P(S) - α Q(S) is the hockey-stick
 divergence; its value at α = exp(ε) is the delta at epsilon.
 
-The unsampled release is here. The others are in `accountants.sampling`, each beside the scheme
-that it accounts for.
+The unsampled release, and what is known by its ρ alone, are here. The others are in
+`accountants.sampling`, each beside the scheme that it accounts for, and in `accountants.queries`.
 """
 
 import abc
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from accountants.numerics import ORDERS, WIDTH, sampled_gaussian_pld
+from accountants.numerics import ORDERS, WIDTH, renyi_pld, sampled_gaussian_pld
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -66,6 +66,28 @@ class Gaussian(Release):
 
     def rdp(self) -> np.ndarray:
         return ORDERS * (self.shift**2 / 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Zcdp(Release):
+    """A pair that dominates every ρ-zCDP mechanism; see `renyi_pld`.
+
+    Of several, the ρ add up.
+    """
+
+    rho: float
+
+    source = "Bun and Steinke 2016; Zhu, Dong and Wang 2022, Proposition 8"
+
+    def scale(self) -> tuple[float, float]:
+        spread = math.sqrt(2 * self.rho)
+        return max(spread, 1e-4), self.rho + WIDTH * max(spread, 1e-4)
+
+    def pld(self, grid: float) -> "PrivacyLossDistribution":
+        return renyi_pld(self.rdp(), grid)
+
+    def rdp(self) -> np.ndarray:
+        return self.rho * ORDERS
 
 
 def gaussian_release(noise_multiplier: float, sensitivity: float) -> Gaussian:

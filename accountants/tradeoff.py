@@ -47,7 +47,7 @@ class TradeOff:
         if not math.isfinite(most):
             most = 100.0
         epsilons = most * np.linspace(0.0, 1.0, _POINTS) ** 2 if most else np.zeros(1)
-        return epsilons, np.array([self.curve.delta(float(epsilon)) for epsilon in epsilons])
+        return epsilons, self.curve.deltas(epsilons)
 
     @property
     def advantage(self) -> float:
@@ -89,6 +89,36 @@ class TradeOff:
     def false_negative_rate(self, false_positive_rate: float) -> float:
         """f of f-DP: the least false negatives of any attack with so few false positives."""
         return 1.0 - self.true_positive_rate(false_positive_rate)
+
+    def posterior(self, prior: float, failure: float) -> float:
+        """What a belief that an example took part becomes at most, but with a small probability.
+
+        Of a loss ℓ = ε - log(1 - t), as exp(ε - ℓ) = 1 - t: delta at ε is the mean of
+        (1 - exp(ε - L))₊ over the loss L, so at least t times the probability of L > ℓ. Where that
+        delta is t times `failure`, L exceeds ℓ with a probability of `failure` at most, whether the
+        example took part or not; otherwise odds grow by exp(ℓ) at most. Any t holds.
+
+        >>> from accountants import FullBatch
+        >>> curve = tradeoff(noise_multiplier=9.0, sampling=FullBatch(), num_examples=100, steps=4)
+        >>> round(curve.posterior(0.5, failure=1e-5), 3)
+        0.735
+
+        Args:
+            prior: the belief before, strictly between 0 and 1.
+            failure: the probability, over the noise, with which it may become more.
+
+        Raises:
+            TypeError, ValueError: a value is not strictly between 0 and 1.
+        """
+        prior = check_probability(prior, "prior")
+        failure = check_probability(failure, "failure")
+        losses = [math.inf]
+        for share in (0.5, 0.3, 0.2, 0.1, 0.03, 0.01):
+            try:
+                losses.append(self.curve.epsilon(share * failure) - math.log1p(-share))
+            except ValueError:  # too small a delta for the accountant
+                continue
+        return 1 / (1 + (1 - prior) / prior * math.exp(-min(losses)))
 
     def gdp_mu(self, floor: float = 1e-9) -> float:
         """The least μ found such that the runs are μ-GDP, down to deltas of `floor`.

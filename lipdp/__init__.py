@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # at run time these are imported when they are first used
     from lipdp.inspection.repair import repair
     from lipdp.local.declared import keeps_rows_apart
     from lipdp.noise import BandedNoise, ToeplitzNoise
+    from lipdp.training.ahead import plan
     from lipdp.training.clipping import AdaptiveClip, PerLayerClip
     from lipdp.training.model import PrivateModel
     from lipdp.training.spending import BudgetExceeded, Spent
@@ -57,6 +58,7 @@ __all__ = [
     "losses",
     "metrics",
     "models",
+    "plan",
     "repair",
     "robustness",
 ]
@@ -84,6 +86,7 @@ _HOMES = {
     "check": "lipdp.inspection.check",
     "gradient_bounds": "lipdp.bounds",
     "keeps_rows_apart": "lipdp.local.declared",
+    "plan": "lipdp.training.ahead",
     "repair": "lipdp.inspection.repair",
 }
 

@@ -4,6 +4,7 @@ Help and the accountants' commands take a moment, since nothing here imports Ker
 does with a network is in `lipdp.commands`, which is imported when such a command runs.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,8 @@ from lipdp import startup
 
 startup.use_one_thread()  # before NumPy is imported, which the next line does
 
-from accountants import cli  # noqa: E402
+from accountants import Ledger, LedgerError, cli  # noqa: E402
+from lipdp._version import __version__  # noqa: E402
 
 __all__ = ["COMMANDS", "main"]
 
@@ -54,6 +56,28 @@ def _report_flags() -> cli.Flags:
     values.text("sample", "An .npz file with x and y, whose gradients are shown; NOT private.")
     values.text("html", "Write a page to this file.")
     return values
+
+
+def _statement_flags() -> cli.Flags:
+    values = cli.Flags()
+    values.accounting()
+    values["delta"].value = values["delta"].default = 1e-5
+    return values
+
+
+def _statement(values: cli.Flags, arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise cli.UsageError(f"one LEDGER is needed, got {' '.join(arguments) or 'none'}.")
+    ledger = Ledger(arguments[0])
+    if not os.path.exists(ledger.path):
+        raise LedgerError(f"{ledger.path} does not exist.")
+    found = ledger.statement(
+        values.needed("delta"),
+        accountant=values.accountant,
+        relation=values.relation,
+        software=f"lipdp {__version__}",
+    )
+    cli.write(values, found.to_dict(), str(found))
 
 
 def _command(
@@ -120,6 +144,16 @@ COMMANDS: dict[str, _Command] = {
         "trains a private model as a file says",
     ),
     **cli.COMMANDS,
+    "statement": (
+        cli.command(
+            "statement",
+            "statement LEDGER [--delta=...]\n\nWhat can be filed about all that was done to the "
+            "data of a ledger: who is protected, how far,\nfrom what, and what is not covered.",
+            _statement_flags,
+            _statement,
+        ),
+        "what can be filed about all that was done to the data of a ledger",
+    ),
 }
 
 

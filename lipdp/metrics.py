@@ -1,15 +1,47 @@
-"""Metrics for `compile(metrics=[...])`."""
+"""Metrics for `compile(metrics=[...])`, and what Keras' own see of logits."""
 
 import math
 from typing import Any
 
 import keras
 from keras import ops
+from keras.src.trainers.compile_utils import CompileMetrics
 
 from accountants.validation import check_number
+from lipdp import losses
 from lipdp.losses.base import one_hot, squeeze_labels
 
-__all__ = ["CertifiedAccuracy"]
+__all__ = ["CertifiedAccuracy", "MetricsOfLogits"]
+
+# Keras' metrics that read probabilities. What a subclass reads is its own affair.
+_OF_PROBABILITIES = (
+    keras.metrics.AUC,
+    keras.metrics.BinaryAccuracy,
+    keras.metrics.BinaryCrossentropy,
+    keras.metrics.BinaryIoU,
+    keras.metrics.CategoricalCrossentropy,
+    keras.metrics.F1Score,
+    keras.metrics.FBetaScore,
+    keras.metrics.FalseNegatives,
+    keras.metrics.FalsePositives,
+    keras.metrics.KLDivergence,
+    keras.metrics.Precision,
+    keras.metrics.PrecisionAtRecall,
+    keras.metrics.Recall,
+    keras.metrics.RecallAtPrecision,
+    keras.metrics.SensitivityAtSpecificity,
+    keras.metrics.SparseCategoricalCrossentropy,
+    keras.metrics.SpecificityAtSensitivity,
+    keras.metrics.TrueNegatives,
+    keras.metrics.TruePositives,
+)
+_FUNCTIONS_OF_PROBABILITIES = (
+    keras.metrics.binary_accuracy,
+    keras.metrics.binary_crossentropy,
+    keras.metrics.categorical_crossentropy,
+    keras.metrics.kl_divergence,
+    keras.metrics.sparse_categorical_crossentropy,
+)
 
 
 @keras.saving.register_keras_serializable("lipdp")
@@ -60,3 +92,65 @@ class CertifiedAccuracy(keras.metrics.MeanMetricWrapper):
             "radius": self.radius,
             "lipschitz": self.lipschitz,
         }
+
+
+class MetricsOfLogits(CompileMetrics):
+    """The metrics of a compiled model. Those of Keras that read probabilities get them, where the
+    loss takes logits: the 0.5 of an accuracy, a precision or a recall then means what it says.
+
+    A metric that was made for logits gets logits: one with `from_logits=True`, or with a threshold
+    that is no probability, such as 0. Metrics of one's own get what the network gives.
+
+    Args:
+        metrics, weighted_metrics: as `compile` takes them.
+        loss: of the output.
+    """
+
+    def __init__(self, metrics: Any, weighted_metrics: Any, loss: Any, **kwargs: Any) -> None:
+        super().__init__(metrics, weighted_metrics, **kwargs)
+        self._loss = loss
+
+    def build(self, y_true: Any, y_pred: Any) -> None:
+        super().build(y_true, y_pred)
+        for found in self._flat_metrics + self._flat_weighted_metrics:
+            if found is not None:
+                found.metrics = [
+                    _OnProbabilities(metric, self._loss) if _reads_probabilities(metric) else metric
+                    for metric in found.metrics
+                ]
+
+
+def _reads_probabilities(metric):
+    if type(metric) is keras.metrics.MeanMetricWrapper:
+        return metric._fn in _FUNCTIONS_OF_PROBABILITIES
+    if type(metric) not in _OF_PROBABILITIES or getattr(metric, "from_logits", False):
+        return False
+    settings = metric.get_config()
+    if settings.get("from_logits"):
+        return False
+    given = settings.get("thresholds") if "thresholds" in settings else settings.get("threshold")
+    given = given if isinstance(given, (list, tuple)) else [given]
+    return all(t is None or 0 < t < 1 for t in given) or isinstance(metric, keras.metrics.AUC)
+
+
+class _OnProbabilities(keras.metrics.Metric):
+    """A metric that is given probabilities in place of the outputs."""
+
+    def __init__(self, metric, loss):
+        super().__init__(name=metric.name, dtype=metric.dtype)
+        self.metric = metric
+        self._loss = loss
+
+    @property
+    def _built(self):
+        return getattr(self.metric, "_built", True)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        y_pred = losses.probabilities(self._loss, y_pred)
+        return self.metric.update_state(y_true, y_pred, sample_weight=sample_weight)
+
+    def result(self):
+        return self.metric.result()
+
+    def reset_state(self):
+        self.metric.reset_state()

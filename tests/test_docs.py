@@ -21,6 +21,7 @@ BLOCK = re.compile(
     "page",
     [
         "index.md",
+        "defaults.md",
         "per_layer.md",
         "tutorials/digits.md",
         "tutorials/make_private.md",

@@ -24,6 +24,7 @@ from lipdp.losses.properties import (
     gradient_bound,
     is_known,
     per_example,
+    probabilities,
     readable_targets,
     takes_logits,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "gradient_bound",
     "is_known",
     "per_example",
+    "probabilities",
     "readable_targets",
     "takes_logits",
 ]

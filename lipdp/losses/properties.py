@@ -31,6 +31,7 @@ __all__ = [
     "gradient_bound",
     "is_known",
     "per_example",
+    "probabilities",
     "readable_targets",
     "takes_logits",
 ]
@@ -136,6 +137,53 @@ def takes_logits(loss: Loss) -> bool:
     (True, False)
     """
     return bool(getattr(loss, "takes_logits", getattr(loss, "from_logits", False)))
+
+
+_BINARY = (
+    BinaryCrossentropy,
+    BinaryKR,
+    BinaryHKR,
+    keras_losses.BinaryCrossentropy,
+    keras_losses.BinaryFocalCrossentropy,
+)
+_MULTICLASS = (
+    SparseCategoricalCrossentropy,
+    CategoricalCrossentropy,
+    Focal,
+    LogitAnnealing,
+    EMMA,
+    GloRo,
+    MulticlassHinge,
+    MulticlassKR,
+    MulticlassHKR,
+    keras_losses.SparseCategoricalCrossentropy,
+    keras_losses.CategoricalCrossentropy,
+    keras_losses.CategoricalFocalCrossentropy,
+)
+
+
+def probabilities(loss: Loss, outputs: Any) -> Any:
+    """Probabilities of the classes, from the outputs that a loss is for: what metrics with a
+    threshold of 0.5 read. The outputs themselves, where they are no logits.
+
+    Args:
+        loss: a loss; its temperature multiplies the logits.
+        outputs: `(batch, ..., classes)`.
+
+    >>> outputs = ops.array([[0.0], [20.0]])
+    >>> [float(p) for p in probabilities(BinaryCrossentropy(), outputs)[:, 0]]
+    [0.5, 1.0]
+    >>> probabilities(keras.losses.MeanSquaredError(), outputs) is outputs
+    True
+    """
+    if not isinstance(loss, BoundedLoss) and not takes_logits(loss):
+        return outputs
+    temperature = getattr(loss, "temperature", 1.0)
+    if isinstance(loss, _BINARY):
+        return ops.sigmoid(temperature * outputs)
+    if isinstance(loss, _MULTICLASS):
+        return ops.softmax(temperature * outputs, axis=-1)
+    return outputs
 
 
 _BY_NAME = {

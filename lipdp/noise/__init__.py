@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 
-def make_noise(noise: Any, sampling: Sampling) -> GaussianNoise:
+def make_noise(noise: Any, sampling: Sampling | None) -> GaussianNoise:
     """The noise of a model, as `PrivateModel(noise=)` names it.
 
     Raises:
@@ -34,6 +34,8 @@ def make_noise(noise: Any, sampling: Sampling) -> GaussianNoise:
     named = {"gaussian": GaussianNoise, "secure": SecureNoise}
     if isinstance(noise, str) and noise in named:
         made = named[noise]()
+    elif hasattr(noise, "stream") and sampling is None:
+        raise ValueError(f"`sampling` must be given with noise={noise!r}; they go together.")
     elif hasattr(noise, "stream"):
         made = noise.stream(sampling)
     else:
@@ -41,7 +43,7 @@ def make_noise(noise: Any, sampling: Sampling) -> GaussianNoise:
             f"`noise` must be one of {', '.join(map(repr, named))}, lipdp.BandedNoise(...) or "
             f"lipdp.ToeplitzNoise(...); got {noise!r}."
         )
-    if sampling.whole_run and not made.whole_runs:
+    if sampling is not None and sampling.whole_run and not made.whole_runs:
         raise ValueError(
             f"{sampling!r} accounts for a whole run at once and needs noise=lipdp.ToeplitzNoise(); "
             f"with noise={noise!r} take lipdp.ShuffledEpochs."

@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from accountants import TrainingRun
+from accountants import Use
+from accountants.mechanisms import Mechanism
 from lipdp.rich_text import RichText
 
 __all__ = ["Attained", "ClippedLayer", "Figures", "LayerRow", "WeightRow", "short"]
@@ -152,6 +153,7 @@ class Figures(RichText):
         runs: the runs that spent it.
         planned: whether they are a plan, and nothing has been spent.
         attained: gradients of a sample of the data; not private. None without a sample.
+        uses: the runs that spent it with what else is known of them, for the statement.
     """
 
     network: str
@@ -169,13 +171,15 @@ class Figures(RichText):
     epsilon: float | None
     delta: float | None
     relation: str | None
-    runs: tuple[TrainingRun, ...]
+    runs: tuple[Mechanism, ...]
     planned: bool
     attained: tuple[Attained, ...] | None = None
+    uses: tuple[Use, ...] = ()
 
     def to_dict(self) -> dict:
         """The report as plain lists, numbers and strings, ready for JSON: None for infinities."""
-        values = dataclasses.asdict(dataclasses.replace(self, runs=()))
+        values = dataclasses.asdict(dataclasses.replace(self, runs=(), uses=()))
+        del values["uses"]
         values["runs"] = [run.to_dict() for run in self.runs]
         return _plain(values)
 

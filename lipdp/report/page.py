@@ -1,6 +1,5 @@
 """The report as one HTML page that loads nothing: for a browser, a phone, or print."""
 
-import dataclasses
 import json
 import math
 from html import escape
@@ -57,6 +56,8 @@ def page(report: Figures) -> str:
                 f"alarms.</p>{plots.trade_off(curve)}",
             )
         )
+        if report.uses:
+            parts.append(_section("Statement of differential privacy", _statement(report)))
         parts.append(_what_if(report))
     if report.attained is not None:
         parts.append(_attained(report))
@@ -150,28 +151,43 @@ def _table(report, head, rows, most):
 
 
 def _spent(report):
-    """Epsilon after each part of the runs."""
+    """Epsilon after each part of the runs; queries take no steps."""
     points, done = [(0, 0.0)], []
     for run in report.runs:
         before = sum(r.steps for r in done)
-        for part in range(1, 13):
-            steps = math.ceil(run.steps * part / 12)
-            if before + steps > points[-1][0]:
-                runs = [*done, dataclasses.replace(run, steps=steps)]
-                epsilon = accountants.epsilon(runs=runs, delta=report.delta)
-                points.append((before + steps, float(epsilon)))
+        for count in sorted({math.ceil(run.count * part / 12) for part in range(1, 13)}):
+            part = run.counted(count)
+            epsilon = accountants.epsilon(runs=[*done, part], delta=report.delta)
+            points.append((before + part.steps, float(epsilon)))
         done.append(run)
-    lines = "".join(
-        f"<li>{run.steps} steps, noise multiplier {run.noise_multiplier:.4g}, "
-        f"{escape(repr(run.sampling))} of {run.num_examples} examples</li>"
-        for run in report.runs
-    )
+    lines = "".join(f"<li>{escape(run.words)}</li>" for run in report.runs)
     return f"<ul>{lines}</ul>{plots.epsilon_over_steps(points)}"
+
+
+def _statement(report):
+    """What can be filed, as `accountants.Statement` has it."""
+    statement = accountants.Statement.of(
+        report.uses,
+        report.delta,
+        subject=f"the network {report.network!r}",
+        software=report.uses[-1].about.get("software"),
+        spent=report.epsilon,
+    )
+    parts = []
+    for title, said in statement.paragraphs():
+        parts.append(f"<h3>{escape(title)}</h3>")
+        if isinstance(said, str):
+            parts.append(f"<p>{escape(said)}</p>")
+        else:
+            parts.append(f"<ul>{''.join(f'<li>{escape(item)}</li>' for item in said)}</ul>")
+    return "".join(parts)
 
 
 def _what_if(report):
     """Sliders over a table of epsilons around the last run, where a batch size describes it."""
-    run = report.runs[-1]
+    *_, run = (None, *(run for run in report.runs if run.steps))
+    if run is None:
+        return ""
     size = run.sampling.expected_batch_size(run.num_examples)
     size = int(size) if size.is_integer() else size
     if run.noise_multiplier == 0 or run.sampling.with_batch_size(size) is None:

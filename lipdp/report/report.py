@@ -74,7 +74,8 @@ class Report(Figures):
             for bound, std, size in zip(bounds, stds, sizes, strict=True)
         ]
         planned = runs is not None
-        runs = tuple(runs if planned else model.spending.runs)
+        uses = () if planned else tuple(model.spending.uses)
+        runs = tuple(runs if planned else [use.run for use in uses])
         if delta is None and model.budget is not None:
             delta = model.budget.delta
         epsilon = None if delta is None else model.spending.epsilon(runs, delta)
@@ -113,6 +114,7 @@ class Report(Figures):
             runs=runs,
             planned=planned,
             attained=attained,
+            uses=uses,
         )
 
     def to_html(self, path: str | os.PathLike[str]) -> None:

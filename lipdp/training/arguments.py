@@ -10,7 +10,9 @@ from accountants.sampling import Sampling
 from accountants.validation import check_number
 from lipdp import losses
 from lipdp.data.augmentation import Augmentation
-from lipdp.inspection.check import final_activation
+from lipdp.inspection.check import check_trainable, final_activation
+from lipdp.training.clipping import PerLayerClip
+from lipdp.training.defaults import CERTIFIED_CLIP
 
 __all__ = [
     "check_augmentation",
@@ -19,6 +21,7 @@ __all__ = [
     "check_loss_bound",
     "check_max_sample_weight",
     "check_optimizer",
+    "default_clip",
     "warn_of_monitors",
 ]
 
@@ -39,6 +42,25 @@ def check_augmentation(augmentation: Any, network: keras.Model) -> Augmentation 
     if len(network.inputs) > 1:
         raise ValueError("`augmentation` is for networks with one input.")
     return augmentation
+
+
+def default_clip(network: keras.Model, left_open: bool) -> PerLayerClip | float | None:
+    """The clip of a network that none was said for: None where its bounds are certified.
+
+    A network that has no layer of lipdp, and no certified bounds, clips layer by layer.
+
+    Args:
+        network: what is to be trained.
+        left_open: whether the sampling is to be chosen, too, and the noise with it.
+    """
+    if isinstance(network, keras.Model):
+        kinds = {type(layer).__module__ for layer in network._flatten_layers()}
+        if not any(kind.startswith("lipdp.") for kind in kinds):
+            try:
+                check_trainable(network)
+            except (TypeError, ValueError):
+                return PerLayerClip()
+    return CERTIFIED_CLIP if left_open else None
 
 
 def check_head(network: keras.Model, loss: losses.Loss) -> None:

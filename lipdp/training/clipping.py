@@ -268,7 +268,7 @@ class PerLayerClip:
     """
 
     threshold: float | Mapping[str, float] | None = None
-    quantile: float = 0.5
+    quantile: float = 0.7
     initial: float = 0.05
     learning_rate: float = 0.2
     count_noise_multiplier: float | None = None

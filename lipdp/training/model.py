@@ -22,6 +22,7 @@ from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.data.opening import held_out
 from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import as_graph, check_trainable, check_units
+from lipdp.metrics import MetricsOfLogits
 from lipdp.noise import SecureNoise, make_noise
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
@@ -33,14 +34,17 @@ from lipdp.training.arguments import (
     check_loss_bound,
     check_max_sample_weight,
     check_optimizer,
+    default_clip,
     warn_of_monitors,
 )
 from lipdp.training.attained import attained_gradients
 from lipdp.training.clipping import AdaptiveClip, PerLayerClip, check_clip, clip_state
+from lipdp.training.defaults import default_loss, default_optimizer
 from lipdp.training.history import History
 from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
 from lipdp.training.spending import Spending, Spent, certificates
+from lipdp.training.statements import circumstances, statement_of
 from lipdp.training.trial import over_positions, try_loss
 
 __all__ = ["PrivateModel"]
@@ -82,10 +86,12 @@ class PrivateModel(keras.Model):
         noise_multiplier: std of the noise over the sensitivity.
         sampling: how batches are drawn: `lipdp.PoissonSampling(batch_size)`, `TruncatedPoisson`,
             `FixedSize`, `RandomAllocation`, `ShuffledEpochs` or `FullBatch`, each accounted as it
-            is drawn; `CyclicPoisson` or `FixedEpochs` for correlated noise.
+            is drawn; `CyclicPoisson` or `FixedEpochs` for correlated noise. By default Poisson
+            batches whose size is chosen at the first `fit`; `plan` then says what was chosen.
         clip: largest norm of an example's loss gradient, or `lipdp.AdaptiveClip(...)`. By
             default the loss' own bound; a loss without one needs a clip. Or
             `lipdp.PerLayerClip(...)`: each layer clips its own gradient, and none needs a bound.
+            That is the default for a network that has no layer of lipdp and no certified bounds.
         augmentation: `lipdp.Augmentation(layers, views)`: random views of each example.
         physical_batch_size: most rows that are computed at once: a drawn batch is split into
             pieces of this size, whose gradients are summed before the noise, once. Same result,
@@ -160,18 +166,22 @@ class PrivateModel(keras.Model):
             lambda: certificates(self.network),
             History(lambda: self.network._flatten_layers()),
         )
-        if not isinstance(sampling, Sampling):
+        if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(
                 "`sampling` must say how batches are drawn, for instance "
                 f"lipdp.PoissonSampling(batch_size=256); got {sampling!r}."
             )
-        self.sampling = sampling
+        self.sampling = sampling  # None: chosen at the first `fit`
         self.noise = make_noise(noise, sampling)
         if seed is not None and isinstance(self.noise, SecureNoise):
             raise ValueError(
                 f"noise='secure' cannot be repeated: leave `seed` out; got seed={seed!r}."
             )
-        self.clip = check_clip(clip)
+        self.plan = None
+        self.chosen_epochs = None  # together with the sampling
+        self._left_open = sampling is None and clip is None
+        clip = default_clip(network, self._left_open) if clip is None else check_clip(clip)
+        self.clip = clip
         if self.noise.correlated and getattr(clip, "adaptive", False):
             raise ValueError(
                 "`clip` must be fixed with correlated noise, a number or "
@@ -216,7 +226,7 @@ class PrivateModel(keras.Model):
         self._open_batch = None
         self._held_weights = None  # those that steps rely on, as the last one left them
         self.built = True
-        before = sum(run.steps for run in self.spending.beside_ledger)
+        before = sum(use.run.steps for use in self.spending.beside_ledger)
         if before:
             warnings.warn(
                 f"This network was trained privately before, in {before} steps that count: "
@@ -249,7 +259,7 @@ class PrivateModel(keras.Model):
 
     def compile(
         self,
-        optimizer: str | keras.optimizers.Optimizer = "rmsprop",
+        optimizer: str | keras.optimizers.Optimizer | None = None,
         loss: str | losses.Loss | None = None,
         metrics: list | None = None,
         weighted_metrics: list | None = None,
@@ -261,7 +271,9 @@ class PrivateModel(keras.Model):
         """Configures training, as Keras' `compile` does.
 
         Args:
-            optimizer: any Keras optimizer or its name. It sees noisy gradients only.
+            optimizer: any Keras optimizer or its name. It sees noisy gradients only. By default SGD
+                with momentum and averaged weights, whose learning rate is chosen in `fit`, when
+                the noise is known, and decays to zero.
             loss: a name (cross-entropies are those on logits), a Keras loss or a function
                 `(y_true, y_pred)`. Its reduction is ignored: an example's loss is the mean over
                 its positions. Without a known gradient bound it needs a `clip`.
@@ -282,10 +294,13 @@ class PrivateModel(keras.Model):
             raise RuntimeError("This model is training: end the run before compile(...).")
         if self.units is not None:
             self.units = check_units(self.network)  # of the weights that are trained now
-        loss = losses.get(loss)
+        certified = self._left_open and self.units is None
+        loss = default_loss(loss) if certified else losses.get(loss)
         check_head(self.graph, loss)
         max_sample_weight = check_max_sample_weight(max_sample_weight)
-        optimizer = check_optimizer(optimizer, self.network)
+        optimizer = check_optimizer(
+            default_optimizer() if optimizer is None else optimizer, self.network
+        )
         bound = check_loss_bound(loss, self.graph, self.clip)
         try_loss(loss, self.graph.output_shape[1:])
         if jit_compile == "auto":
@@ -300,6 +315,8 @@ class PrivateModel(keras.Model):
             jit_compile=jit_compile,
             auto_scale_loss=False,
         )
+        if metrics is not None or weighted_metrics is not None:
+            self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
@@ -311,7 +328,7 @@ class PrivateModel(keras.Model):
         self,
         x: Any = None,
         y: Any = None,
-        epochs: int = 1,
+        epochs: int | None = None,
         verbose: str | int = "auto",
         callbacks: Any = None,
         validation_data: Any = None,
@@ -329,7 +346,8 @@ class PrivateModel(keras.Model):
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
         Training ends before the step that would overspend the budget. A further call goes on
-        from what has been spent.
+        from what has been spent, with the sampling of the first. A learning rate that was left
+        open is chosen anew for each call, and decays to zero over its steps.
 
         Args:
             x: inputs, an array `(examples, ...)`, finite; for several inputs a dict by their names
@@ -339,14 +357,16 @@ class PrivateModel(keras.Model):
                 order must not depend on what the examples hold); or anything with `len()` whose
                 items are pairs `(x, y)`, of which only drawn ones are read, in another thread.
             y: targets, one array `(examples, ...)`.
-            epochs, verbose, callbacks, validation_*, initial_epoch: as in Keras. What may be
+            epochs: passes over the data, on average; by default as many as were chosen together
+                with the sampling, and one where the sampling was given.
+            verbose, callbacks, validation_*, initial_epoch: as in Keras. What may be
                 endless, such as a generator, needs `validation_steps`.
             steps_per_epoch: steps an epoch, where the scheme does not fix them.
             sample_weight: `(examples,)`, each from 0 to compile's `max_sample_weight`, and made of
                 public knowledge or of its own example: the gradient of an example, once clipped,
                 is multiplied by its weight.
             class_weight: `{label: weight}` of public constants; not counted in the private labels.
-            batch_size: that of `sampling`, where it is given at all.
+            batch_size: that of `sampling`; where none was given, of Poisson batches.
             validation_split: share of the arrays' last rows that is evaluated on. They are not
                 trained on, and no part of the examples that ε is about.
             shuffle: True: `sampling` says how batches are drawn.
@@ -360,8 +380,9 @@ class PrivateModel(keras.Model):
             TypeError, ValueError: data or arguments that cannot be trained on, or metrics or
                 validation data that do not fit; nothing is spent.
         """
-        epochs = check_integer(epochs, "epochs")
         initial_epoch = check_integer(initial_epoch, "initial_epoch", least=0)
+        if epochs is not None:
+            epochs = max(0, check_integer(epochs, "epochs") - initial_epoch)
         if isinstance(validation_freq, (list, tuple)):
             validation_freq = [check_integer(epoch, "validation_freq") for epoch in validation_freq]
         else:
@@ -370,34 +391,37 @@ class PrivateModel(keras.Model):
             check_integer(validation_batch_size, "validation_batch_size")
         if validation_steps is not None:
             check_integer(validation_steps, "validation_steps")
-        check_keras_batches(batch_size, shuffle, self.sampling)
+        sampling = self.sampling
+        if sampling is None and batch_size is not None:
+            sampling = accountants.PoissonSampling(batch_size)
+        check_keras_batches(batch_size, shuffle, sampling)
         if validation_split:
             if validation_data is not None:
                 raise ValueError("`validation_split` and `validation_data` cannot both be given.")
             (x, y, sample_weight), validation_data = held_out(x, y, sample_weight, validation_split)
-        planned = max(0, epochs - initial_epoch)
         warn_of_monitors(callbacks)
         with self._running(
-            *(x, y, planned, steps_per_epoch, sample_weight, class_weight),
+            *(x, y, epochs, steps_per_epoch, sample_weight, class_weight),
             self.steps_per_execution,
             (validation_data, validation_batch_size, validation_steps),
+            sampling=sampling,
         ) as batches:
             if validation_data is not None and self.devices.processes > 1:
                 raise ValueError(
                     "`validation_data` is for one process; with several, save the network and "
                     "evaluate it by itself."
                 )
-            run = self.spending.run
+            run, epochs = self.spending.run, self._plan.epochs
             if run.limited:
                 warnings.warn(
-                    f"The budget allows {run.allowed} of the {len(batches) * planned} steps that "
+                    f"The budget allows {run.allowed} of the {len(batches) * epochs} steps that "
                     "were asked for; training will end there.",
                     stacklevel=2,
                 )
             with steps.backend().keep_weights(self):
                 history = super().fit(
                     steps.backend().keras_batches(self, batches),
-                    epochs=epochs,
+                    epochs=initial_epoch + epochs,
                     verbose=verbose,
                     callbacks=callbacks,
                     validation_data=self._plan.validation_data,
@@ -408,7 +432,10 @@ class PrivateModel(keras.Model):
                     shuffle=False,
                 )
             if self.optimizer.use_ema:
-                # Keras averages weights as they are before their projection.
+                # Keras averages weights as they are before their projection. On JAX it also lets a
+                # weight and its average share memory, which the next run could not give away twice.
+                for variable in self.network.trainable_variables:
+                    variable.assign(ops.copy(variable.value))
                 project(self.network.trainable_variables)
             return history
 
@@ -416,7 +443,7 @@ class PrivateModel(keras.Model):
         self,
         x: Any,
         y: Any,
-        epochs: int = 1,
+        epochs: int | None = None,
         steps_per_epoch: int | None = None,
         sample_weight: Any = None,
         class_weight: dict[int, float] | None = None,
@@ -432,10 +459,11 @@ class PrivateModel(keras.Model):
         Raises:
             RuntimeError: a batch was left out, and the scheme counts on steps in their order.
         """
-        epochs = check_integer(epochs, "epochs")
+        if epochs is not None:
+            epochs = check_integer(epochs, "epochs")
         data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight)
         with self._running(*data) as drawn:
-            for _ in range(epochs):
+            for _ in range(self._plan.epochs):
                 drawn.on_epoch_begin()
                 for index in range(len(drawn)):
                     if self.spending.run.allowed <= self.spending.run.paid:
@@ -575,7 +603,23 @@ class PrivateModel(keras.Model):
         Raises:
             ValueError: no delta, and no budget to take it from.
         """
-        return self.spending.spent(delta, self.sampling)
+        sampling = accountants.PoissonSampling(1) if self.sampling is None else self.sampling
+        return self.spending.spent(delta, sampling)
+
+    def statement(self, delta: float | None = None) -> accountants.Statement:
+        """What can be filed about the privacy of this network: who is protected, how far, from
+        what, and what is not covered. With a ledger: of all that is in it.
+
+        Args:
+            delta: by default the budget's.
+
+        Returns:
+            `accountants.Statement`: print it, or take `to_dict()`.
+
+        Raises:
+            ValueError: no delta, and no budget to take it from.
+        """
+        return statement_of(self, delta)
 
     def save(self, filepath: Any, overwrite: bool = True, zipped: bool | None = None) -> None:
         """Saves the network, which is what a run is for; `ModelCheckpoint` does so, too.
@@ -613,6 +657,10 @@ class PrivateModel(keras.Model):
         """
         if self.private_loss is None:
             raise RuntimeError("Call compile(...) first: the bounds start at the loss.")
+        if self.sampling is None and expected_batch_size is None:
+            raise RuntimeError(
+                "The sampling is chosen at the first fit(...). Before, give `expected_batch_size`."
+            )
         if sample is not None:
             if not isinstance(sample, tuple) or len(sample) != 2:
                 raise TypeError(f"`sample` must be a pair (x, y); got {type(sample).__name__}.")
@@ -634,9 +682,18 @@ class PrivateModel(keras.Model):
         """The file that keeps what was spent."""
         return self.spending.ledger
 
+    def take_sampling(self, sampling: Sampling) -> None:
+        """Settles the sampling that was left open, after `_check_settings`."""
+        self.sampling = sampling
+        self.settings = settings_of(self)
+
     @contextlib.contextmanager
-    def _running(self, *data: Any) -> Iterator[DrawnBatches]:
-        """Plans a run, as `make_plan` does, and keeps it open while the scope lasts."""
+    def _running(self, *data: Any, sampling: Sampling | None = None) -> Iterator[DrawnBatches]:
+        """Plans a run, as `make_plan` does, and keeps it open while the scope lasts.
+
+        Where planning fails, a sampling that was left open stays open: what was chosen for the data
+        of a call that failed is not for those of the next.
+        """
         if self.private_loss is None:
             raise RuntimeError("Call compile(optimizer, loss) before training.")
         if self.spending.run is not None:
@@ -645,14 +702,18 @@ class PrivateModel(keras.Model):
                 "left, call model.end_run()."
             )
         self._check_settings()
+        before = self.sampling, self.settings, self.chosen_epochs
         try:
+            if self.sampling is None and sampling is not None:
+                self.take_sampling(sampling)
             plan = make_plan(self, *data)
         except BaseException:
             self.spending.settle()
+            self.sampling, self.settings, self.chosen_epochs = before
             raise
         try:
             self._follow(plan)
-            self.spending.begin(plan.run)
+            self.spending.begin(plan.run, circumstances(self))
             self._plan = plan
             yield plan.batches
         finally:
@@ -677,7 +738,11 @@ class PrivateModel(keras.Model):
     def _follow(self, plan: Plan) -> None:
         """Takes over what is planned; a train function that was compiled for other steps goes."""
         now = plan.step, plan.devices, plan.steps_per_call
-        if now != (self.step, self.devices, self._steps_per_call) or plan.new_memory:
+        before = self.step, self.devices, self._steps_per_call
+        # A learning rate that was chosen is a constant of the compiled step.
+        new_rate = plan.training is not None and not plan.training.own_optimizer
+        if now != before or plan.new_memory or new_rate:
             self.train_function = None
         self.step, self.devices, self._steps_per_call = now
+        self.plan = plan.training
         self.fits += 1

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from accountants import TrainingRun
+from accountants.queries import mechanism_from_dict
 from accountants.validation import check_integer
 from lipdp import losses
 from lipdp.bounds.projections import Projection
@@ -28,8 +28,14 @@ from lipdp.inputs import input_names, like_inputs
 from lipdp.inspection.check import check_trainable, check_units
 from lipdp.noise import resolve_allocation
 from lipdp.training import steps
+from lipdp.training.defaults import PlannedDecay, TrainingPlan, choose_batches
 from lipdp.training.spending import ActiveRun
-from lipdp.training.steps.private_step import PrivateStep, StepConstants
+from lipdp.training.steps.private_step import (
+    PrivateStep,
+    StepConstants,
+    noise_of_weights,
+    sensitivities,
+)
 from lipdp.training.trial import (
     try_augmentation,
     try_loss,
@@ -38,7 +44,15 @@ from lipdp.training.trial import (
     try_validation,
 )
 
-__all__ = ["Plan", "allocation_of", "make_plan", "run_fingerprint", "step_of"]
+__all__ = [
+    "Plan",
+    "allocation_of",
+    "constants_of",
+    "make_plan",
+    "run_fingerprint",
+    "step_of",
+    "training_plan",
+]
 
 
 # A row that occurs so often is asked about.
@@ -61,6 +75,8 @@ class Plan:
         validation_data: as `try_validation` gives them back.
         frozen: of the weights whose norms were measured for this run, by their numbers among the
             non-trainable variables, a digest of the value.
+        epochs: how many.
+        training: what was chosen, and why, where the sampling or the learning rate was.
     """
 
     step: PrivateStep
@@ -73,6 +89,8 @@ class Plan:
     non_trainable_variables: list
     validation_data: Any
     frozen: dict[int, str]
+    epochs: int
+    training: TrainingPlan | None
 
     def relied_on(self, trainable: list, non_trainable: list) -> list:
         """What a step relies on to be inside or as it was, of the variables or of their values."""
@@ -103,7 +121,7 @@ def make_plan(
     model: Any,
     x: Any,
     y: Any,
-    epochs: int,
+    epochs: int | None,
     steps_per_epoch: int | None = None,
     sample_weight: Any = None,
     class_weight: dict[int, float] | None = None,
@@ -114,7 +132,8 @@ def make_plan(
 
     Args:
         model: the model.
-        x, y, epochs, steps_per_epoch, sample_weight, class_weight: as for `fit`.
+        x, y, epochs, steps_per_epoch, sample_weight, class_weight: as for `fit`. Without epochs
+            there are as many as are chosen together with the sampling, or one.
         steps_per_call: how many steps run, and are paid for, together.
         validation: data that `fit` evaluates, its batch size, and how many batches.
 
@@ -128,7 +147,9 @@ def make_plan(
     devices = backend.devices(model)
     all_gather = functools.partial(backend.all_gather, model)
 
-    examples, weights = _open_data(model, x, y, sample_weight, class_weight, devices)
+    examples, weights, epochs = _open_data(
+        model, x, y, epochs, sample_weight, class_weight, devices
+    )
     per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
     frozen_norms, digests = _check_network(model, examples)
     with backend.scope(model):  # metrics have variables, which are made here
@@ -139,7 +160,11 @@ def make_plan(
     planned = per_epoch * epochs
     noise_constants = model.noise.plan(model.sampling, len(examples), planned)
     run = model.spending.plan(model.sampling, len(examples), planned, per_epoch, steps_per_call)
-    step = step_of(model, _constants(model, len(examples), noise_constants, frozen_norms))
+    step = step_of(model, constants_of(model, len(examples), noise_constants, frozen_norms))
+    training = None
+    if model.chosen_epochs or isinstance(model.optimizer._learning_rate, PlannedDecay):
+        training = training_plan(model, step, len(examples), epochs, run.allowed)
+        _settle_rate(model.optimizer, training)
     with backend.scope(model):
         new_memory = model.noise.begin(model.network.trainable_variables)
 
@@ -182,7 +207,56 @@ def make_plan(
             for i, v in enumerate(model.non_trainable_variables)
             if id(v) in digests
         },
+        epochs,
+        training,
     )
+
+
+def training_plan(
+    model: Any, step: PrivateStep, num_examples: int, epochs: int, steps: int
+) -> TrainingPlan:
+    """What was chosen for a run of so many steps, once the noise of a step is known."""
+    stds, scales = noise_of_weights(step)
+    divisor, sizes = step.constants.expected_batch_size, []
+    square = 0.0
+    for std, scale, variable in zip(stds, scales, step.network.trainable_variables, strict=True):
+        sizes.append(math.prod(variable.shape))
+        std = float(std) / (divisor if scale is None else divisor * float(scale))
+        square += sizes[-1] * std * std
+    groups = sensitivities(step)
+    if step.units is None:
+        largest = math.sqrt(sum(float(bound) ** 2 for bound, _ in groups))
+    else:
+        largest = math.sqrt(len(groups))  # in units of the thresholds
+    inputs = sum(math.prod(n or 1 for n in t.shape[1:]) for t in step.network.inputs)
+    noise = math.sqrt(square)
+    return TrainingPlan(
+        way="certified" if step.units is None else "per layer",
+        num_examples=num_examples,
+        budget=model.budget,
+        sampling=model.sampling,
+        epochs=epochs,
+        steps=steps,
+        noise_multiplier=model.noise_multiplier,
+        weights=sum(sizes),
+        layers=len(groups),
+        noise_norm=noise,
+        signal=largest * math.sqrt(steps) / noise if noise else math.inf,
+        linear_weights=inputs * (step.network.output_shape[-1] or 1),
+        own_optimizer=not isinstance(model.optimizer._learning_rate, PlannedDecay),
+    )
+
+
+def _settle_rate(optimizer, training):
+    """Gives the optimizer the learning rate that was left to be chosen, and warns of a run that
+    is hopeless.
+    """
+    if not training.own_optimizer:
+        decay = optimizer._learning_rate
+        decay.rate, decay.steps = training.learning_rate, max(1, training.steps)
+        decay.start = int(optimizer.iterations)
+    if training.hopeless:
+        warnings.warn(training.hopeless, stacklevel=2)
 
 
 def step_of(model: Any, constants: StepConstants | None = None) -> PrivateStep:
@@ -267,9 +341,16 @@ def _check_network(model, examples):
     return frozen_norms, {id(v): digest(ops.convert_to_numpy(v)) for v, *_ in noted}
 
 
-def _open_data(model, x, y, sample_weight, class_weight, devices):
-    """The source of the examples, and the weight of each."""
-    examples = open_source(x, y, model.graph, stream=model.sampling.streamable)
+def _open_data(model, x, y, epochs, sample_weight, class_weight, devices):
+    """The source of the examples, the weight of each, and how many epochs there are to be."""
+    sampling = model.sampling
+    in_order = sampling is not None and sampling.streamable
+    examples = open_source(x, y, model.graph, stream=in_order)
+    if sampling is None:
+        sampling, model.chosen_epochs = choose_batches(len(examples), epochs)
+        model.take_sampling(sampling)
+    if epochs is None:
+        epochs = model.chosen_epochs or 1
     losses.check_target_shape(
         model.private_loss, _target_of(examples)[0], model.graph.output_shape[1:]
     )
@@ -282,7 +363,8 @@ def _open_data(model, x, y, sample_weight, class_weight, devices):
         )
     model.sampling.validate(len(examples))
     _warn_of_repeats(examples)
-    return examples, check_weights(sample_weight, class_weight, examples, model.max_sample_weight)
+    weights = check_weights(sample_weight, class_weight, examples, model.max_sample_weight)
+    return examples, weights, epochs
 
 
 def _warn_of_repeats(examples):
@@ -368,10 +450,10 @@ def _follow_chief(spending, all_gather, devices):
         spending.lock()
     runs = broadcast_from_chief(all_gather, devices, [run.to_dict() for run in spending.runs])
     if not devices.chief:
-        spending.follow([TrainingRun.from_dict(run) for run in runs])
+        spending.follow([mechanism_from_dict(run) for run in runs])
 
 
-def _constants(model, examples, noise_constants, frozen_norms):
+def constants_of(model, examples, noise_constants, frozen_norms):
     """The numbers of every step, once the noise multiplier is known."""
     clip, noise = model.clip_state, model.noise
     divisor = model.sampling.expected_batch_size(examples)

@@ -4,15 +4,17 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import keras
 import numpy as np
 
 import accountants
-from accountants import Budget, LedgerError, TrainingRun
+from accountants import Budget, LedgerError, TrainingRun, Use
 from accountants.accounting import resolve_relation
 from accountants.ledger import LedgerEntry
+from accountants.mechanisms import Mechanism
 from accountants.sampling import Sampling
 from lipdp.bounds import norms
 from lipdp.bounds.projections import Projection
@@ -88,19 +90,25 @@ class Spending:
     # --- what has been spent ------------------------------------------------------------------
 
     @property
-    def runs(self) -> list[TrainingRun]:
-        """All that was paid for so far."""
+    def runs(self) -> list[Mechanism]:
+        """All that was paid for so far, and the ledger's queries."""
+        return [use.run for use in self.uses]
+
+    @property
+    def uses(self) -> list[Use]:
+        """The `runs`, each with what else is known of it."""
         if self.run is not None:
             # The file holds what the open run reserved; what it paid for is what counts.
-            return [*self.run.earlier, *([self.run.spent] if self.run.paid else [])]
+            return [*self.run.earlier_uses, *([self.run.use] if self.run.paid else [])]
         if self._followed is not None:
             return list(self._followed)
         entries = self._entries()
         self._check_own(entries)
-        return [*self._beside(entries), *(e.run for e in entries if e.run.steps)]
+        kept = [Use(e.run, e.about, e.settled) for e in entries if e.run.count]
+        return [*self._beside(entries), *kept]
 
     @property
-    def beside_ledger(self) -> list[TrainingRun]:
+    def beside_ledger(self) -> list[Use]:
         """What trained the network and is not in the ledger's file."""
         reads = self.ledger is not None and any(True for _ in self._history)
         return self._beside(self._entries() if reads else ())
@@ -114,7 +122,7 @@ class Spending:
 
     def _beside(self, entries):
         written = {entry.run_id for entry in entries}
-        return [run.spent for run in self._history if run.paid and run.run_id not in written]
+        return [run.use for run in self._history if run.paid and run.run_id not in written]
 
     def epsilon(self, runs: Sequence[TrainingRun], delta: float) -> float:
         """Epsilon of the runs; the randomised certificates are paid for out of delta.
@@ -146,7 +154,7 @@ class Spending:
             delta = self.budget.delta
         runs = self.runs
         if runs:
-            _warn_of_delta(delta, max(run.num_examples for run in runs))
+            _warn_of_delta(delta, max((run.num_examples for run in _training(runs)), default=0))
         epsilon = self.epsilon(runs, delta)
         relation = resolve_relation(runs, None) if runs else sampling.relations[0]
         return Spent(float(epsilon), float(delta), relation, sum(run.steps for run in runs))
@@ -187,7 +195,8 @@ class Spending:
         """
         try:
             self.lock()
-            prior = self.runs
+            uses = self.uses
+            prior = [use.run for use in uses]
             run = TrainingRun(0.0, sampling, num_examples, planned)
             if self.budget is not None:
                 _warn_of_delta(self.budget.delta, num_examples)
@@ -198,7 +207,7 @@ class Spending:
             allowed -= allowed % group
             if planned and allowed == 0:
                 raise BudgetExceeded(self._exceeded())
-            return ActiveRun(prior, run, allowed, allowed < planned, per_epoch, self._writer)
+            return ActiveRun(uses, run, allowed, allowed < planned, per_epoch, self._writer)
         except BaseException:
             self.settle()
             raise
@@ -242,10 +251,11 @@ class Spending:
         Here nothing is written from now on.
         """
         self.ledger = None
-        self._followed = list(runs)
+        self._followed = [Use(run) for run in runs]
 
-    def begin(self, run: "ActiveRun") -> None:
-        """Opens a planned run."""
+    def begin(self, run: "ActiveRun", about: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Opens a planned run; `about` is what statements say of it."""
+        run.about = about
         self.run = run  # first: an interrupt while the ledger opens leaves something to close
         try:
             run.open()
@@ -288,11 +298,12 @@ class Spending:
                 )
             if self.run.limited and self.run.paid + steps > self.run.allowed:
                 raise BudgetExceeded(self._exceeded())
-        elif self.budget is not None and self.noise_multiplier is not None and self.runs:
+        elif self.budget is not None and self.noise_multiplier is not None:
             runs = self.runs
-            more = dataclasses.replace(runs[-1], steps=runs[-1].steps + 1)
-            if self.epsilon([*runs[:-1], more], self.budget.delta) > self.budget.epsilon:
-                raise BudgetExceeded(self._exceeded())
+            for last in _training(runs)[-1:]:
+                runs[runs.index(last)] = last.counted(last.steps + 1)
+                if self.epsilon(runs, self.budget.delta) > self.budget.epsilon:
+                    raise BudgetExceeded(self._exceeded())
 
     def pay(self, steps: int = 1) -> None:
         """Pays for steps, before they run.
@@ -313,7 +324,7 @@ class Spending:
         try:
             if run is not None:
                 if run.paid and self._followed is not None:
-                    self._followed.append(run.spent)
+                    self._followed.append(run.use)
                 elif run.paid and run.run_id is not None:
                     self._own[run.run_id] = run.paid
                 run.close()
@@ -349,7 +360,9 @@ class ActiveRun:
     """A run of steps that is paid for one by one."""
 
     def __init__(self, earlier, constants, allowed, limited, per_epoch, writer):
-        self.earlier = earlier
+        self.earlier_uses = earlier
+        self.earlier = [use.run for use in earlier]
+        self.about = {}
         self.constants = constants
         self.allowed = allowed  # steps that may be paid for
         self.limited = limited  # whether that is the budget's word, or just the plan
@@ -362,11 +375,17 @@ class ActiveRun:
 
     def open(self):
         if self._writer is not None:
-            self._entry = self._writer.open_run(self.constants, max_steps=self.allowed)
+            self._entry = self._writer.open_run(
+                self.constants, max_steps=self.allowed, about=self.about
+            )
 
     @property
     def spent(self):
         return dataclasses.replace(self.constants, steps=self.paid)
+
+    @property
+    def use(self):
+        return Use(self.spent, self.about)
 
     @property
     def run_id(self):
@@ -383,6 +402,11 @@ class ActiveRun:
             self._entry.close()
         elif self._writer is not None:
             self._writer.close()
+
+
+def _training(runs):
+    """The training runs among what was paid for."""
+    return [run for run in runs if isinstance(run, TrainingRun)]
 
 
 def certificates(network: keras.Model) -> int:

@@ -234,6 +234,9 @@ def try_metrics(model: Any, target: tuple[Sequence[int], Any]) -> None:
     others |= set(map(id, model.weights))
     for metric in metrics.metrics:
         try:
+            if not getattr(metric, "_built", True):  # makes its variables in its first update
+                metric.update_state(y, z, sample_weight=np.zeros(_ROWS, "float32"))
+                metric.reset_state()
             # A metric owns what is in an attribute of it, also a weight of the network.
             _try_metric(metric, y, z, [v for v in metric.variables if id(v) not in others])
         except _Assigns as error:

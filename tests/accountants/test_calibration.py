@@ -1,14 +1,17 @@
+import math
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from accountants import (
     FixedSize,
     FullBatch,
     PoissonSampling,
+    Query,
     RandomAllocation,
     ShuffledEpochs,
     TrainingRun,
@@ -19,7 +22,9 @@ from accountants import (
     calibrate_steps,
     calibration,
     epsilon,
+    tradeoff,
 )
+from accountants.sampling import SCHEMES
 
 N = 60_000
 
@@ -230,3 +235,94 @@ def test_import_is_light():
         "assert not {'keras', 'tensorflow', 'jax', 'dp_accounting', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- to the risk of an attack ---------------------------------------------------------------------
+
+
+def gaussian_noise(steps, advantage=None, tpr=None, at_fpr=None):
+    """In closed form, of full batches: the trade-off of N(μ, 1) against N(0, 1)."""
+    if advantage is not None:
+        return math.sqrt(steps) / (2 * special.ndtri((1 + advantage) / 2))
+    return math.sqrt(steps) / (special.ndtri(tpr) - special.ndtri(at_fpr))
+
+
+RISKS = [
+    {"advantage": 0.01},
+    {"advantage": 0.3},
+    {"advantage": 0.99},
+    {"tpr": 0.02, "at_fpr": 0.01},
+    {"tpr": 0.9, "at_fpr": 1e-4},
+]
+
+
+def risk(curve, advantage=None, tpr=None, at_fpr=None):
+    return curve.advantage if tpr is None else curve.true_positive_rate(at_fpr)
+
+
+def goal(risk):
+    return risk.get("advantage", risk.get("tpr"))
+
+
+@pytest.mark.parametrize("target", RISKS)
+def test_the_risk_of_the_gaussian_has_a_closed_form(target):
+    for steps in (1, 100):
+        found = calibrate_noise_multiplier(
+            sampling=FullBatch(), num_examples=N, steps=steps, **target
+        )
+        least = gaussian_noise(steps, **target)
+        assert least * (1 - 1e-9) <= found <= least * 1.0006
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, {"advantage": 0.1}) for name in SCHEMES]
+    + [(name, {"tpr": 0.1, "at_fpr": 0.05}) for name in ("poisson", "random_allocation")],
+)
+def test_the_risk_of_every_scheme_is_kept_to(name, target):
+    run = {"sampling": SCHEMES[name].example(), "num_examples": 200, "steps": 8}
+    found = calibrate_noise_multiplier(**target, **run)
+    assert risk(tradeoff(noise_multiplier=found, **run), **target) <= goal(target)
+    assert risk(tradeoff(noise_multiplier=found * (1 - 1e-3), **run), **target) > goal(target)
+
+
+def test_the_risk_counts_what_was_spent_before():
+    prior = [TrainingRun(30.0, FullBatch(), N, 10), Query(description="a", laplace=30.0)]
+    common = {"advantage": 0.1, "num_examples": N, "sampling": PoissonSampling(600), "steps": 50}
+    found = calibrate_noise_multiplier(**common, prior=prior)
+    assert found > calibrate_noise_multiplier(**common)
+    run = TrainingRun(found, PoissonSampling(600), N, 50)
+    assert 0.0999 < tradeoff(runs=[*prior, run]).advantage <= 0.1
+    with pytest.raises(ValueError, match="an advantage of 0.0[0-9]+, more than.*advantage=0.01"):
+        calibrate_noise_multiplier(**(common | {"advantage": 0.01}), prior=prior)
+
+
+def test_less_noise_than_an_epsilon_that_implies_the_risk():
+    common = {"sampling": PoissonSampling(600), "num_examples": N, "steps": 1000}
+    found = calibrate_noise_multiplier(advantage=0.1, **common)
+    # (ε, δ) implies an advantage of (e^ε - 1 + 2δ) / (e^ε + 1): Kairouz et al. 2015.
+    implied = math.log((1.1 - 2e-5) / 0.9)
+    assert found < 0.7 * calibrate_noise_multiplier(epsilon=implied, delta=1e-5, **common)
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ({}, TypeError, "one target"),
+        ({"epsilon": 1.0}, TypeError, "epsilon= and delta="),
+        ({"tpr": 0.1}, TypeError, "tpr= and at_fpr="),
+        ({"at_fpr": 0.1}, TypeError, "tpr= and at_fpr="),
+        ({"advantage": 0.1, "epsilon": 1.0, "delta": 1e-5}, TypeError, "one target"),
+        ({"advantage": 0.1, "tpr": 0.1, "at_fpr": 0.01}, TypeError, "one target"),
+        ({"advantage": 0.0}, ValueError, "advantage"),
+        ({"advantage": 1.0}, ValueError, "advantage"),
+        ({"advantage": float("nan")}, ValueError, "advantage"),
+        ({"advantage": "0.1"}, TypeError, "advantage"),
+        ({"tpr": 0.1, "at_fpr": 0.1}, ValueError, "tpr.*above at_fpr=0.1"),
+        ({"tpr": 1.5, "at_fpr": 0.1}, ValueError, "tpr"),
+        ({"tpr": 0.5, "at_fpr": 0.0}, ValueError, "at_fpr"),
+    ],
+)
+def test_there_is_one_target(target, error, message):
+    with pytest.raises(error, match=message):
+        calibrate_noise_multiplier(sampling=FullBatch(), num_examples=N, steps=1, **target)

@@ -80,6 +80,14 @@ def test_calibrate(capsys):
     assert code == 0 and out.startswith("batch_size = ")
 
 
+def test_calibrate_to_a_risk(capsys):
+    run = ["--sampling=full_batch", "--num_examples=100", "--steps=1"]
+    found = as_json(capsys, "calibrate", *run, "--advantage=0.1")
+    assert found["advantage"] == 0.1 and found["noise_multiplier"] == pytest.approx(3.979, rel=1e-3)
+    code, out, _ = command(capsys, "calibrate", *run, "--tpr=0.1", "--at_fpr=0.01")
+    assert code == 0 and out.endswith("for tpr = 0.1 and at_fpr = 0.01\n")
+
+
 def test_ledger(capsys, tmp_path):
     path = str(tmp_path / "spent.ledger")
     code, out, _ = command(capsys, "ledger", path)
@@ -187,7 +195,7 @@ def test_a_broken_ledger(capsys, tmp_path):
         (["epsilon", *RUN, "--steps=1", "more"], "more"),
         (["epsilon", *RUN, "--steps=1", "--sigma=3"], "sigma"),
         (["epsilon", *RUN, "--steps=1", "--accountant=magic"], "accountant"),
-        (["epsilon", *RUN, "--steps=1", "--accountant=exact"], "subsampling"),
+        (["epsilon", *RUN, "--steps=1", "--accountant=exact"], "unsampled"),
         (["epsilon", *RUN, "--steps=1", "--delta=2"], "delta"),
         (["epsilon", *RUN, "--steps=1", "--batch_size=nan"], "batch_size"),
         (["epsilon", *RUN, "--steps=1", "--physical_batch_size=9"], "physical_batch_size"),
@@ -197,6 +205,12 @@ def test_a_broken_ledger(capsys, tmp_path):
         (["calibrate", *RUN, "--epsilon=3", "--steps=1"], "noise_multiplier"),
         (["calibrate", "--epsilon=-3", "--delta=1e-5", "--num_examples=9"], "batch_size"),
         (["calibrate", "--epsilon=3", "--solve_for=magic"], "solve_for"),
+        (["calibrate", "--advantage=0.1", "--epsilon=3"], "--epsilon cannot be given"),
+        (["calibrate", "--advantage=0.1", "--delta=3"], "--delta cannot be given"),
+        (["calibrate", "--advantage=0.1", "--tpr=0.2"], "--advantage cannot be given"),
+        (["calibrate", "--tpr=0.2"], "--at_fpr is needed"),
+        (["calibrate", "--at_fpr=0.2"], "--tpr is needed"),
+        (["calibrate", "--advantage=0.1", "--solve_for=steps"], "--advantage cannot be given"),
         (["ledger"], "PATH"),
         (["ledger", "a", "b"], "PATH"),
         (["ledger", "verify"], "PATH"),

@@ -1,8 +1,18 @@
 import math
 
+import numpy as np
 import pytest
 
-from accountants import PoissonSampling, RandomAllocation, TrainingRun, curves, epsilon
+from accountants import (
+    FixedSize,
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    TrainingRun,
+    curves,
+    epsilon,
+)
+from accountants.accounting import compose
 
 
 def test_the_general_reduction_for_groups():
@@ -41,3 +51,24 @@ def test_runs_added_one_by_one_are_composed_once(monkeypatch):
     # Others in between, that begin otherwise.
     assert epsilon(runs=runs[5:], delta=1e-5) == epsilon(runs=runs[5:], delta=1e-5)
     assert epsilon(runs=runs, delta=1e-5) == found[-1]
+
+
+@pytest.mark.parametrize(
+    ("noise", "sampling"),
+    [(1.0, PoissonSampling(10)), (0.2, PoissonSampling(10)), (0.07, FixedSize(100))],
+)
+def test_many_deltas_are_those_of_each(noise, sampling):
+    run = TrainingRun(noise, sampling, num_examples=1000, steps=40)
+    curve = compose([run], "pld", None).curve
+    epsilons = np.linspace(0.0, curve.epsilon(1e-9), 40)
+    singly = np.array([curve.delta(float(epsilon)) for epsilon in epsilons])
+    together = curve.deltas(epsilons)
+    assert np.all(singly <= together + 1e-18)
+    np.testing.assert_allclose(together, singly, rtol=1e-6, atol=1e-13)
+
+
+def test_one_run_without_noise_leaves_nothing():
+    runs = [TrainingRun(0.0, FullBatch(), 100, 1), TrainingRun(1.0, PoissonSampling(10), 100, 5)]
+    for accountant in ("pld", "rdp"):
+        for order in (runs, runs[::-1]):
+            assert epsilon(runs=order, delta=1e-5, accountant=accountant) == math.inf

@@ -24,8 +24,8 @@ from accountants import (
     ShuffledEpochs,
     TrainingRun,
     epsilon,
-    ledger,
 )
+from accountants.ledger import files, records, writing
 
 MECHANISM = {"noise_multiplier": 1.5, "sampling": PoissonSampling(10), "num_examples": 100}
 
@@ -116,7 +116,7 @@ def test_a_failing_disk_releases_no_step(path, monkeypatch, fault):
             file.write(data)
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(ledger, "_write", broken)
+    monkeypatch.setattr(files, "write", broken)
     with pytest.raises(OSError, match="space"):
         run.pay()
     monkeypatch.undo()
@@ -654,13 +654,13 @@ def test_what_does_not_change_a_file_does_not_stop_a_run(path, harmless):
 def test_a_payment_looks_at_the_file_once(path, monkeypatch):
     """The content is read again where the time stamps cannot tell."""
     looks, reads = [], []
-    real_stat, real_whole = os.stat, ledger._whole
+    real_stat, real_whole = os.stat, files.whole
     run = Ledger(path).open_run(**MECHANISM, reserve=100)
     run.pay()
-    time.sleep(2 * ledger._TICK)
+    time.sleep(2 * writing._TICK)
     run.pay()
     monkeypatch.setattr(os, "stat", lambda p: (looks.append(p), real_stat(p))[1])
-    monkeypatch.setattr(ledger, "_whole", lambda f: (reads.append(f), real_whole(f))[1])
+    monkeypatch.setattr(files, "whole", lambda f: (reads.append(f), real_whole(f))[1])
     for _ in range(50):
         run.pay()
     assert looks == [path] * 50 and reads == []
@@ -756,7 +756,7 @@ def test_a_ledger_is_made_whole_or_not_at_all(path, monkeypatch):
         file.write(data[:11])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(ledger, "_write", broken)
+    monkeypatch.setattr(files, "write", broken)
     with pytest.raises(LedgerError, match="No space"):
         Ledger(path).lock()
     assert os.listdir(os.path.dirname(path)) == []
@@ -770,12 +770,12 @@ OPEN = {
 RESERVE = {"type": "reserve", "steps": 8}
 
 
-def forge(path, *records):
+def forge(path, *lines):
     """A ledger whose checks are right, whatever it says."""
-    data, check = ledger._HEADER, ledger._HEADER_CHECK
-    for record in records:
+    data, check = records.HEADER, records.HEADER_CHECK
+    for record in lines:
         text = record if isinstance(record, bytes) else json.dumps(record).encode()
-        check = ledger._checksum(check, text)
+        check = records.checksum(check, text)
         data += text + b" " + check.encode() + b"\n"
     with open(path, "wb") as file:
         file.write(data)
@@ -817,15 +817,15 @@ FORGED = {
 
 @pytest.mark.parametrize("kind", FORGED)
 def test_forged_lines_are_named(path, kind):
-    records = FORGED[kind]
-    number = len(records) + 1
-    forge(path, *records)
+    lines = FORGED[kind]
+    number = len(lines) + 1
+    forge(path, *lines)
     with pytest.raises(LedgerError, match=f"{path}, line {number}: .*ledger repair {path}"):
         _ = Ledger(path).entries
     with pytest.raises(LedgerError, match=f"line {number}"):
         Ledger(path).lock()
     # With more behind it there is nothing that repairs it.
-    forge(path, *records, OPEN | {"run_id": "later"})
+    forge(path, *lines, OPEN | {"run_id": "later"})
     for action in (lambda: Ledger(path).entries, Ledger(path).repair):
         with pytest.raises(LedgerError, match=f"{path}, line {number}: .*Put back a copy"):
             action()
@@ -839,8 +839,8 @@ def test_forged_seals_are_named(path):
         record = {"type": "torn", "time": OPEN["time"], "steps": steps}
         with open(path, "r+b") as file:
             check = file.read().split()[-1].decode()
-            line, _ = ledger._encode(record | {"sha256": ledger._digest(torn)}, check)
-            file.write(torn + ledger._SEAL + line)
+            line, _ = records.encode(record | {"sha256": records.digest(torn)}, check)
+            file.write(torn + records.SEAL + line)
         if steps == 8:
             assert Ledger(path).steps == 8
         else:
@@ -920,16 +920,16 @@ def without_lock(patch):
 
 
 def without_look(patch):
-    without(patch, ledger.LedgerWriter, "check_unchanged")
+    without(patch, writing.LedgerWriter, "check_unchanged")
 
 
 def without_tick(patch):
     """Size and time stamps alone, trusted at once."""
-    without(patch, ledger, "_TICK", -1.0)
+    without(patch, writing, "_TICK", -1.0)
 
 
 def without_identity(patch):
-    without(patch, ledger, "_identity", lambda found: None)
+    without(patch, files, "identity", lambda found: None)
 
 
 def without_hook(patch):
@@ -937,12 +937,12 @@ def without_hook(patch):
         def add(self, writer):
             pass
 
-    without(patch, ledger, "_WRITERS", Nothing())
+    without(patch, writing, "_WRITERS", Nothing())
 
 
 def without_order(patch):
     """The file is read before it is locked."""
-    read = ledger._whole
+    read = files.whole
 
     def before(path):
         with open(path, "rb", buffering=0) as file:
@@ -950,10 +950,10 @@ def without_order(patch):
         pay(path, 1)
         return content
 
-    opened = ledger._open_locked
+    opened = files.open_locked
     stale = []
-    without(patch, ledger, "_open_locked", lambda p: (stale.append(before(p)), opened(p))[1])
-    without(patch, ledger, "_whole", lambda file: stale.pop() if stale else read(file))
+    without(patch, files, "open_locked", lambda p, *a: (stale.append(before(p)), opened(p, *a))[1])
+    without(patch, files, "whole", lambda file: stale.pop() if stale else read(file))
 
 
 def stale_read(path):
@@ -963,20 +963,20 @@ def stale_read(path):
 
 
 def without_reservation_limit(patch):
-    without(patch, ledger._Entry, "torn_steps", lambda self: 10**9)
+    without(patch, records._Entry, "torn_steps", lambda self: 10**9)
 
 
 def without_integers(patch):
-    without(patch, ledger, "check_integer", lambda value, *args: value)
+    without(patch, records, "check_integer", lambda value, *args: value)
 
 
 def without_names(patch):
-    apply = ledger._State.apply
-    without(patch, ledger._State, "apply", lambda s, *args: (s.names.clear(), apply(s, *args)))
+    apply = records.State.apply
+    without(patch, records.State, "apply", lambda s, *args: (s.names.clear(), apply(s, *args)))
 
 
 def without_whole_files(patch):
-    patch.setattr(ledger.os, "link", lambda draft, path: open(path, "wb").close())
+    patch.setattr(files.os, "link", lambda draft, path: open(path, "wb").close())
 
 
 def seen(change, moment="within a reservation"):
@@ -1013,6 +1013,9 @@ def test_mutants_are_caught(path, monkeypatch, mutant, test):
 # --- interrupts -----------------------------------------------------------------------------------
 
 
+LEDGER = Ledger.open_run.__code__.co_filename
+
+
 class Interrupter:
     """Raises at the n-th line that the ledger executes, wherever that is."""
 
@@ -1020,9 +1023,10 @@ class Interrupter:
         self.left = lines
 
     def __call__(self, frame, event, argument):
-        if frame.f_code.co_filename != ledger.__file__:
+        name = frame.f_code.co_filename
+        if name not in (files.__file__, records.__file__, writing.__file__, LEDGER):
             return None
-        source = linecache.getline(ledger.__file__, frame.f_lineno).strip()
+        source = linecache.getline(name, frame.f_lineno).strip()
         # Where an interrupt is looked at in truth: not between a call and what guards it.
         if event == "line" and source not in ("try:", "finally:"):
             self.left -= 1

@@ -159,20 +159,7 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
     variables = network.trainable_variables
 
     # Read from the weights that the forward pass used, before they change.
-    groups = sensitivities(step)
-    bounds = [bound for bound, _ in groups]
-    sizes = [math.prod(v.shape) for v in variables]
-    stds_of_groups = standard_deviations(
-        bounds,
-        [sum(sizes[i] for i in group) for _, group in groups],
-        constants.gradient_noise_multiplier,
-        step.allocation,
-    )
-    scales_of_groups = update_scales(step, bounds)
-    stds, scales = [None] * len(variables), [None] * len(variables)
-    for std, scale, (_, group) in zip(stds_of_groups, scales_of_groups, groups, strict=True):
-        for i in group:
-            stds[i], scales[i] = std, scale
+    stds, scales = noise_of_weights(step)
     if step.clip.counts:
         stds = [*stds, 0.5 * math.sqrt(step.clip.counts) * constants.count_noise_multiplier]
     if any(ops.is_tensor(std) for std in stds):
@@ -201,6 +188,27 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
 
     if step.clip.counts:
         step.clip.update(noisy[-1] / divisor + 0.5)
+
+
+def noise_of_weights(step: PrivateStep) -> tuple[list, list]:
+    """Of each trainable weight the std of the noise on its sum, and what the noisy mean is divided
+    by, or None.
+    """
+    groups = sensitivities(step)
+    bounds = [bound for bound, _ in groups]
+    sizes = [math.prod(v.shape) for v in step.network.trainable_variables]
+    stds_of_groups = standard_deviations(
+        bounds,
+        [sum(sizes[i] for i in group) for _, group in groups],
+        step.constants.gradient_noise_multiplier,
+        step.allocation,
+    )
+    scales_of_groups = update_scales(step, bounds)
+    stds, scales = [None] * len(sizes), [None] * len(sizes)
+    for std, scale, (_, group) in zip(stds_of_groups, scales_of_groups, groups, strict=True):
+        for i in group:
+            stds[i], scales[i] = std, scale
+    return stds, scales
 
 
 def sensitivities(step: PrivateStep) -> list[tuple[Any, list[int]]]:

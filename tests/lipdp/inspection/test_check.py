@@ -8,6 +8,7 @@ import pytest
 
 import lipdp
 from lipdp import layers
+from lipdp.inspection.check import check_trainable
 from tests.lipdp.helpers import AddsLoss, Rounded, data, private
 
 pytestmark = pytest.mark.any_backend
@@ -267,11 +268,11 @@ def test_a_network_without_bounds_is_told_how_to_train_as_it_is(make):
     assert f"can be trained as it is: PrivateModel(network, {line}" in " ".join(str(found).split())
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["per_layer"] is True
     with pytest.raises((TypeError, ValueError)) as refused:
-        private(network)
+        check_trainable(network)
     # The way out comes first, the reason after it.
     assert str(refused.value).startswith("To train") and line in str(refused.value)
     assert type(refused.value) in (TypeError, ValueError, lipdp.UnknownLayerError)
-    clipped(network)
+    assert private(network).clip == lipdp.PerLayerClip()  # the default, where nothing is said
 
 
 def test_each_layer_says_how_its_norm_is_measured():
@@ -307,6 +308,8 @@ def test_a_network_that_mixes_examples_can_be_trained_in_no_way():
     assert "regulariser" in found.per_layer_problem  # the first of them
     assert found.per_layer_problem in " ".join(str(found).split()) and "lipdp.repair" in str(found)
     with pytest.raises(lipdp.UnknownLayerError, match="BatchNormalization") as refused:
+        check_trainable(network)
+    with pytest.raises(lipdp.UnknownLayerError, match="regulariser"):
         private(network)
     assert "PerLayerClip" not in str(refused.value)
 
