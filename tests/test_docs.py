@@ -4,6 +4,7 @@ import importlib.util
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.any_backend
@@ -42,6 +43,19 @@ def test_blocks_of_a_page(page, tmp_path, monkeypatch, capsys):
         if block["output"] is not None:
             # Lines may be broken elsewhere on the page.
             assert printed.split() == block["output"].split()
+
+
+def test_the_quick_start_of_the_readme(tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    part = generator.integers(0, 256, (60, 28, 28)), generator.integers(0, 10, 60)
+    monkeypatch.setattr("keras.datasets.mnist.load_data", lambda: (part, part))
+    monkeypatch.setattr("lipdp.training.defaults._STEPS", 4)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in BLOCK.finditer((DOCS.parent / "README.md").read_text("utf-8")):
+        code = block["code"].replace("epochs=10", "epochs=1").replace("=1024", "=16")
+        exec(compile(code.replace("fit(x, y", "fit(x, y, verbose=0"), "README.md", "exec"), names)
+    assert "learning rate" in capsys.readouterr().out and (tmp_path / "private.keras").exists()
 
 
 def test_modules_that_pages_tell_to_run_exist():

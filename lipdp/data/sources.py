@@ -181,6 +181,7 @@ class Stream:
             size: how many rows are returned.
 
         Raises:
+            TypeError: the data set holds text, or sparse or ragged tensors.
             ValueError: the pass has fewer or more examples than announced, or the data set does not
                 know the shape of an example.
             RuntimeError: these are not the next ones: what was read is gone.
@@ -232,6 +233,12 @@ class Stream:
 
 
 def _zeros(spec, size):
+    if type(spec).__name__ != "TensorSpec" or np.dtype(spec.dtype.as_numpy_dtype).kind in "OSU":
+        raise TypeError(
+            f"`x` must hold dense tensors of numbers; got {spec}. Turn text into numbers by a "
+            "public list, keras.layers.StringLookup(vocabulary=[...]), and others by "
+            "tf.sparse.to_dense."
+        )
     if not spec.shape.is_fully_defined():
         raise ValueError(
             f"`x` must know the shape of its examples here; got {spec.shape}. Set it, with "

@@ -397,6 +397,20 @@ def test_a_stream_goes_on_after_a_broken_example(fault):
     assert np.delete(x, 3, axis=0)[:, 0].tolist() == [0, 1, 2, *range(4, 10)]
 
 
+@pytest.mark.parametrize("kind", ["text", "sparse", "ragged"])
+def test_a_stream_of_other_than_dense_numbers_costs_nothing(kind):
+    tf = pytest.importorskip("tensorflow")
+    change = {
+        "text": lambda x, y: (x, tf.strings.as_string(y)),
+        "sparse": lambda x, y: (tf.sparse.from_dense(x), y),
+        "ragged": lambda x, y: (x, tf.RaggedTensor.from_row_lengths([y], [1])),
+    }[kind]
+    model = private(sampling=lipdp.ShuffledEpochs(8))
+    with pytest.raises(TypeError, match="dense tensors of numbers"):
+        model.fit(numbered().map(change), verbose=0)
+    assert model.spent(1e-5).steps == 0
+
+
 def test_a_file_that_is_gone_ends_a_stream():
     tf = pytest.importorskip("tensorflow")
     names = tf.data.Dataset.from_tensor_slices((np.array(["/nowhere"]), np.array([0])))

@@ -69,8 +69,17 @@ def cases():
         "accumulated": poisson | {"optimizer": {"gradient_accumulation_steps": 2}},
         "ema": poisson | {"optimizer": {"use_ema": True, "ema_momentum": 0.5}},
         "straggler": poisson,
-        "banded": {"noise": lipdp.BandedNoise(), "sampling": lipdp.CyclicPoisson(8, bands=3)},
-        "toeplitz": {"noise": lipdp.ToeplitzNoise(), "sampling": lipdp.FixedEpochs(16, epochs=5)},
+        "banded": {
+            "noise": lipdp.BandedNoise(),
+            "sampling": lipdp.CyclicPoisson(8, bands=3),
+            "physical_batch_size": 2,
+        },
+        "toeplitz": {
+            "noise": lipdp.ToeplitzNoise(),
+            "sampling": lipdp.FixedEpochs(16, epochs=5),
+            "network": clipped_network,
+            "clip": lipdp.PerLayerClip(threshold=0.5),
+        },
         "validated": poisson | {"validated": True},
         "together": poisson | {"compile": {"steps_per_execution": 2}},
         "plain": poisson | {"compile": {"jit_compile": False}},
@@ -80,7 +89,12 @@ def cases():
         "wide": poisson | {"network": wide_network},
         "noise": {"noisy": True},
         "compiled noise": {"noisy": True, "compile": {"jit_compile": True}},
-        "secure noise": {"noisy": True, "noise": "secure", "seed": None},
+        "secure noise": {
+            "noisy": True,
+            "noise": "secure",
+            "seed": None,
+            "physical_batch_size": 8,  # whose pieces share one draw
+        },
         "wide secure noise": {
             "noisy": True,
             "network": wide_network,
