@@ -15,10 +15,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # What LLVM saves at run time it costs many times over in compiling such programs.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import gc  # noqa: E402
+
 import hypothesis  # noqa: E402
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+# What was imported stays: the collector need not look through it again and again.
+gc.freeze()
+gc.set_threshold(20_000, 20, 50)
 
 # The same examples in every run, however long each takes, unless asked for others:
 # --hypothesis-profile=default
