@@ -110,7 +110,9 @@ def test_metrics_of_multiclass_logits():
 
 
 @pytest.mark.parametrize(
-    "loss", ["binary_crossentropy", losses.BinaryKR(0.5), losses.BinaryHKR(1.0, 0.5)], ids=str
+    "loss",
+    ["binary_crossentropy", losses.BinaryKR(0.5), losses.BinaryHKR(1.0, 0.5)],
+    ids=["entropy", "kr", "hkr"],
 )
 def test_names_of_metrics(loss):
     x = inputs(1)
