@@ -17,6 +17,7 @@ Every result is an upper bound: rounding goes to the safe side.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -265,6 +266,11 @@ def compose(
     """The curve of all the runs together; raises as `epsilon` does."""
     check_choice(accountant, "accountant", ACCOUNTANTS)
     group_size = check_integer(group_size, "group_size")
+    fewest = min((getattr(run, "num_examples", math.inf) for run in runs), default=math.inf)
+    if group_size > fewest:
+        raise ValueError(
+            f"group_size must be at most the number of examples, {fewest}; got {group_size}."
+        )
     relation = resolve_relation(runs, relation)
     counts = _released(runs, accountant, relation, group_size)
     single = counts is None

@@ -1,6 +1,7 @@
 """Poisson sampling, with its releases: for one example and for a group."""
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,9 @@ from accountants.sampling.draws import Draw, distinct_rows
 
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
+
+# Numbers of examples of a group, drawn together, that are as rare as this count as infinite loss.
+_RARE = 1e-18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +78,10 @@ class PoissonSampling(IndependentSteps):
         if relation == "replace_one":
             return None
         probability = self.sampling_probability(num_examples)
-        if probability == 1.0 or noise_multiplier < size * LEAST_NOISE:
+        release = PoissonGroupRelease(probability, noise_multiplier, size)
+        if probability == 1.0 or noise_multiplier < release.counts[-1] * LEAST_NOISE:
             return gaussian_release(noise_multiplier, float(size))
-        return PoissonGroupRelease(probability, noise_multiplier, size)
+        return release
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +127,11 @@ class PoissonGroupRelease(Release):
 
     How many of the k are drawn is binomial, and as many move the sum by at most their number
     (Ganesh 2024: this mixture of Gaussians dominates, for add/remove and zero-out).
+
+    Numbers of a mass t in all, far out on either side, are left out. With P the mixture, R what is
+    left of it, of mass 1 - t, and Q the other distribution: from P to Q, H(P‖Q) <= (1-t)
+    H(R/(1-t)‖Q) + t by convexity, so t counts as infinite loss; from Q to P, H(Q‖P) <= H(Q‖R),
+    since P is nowhere below R.
     """
 
     probability: float
@@ -130,10 +140,31 @@ class PoissonGroupRelease(Release):
 
     source = "Ganesh 2024 (mixtures of Gaussians)"
 
+    @property
+    def counts(self) -> np.ndarray:
+        """How many examples of the group may be drawn together, but for a mass below `_RARE`."""
+        from scipy import stats
+
+        counts, drawn = np.arange(self.size + 1), stats.binom(self.size, self.probability)
+        # Half of it to either side; that the tails come out too small is covered by another half.
+        least = np.searchsorted(drawn.cdf(counts), _RARE / 4)
+        most = self.size - np.searchsorted(drawn.sf(counts)[::-1], _RARE / 4, side="right") + 1
+        return counts[least : min(most, self.size) + 1]
+
+    def _weights(self) -> np.ndarray:
+        from scipy import stats
+
+        return stats.binom.pmf(self.counts, self.size, self.probability)
+
     def scale(self) -> tuple[float, float]:
-        # The divergence of the mixture is at most that of everybody drawn together.
-        spread, reach = sampled_scale(self.probability, self.noise_multiplier / self.size)
-        return min(self.size * spread, self.size / self.noise_multiplier), self.size * reach
+        from scipy import special
+
+        sigma, counts, weights = self.noise_multiplier, self.counts, self._weights()
+        together = np.minimum(np.outer(counts, counts) / sigma**2, 600.0)
+        chi = math.sqrt(max(0.0, weights @ np.expm1(together) @ weights))
+        exponents = counts * WIDTH / sigma + counts**2 / (2 * sigma**2)
+        reach = float(special.logsumexp(exponents, b=weights))
+        return min(chi, reach, float(counts[-1]) / sigma), reach
 
     def pld(self, grid: float) -> "PrivacyLossDistribution":
         """Connect-the-Dots on the likelihood ratios, which rise, at equally spaced outcomes.
@@ -141,13 +172,18 @@ class PoissonGroupRelease(Release):
         (dp_accounting has this mixture, but takes tens of seconds over it.)
         """
         from dp_accounting.pld import privacy_loss_distribution
-        from scipy import special, stats
+        from scipy import special
 
-        sigma, counts = self.noise_multiplier, np.arange(self.size + 1)
-        weights = stats.binom.pmf(counts, self.size, self.probability)
-        edges = np.linspace(-WIDTH, self.size / sigma + WIDTH, 2**14)
-        exponents = edges[:, None] * counts / sigma - counts**2 / (2 * sigma**2)
-        losses = special.logsumexp(exponents, axis=1, b=weights)
+        sigma, counts, weights = self.noise_multiplier, self.counts, self._weights()
+        edges = np.linspace(-WIDTH, float(counts[-1]) / sigma + WIDTH, 2**14)
+        losses = np.concatenate(
+            [
+                special.logsumexp(
+                    part[:, None] * counts / sigma - counts**2 / (2 * sigma**2), axis=1, b=weights
+                )
+                for part in np.array_split(edges, 16)
+            ]
+        )
         blank = cell_masses(special.ndtr, edges)
         drawn = sum(
             weight * cell_masses(special.ndtr, edges - count / sigma)
@@ -162,7 +198,9 @@ class PoissonGroupRelease(Release):
         without[:-1] += blank - up
         lost = 2 * float(special.ndtr(-WIDTH)) + 1e-15
         return privacy_loss_distribution.PrivacyLossDistribution(
-            spread_over_grid(losses, without * np.exp(losses), lost, grid),
+            spread_over_grid(
+                losses - math.log1p(-_RARE), without * np.exp(losses), lost + _RARE, grid
+            ),
             spread_over_grid(-losses[::-1], without[::-1], lost, grid),
         )
 
