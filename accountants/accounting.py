@@ -160,7 +160,8 @@ def epsilon(
 
     Returns:
         The epsilon, at least 0, infinite without noise; it names its delta, its relation, and the
-        accountant that did the work ("exact" for "pld" where no run is subsampled).
+        accountant that did the work ("exact" for "pld" where no run is subsampled; for random
+        allocation whichever of "pld", "rdp" and no amplification is the least).
 
     Raises:
         TypeError: an argument is missing, of another type, or both ways of naming runs are mixed.
@@ -169,9 +170,11 @@ def epsilon(
     delta = check_probability(delta, "delta")
     runs = as_runs(noise_multiplier, sampling, num_examples, steps, runs)
     found = compose(runs, accountant, relation, group_size)
-    return Epsilon(
-        found.curve.epsilon(delta), delta, found.relation, found.accountant, found.group_size
-    )
+    if isinstance(found.curve, curves.LeastCurve):
+        value, name = found.curve.best(delta)
+    else:
+        value, name = found.curve.epsilon(delta), found.accountant
+    return Epsilon(value, delta, found.relation, name, found.group_size)
 
 
 def delta(
@@ -286,7 +289,7 @@ def compose(
     elif accountant == "rdp":
         curve = curves.RdpCurve(curves.composed_rdp(counts))
     else:
-        curve = curves.pld_curve(counts)
+        curve = curves.least_curve(counts)
     if single:
         curve = curves.GroupCurve(curve, group_size)
     return Composed(curve, relation, accountant, group_size)

@@ -1,6 +1,7 @@
 """Curves of delta over epsilon, from above, of composed releases."""
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import math
@@ -209,6 +210,59 @@ class PldCurve(Curve):
             delta = np.maximum(upper - np.exp(epsilons) * lower, 0.0)
             found = np.maximum(found, dense._infinity_mass + delta + slack)
         return np.minimum(1.0, found + self.rounding)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LeastCurve(Curve):
+    """The least of several curves of the same releases: each of them holds.
+
+    Attributes:
+        curves: each with the name of the accountant that found it.
+    """
+
+    curves: tuple[tuple[str, Curve], ...]
+
+    def best(self, delta: float) -> tuple[float, str]:
+        """The least epsilon at `delta`, and who found it."""
+        found, refused = [], None
+        for name, curve in self.curves:
+            try:
+                found.append((curve.epsilon(delta), name))
+            except ValueError as error:  # a delta below what its sums round at
+                refused = error
+        if not found:
+            raise refused
+        return min(found)
+
+    def epsilon(self, delta: float) -> float:
+        return self.best(delta)[0]
+
+    def delta(self, epsilon: float) -> float:
+        return min(curve.delta(epsilon) for _, curve in self.curves)
+
+    def deltas(self, epsilons: np.ndarray) -> np.ndarray:
+        return np.min([curve.deltas(epsilons) for _, curve in self.curves], axis=0)
+
+
+def least_curve(counts: Counts) -> Curve:
+    """The curve of releases that are not all unsampled, by whichever accountant is the tightest.
+
+    All but the losses on a grid are tried only where one of the releases says that they may win.
+    """
+    if all(release.unsampled() is None for release in counts):
+        return pld_curve(counts)
+    plain: dict[Release, int] = {}
+    for release, count in counts.items():
+        release = release.unsampled() or release
+        plain[release] = plain.get(release, 0) + count
+    shift = gaussian_shift(plain)
+    found = [
+        ("pld", pld_curve(counts)),
+        ("pld", pld_curve(plain)) if shift is None else ("exact", GaussianCurve(shift)),
+    ]
+    with contextlib.suppress(ValueError):  # where one of them has no divergences
+        found.append(("rdp", RdpCurve(composed_rdp(counts))))
+    return LeastCurve(tuple(found))
 
 
 def pld_curve(counts: Counts) -> Curve:

@@ -34,6 +34,12 @@ class Release(abc.ABC):
 
     source: ClassVar[str]
 
+    def unsampled(self) -> "Gaussian | None":
+        """The same release without amplification, where that, or the Rényi divergences, may be
+        tighter than the losses on a grid; None where they never are.
+        """
+        return None
+
     @abc.abstractmethod
     def scale(self) -> tuple[float, float]:
         """The privacy loss' standard deviation and the most it can be, both roughly."""

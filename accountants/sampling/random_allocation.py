@@ -14,7 +14,7 @@ from accountants.numerics import (
     self_convolve,
     spread_over_grid,
 )
-from accountants.releases import Release, gaussian_release
+from accountants.releases import Gaussian, Release, gaussian_release
 from accountants.sampling.base import RELATIONS, Relation, Sampling, distance, setting
 from accountants.sampling.draws import Draw, assigned_parts
 from accountants.validation import check_integer
@@ -22,8 +22,9 @@ from accountants.validation import check_integer
 if TYPE_CHECKING:
     from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
 
-# Balls in bins need sums of exp(N(0, 1 / σ²)) on a grid, whose range explodes below this.
-_LEAST_NOISE = 0.5
+# Balls in bins need sums of exp(N(0, 1 / σ²)) on a grid. Its range explodes for small noise: well
+# above this Rényi divergences are tighter, and below it nothing is amplified.
+_LEAST_NOISE = 0.2
 _MOST_RATIOS = 2**18
 
 
@@ -123,6 +124,9 @@ class BallsInBinsRelease(Release):
     noise_multiplier: float
 
     source = "Chua et al. 2025; Feldman and Shenfeld 2025"
+
+    def unsampled(self) -> Gaussian:
+        return gaussian_release(self.noise_multiplier, 1.0)
 
     def scale(self) -> tuple[float, float]:
         spread, reach = sampled_scale(1 / self.bins, self.noise_multiplier)

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from accountants import PoissonSampling, RandomAllocation, TrainingRun, delta, epsilon
+from accountants import (
+    FullBatch,
+    PoissonSampling,
+    RandomAllocation,
+    TrainingRun,
+    delta,
+    epsilon,
+)
 from accountants.numerics import ORDERS
 from accountants.sampling.random_allocation import BallsInBinsRelease
 from tests.accountants.sampling.helpers import drawn
@@ -100,6 +107,36 @@ def test_divergences_of_balls_in_bins_against_integration():
             for one, other in ((p, q), (q, p))
         ]
         assert found[np.argmin(np.abs(ORDERS - order))] >= max(truth) * (1 - 1e-9)
+
+
+@pytest.mark.parametrize("bins, bound", [(10, 1e-5), (1_000, 1e-5), (1_000, 1e-8)])
+def test_the_least_of_all_accountants_falls_with_the_noise(bins, bound):
+    found = []
+    for sigma in (0.1, 0.25, 0.4, 0.4999, 0.5, 0.7):
+        run = TrainingRun(sigma, RandomAllocation(bins), 10**6, bins)
+        found.append(epsilon(runs=[run], delta=bound))
+        alone = TrainingRun(sigma, FullBatch(), 10**6, 1)
+        others = [
+            epsilon(runs=[run], delta=bound, accountant="rdp"),
+            epsilon(runs=[alone], delta=bound),
+        ]
+        assert found[-1] <= min(others) * (1 + 1e-9)
+    assert sorted(found, reverse=True) == found
+    assert found[3] < 1.01 * found[4]
+    assert "rdp" in {e.accountant for e in found}
+
+
+def test_the_least_accountant_in_company():
+    """Beside another run, and where a tiny delta leaves Rényi divergences alone."""
+    runs = [
+        TrainingRun(0.3, RandomAllocation(100), 10_000, 100),
+        TrainingRun(1.0, PoissonSampling(100), 10_000, 50),
+    ]
+    together = epsilon(runs=runs, delta=1e-5)
+    first = epsilon(runs=runs[:1], delta=1e-5)
+    assert first < together <= epsilon(runs=runs, delta=1e-5, accountant="rdp")
+    assert epsilon(runs=runs[:1], delta=1e-14).accountant in ("rdp", "exact")
+    assert delta(runs=runs, epsilon=float(together)) <= 1e-5 * (1 + 1e-6)
 
 
 def test_balls_in_bins_in_composition():
