@@ -68,7 +68,6 @@ def default_loss(loss: Any) -> Any:
     return made
 
 
-@keras.saving.register_keras_serializable("lipdp")
 class PlannedDecay(keras.optimizers.schedules.LearningRateSchedule):
     """A learning rate that is decided when a run is planned, and falls to zero along a cosine.
 

@@ -1,5 +1,6 @@
 """Many devices: the weights of one, each example in one part, noise once, one ledger."""
 
+import errno
 import functools
 import itertools
 import json
@@ -569,7 +570,7 @@ class Broken:
     def __getitem__(self, i):
         self.left -= 1
         if self.left < 0:
-            raise OSError("the disk is gone")
+            raise OSError(errno.EIO, "the disk is gone")
         return self.x[i], self.y[i]
 
 
@@ -584,7 +585,7 @@ def test_a_crash_among_steps_that_run_together_overstates_at_most(jit_compile, t
     )
     before = weights(model)
     with pytest.raises(Exception, match="disk is gone"):
-        model.fit(Broken(1 + 16 * 7), epochs=4, verbose=0)
+        model.fit(Broken(2 + 16 * 7), epochs=4, verbose=0)
     assert any((a != b).any() for a, b in zip(before, weights(model), strict=True))
     taken = int(model.optimizer.iterations)
     assert taken <= Ledger(tmp_path / "ledger").steps <= taken + 2
