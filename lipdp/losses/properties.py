@@ -39,10 +39,10 @@ __all__ = [
 
 Loss = keras.losses.Loss | Callable[[Any, Any], Any]
 
-_OWN = (
+_OWN_BINARY = (BinaryCrossentropy, BinaryKR, BinaryHKR)
+_OWN_MULTICLASS = (
     SparseCategoricalCrossentropy,
     CategoricalCrossentropy,
-    BinaryCrossentropy,
     Focal,
     LogitAnnealing,
     EMMA,
@@ -50,10 +50,8 @@ _OWN = (
     MulticlassHinge,
     MulticlassKR,
     MulticlassHKR,
-    BinaryKR,
-    BinaryHKR,
-    CosineSimilarity,
 )
+_OWN = (*_OWN_BINARY, *_OWN_MULTICLASS, CosineSimilarity)
 # Keras' losses that treat examples one by one, and what their targets are.
 _KERAS = {
     keras_losses.SparseCategoricalCrossentropy: "labels",
@@ -140,22 +138,12 @@ def takes_logits(loss: Loss) -> bool:
 
 
 _BINARY = (
-    BinaryCrossentropy,
-    BinaryKR,
-    BinaryHKR,
+    *_OWN_BINARY,
     keras_losses.BinaryCrossentropy,
     keras_losses.BinaryFocalCrossentropy,
 )
 _MULTICLASS = (
-    SparseCategoricalCrossentropy,
-    CategoricalCrossentropy,
-    Focal,
-    LogitAnnealing,
-    EMMA,
-    GloRo,
-    MulticlassHinge,
-    MulticlassKR,
-    MulticlassHKR,
+    *_OWN_MULTICLASS,
     keras_losses.SparseCategoricalCrossentropy,
     keras_losses.CategoricalCrossentropy,
     keras_losses.CategoricalFocalCrossentropy,
