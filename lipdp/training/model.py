@@ -715,7 +715,8 @@ class PrivateModel(keras.Model):
             raise
         try:
             self._follow(plan)
-            self.spending.begin(plan.run, circumstances(self))
+            plan.run.about = circumstances(self)
+            self.spending.begin(plan.run)
             self._plan = plan
             yield plan.batches
         finally:

@@ -4,8 +4,7 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -253,9 +252,8 @@ class Spending:
         self.ledger = None
         self._followed = [Use(run) for run in runs]
 
-    def begin(self, run: "ActiveRun", about: Mapping[str, str] = MappingProxyType({})) -> None:
-        """Opens a planned run; `about` is what statements say of it."""
-        run.about = about
+    def begin(self, run: "ActiveRun") -> None:
+        """Opens a planned run."""
         self.run = run  # first: an interrupt while the ledger opens leaves something to close
         try:
             run.open()
