@@ -45,6 +45,10 @@ class Mechanism(abc.ABC):
         """The mechanism as a dict of JSON values."""
 
 
+# Noise multipliers above this are charged as this.
+_MOST_NOISE = 1e7
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingRun(Mechanism):
     """A number of equal noisy steps on one data set.
@@ -136,13 +140,20 @@ class TrainingRun(Mechanism):
         Gaussian(shift=0.5)
         """
         check_choice(relation, "relation", RELATIONS)
-        return self.sampling.release(self.noise_multiplier, self.num_examples, relation)
+        return self.sampling.release(self._charged_noise, self.num_examples, relation)
 
     def group_release(self, relation: Relation, size: int) -> Release | None:
         """The `release` for data sets that differ in `size` examples; None if not known."""
         if size == 1:
             return self.release(relation)
-        return self.sampling.group_release(self.noise_multiplier, self.num_examples, relation, size)
+        return self.sampling.group_release(self._charged_noise, self.num_examples, relation, size)
+
+    @property
+    def _charged_noise(self) -> float:
+        """More noise than `_MOST_NOISE` costs no more than that: it can be added afterwards. Beyond
+        it squares overflow, and losses vanish beside the grid and the ulps of 1.
+        """
+        return min(self.noise_multiplier, _MOST_NOISE)
 
     def joined(self, other: "TrainingRun") -> "TrainingRun":
         """This run and its continuation `other` as one run; both must be equal but for `steps`.

@@ -99,4 +99,5 @@ class Zcdp(Release):
 def gaussian_release(noise_multiplier: float, sensitivity: float) -> Gaussian:
     """An unsampled release of noise that was measured against a sensitivity of 1."""
     # Also where the square underflows.
-    return Gaussian(sensitivity / noise_multiplier if noise_multiplier**2 > 0.0 else math.inf)
+    square = noise_multiplier * noise_multiplier
+    return Gaussian(sensitivity / noise_multiplier if square > 0.0 else math.inf)
