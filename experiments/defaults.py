@@ -100,6 +100,7 @@ def train(train_data, test_data, name, epsilon, delta, settings, seed=None):
     import keras
 
     import lipdp
+    from lipdp.training.defaults import default_optimizer
 
     start = time.perf_counter()
     keras.backend.clear_session()
@@ -116,7 +117,7 @@ def train(train_data, test_data, name, epsilon, delta, settings, seed=None):
         decay = keras.optimizers.schedules.CosineDecay(
             settings.rate * plan.learning_rate, plan.steps
         )
-        optimizer = keras.optimizers.SGD(decay, momentum=0.9, use_ema=True, ema_momentum=0.98)
+        optimizer = default_optimizer(decay)
     model.compile(optimizer, loss=loss, metrics=["accuracy"])
     model.fit(x, y, epochs=settings.epochs or None, verbose=0)
     logits = network.predict(test_data[0], batch_size=1000, verbose=0)

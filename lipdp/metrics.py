@@ -106,8 +106,8 @@ class MetricsOfLogits(CompileMetrics):
         loss: of the output.
     """
 
-    def __init__(self, metrics: Any, weighted_metrics: Any, loss: Any, **kwargs: Any) -> None:
-        super().__init__(metrics, weighted_metrics, **kwargs)
+    def __init__(self, metrics: Any, weighted_metrics: Any, loss: Any) -> None:
+        super().__init__(metrics, weighted_metrics)
         self._loss = loss
 
     def build(self, y_true: Any, y_pred: Any) -> None:
@@ -123,12 +123,12 @@ class MetricsOfLogits(CompileMetrics):
 def _reads_probabilities(metric):
     if type(metric) is keras.metrics.MeanMetricWrapper:
         return metric._fn in _FUNCTIONS_OF_PROBABILITIES
-    if type(metric) not in _OF_PROBABILITIES or getattr(metric, "from_logits", False):
+    if type(metric) not in _OF_PROBABILITIES:
         return False
     settings = metric.get_config()
     if settings.get("from_logits"):
         return False
-    given = settings.get("thresholds") if "thresholds" in settings else settings.get("threshold")
+    given = settings.get("thresholds", settings.get("threshold"))
     given = given if isinstance(given, (list, tuple)) else [given]
     return all(t is None or 0 < t < 1 for t in given) or isinstance(metric, keras.metrics.AUC)
 

@@ -1,5 +1,6 @@
 """The one who writes a ledger: locks it, pays for steps ahead, and seals what was torn."""
 
+import abc
 import contextlib
 import dataclasses
 import io
@@ -9,7 +10,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, Self
 
 from accountants.ledger import files, records
 from accountants.ledger.files import LedgerError
@@ -35,7 +36,26 @@ class LedgerRepair:
     steps: int
 
 
-class LedgerWriter:
+class _Closing(abc.ABC):
+    """A scope at whose end something is closed."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Harmless if repeated."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class LedgerWriter(_Closing):
     """A ledger that no one else can write; made by `Ledger.lock`, for one run.
 
     >>> import tempfile, pathlib
@@ -108,17 +128,6 @@ class LedgerWriter:
         file, self._file = self._file, None
         if file is not None:
             file.close()
-
-    def __enter__(self) -> "LedgerWriter":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def closed(self) -> bool:
@@ -231,7 +240,7 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-class LedgerRun:
+class LedgerRun(_Closing):
     """A run that is being paid for; made by `Ledger.open_run`. Not for several threads at once.
 
     Attributes:
@@ -322,14 +331,3 @@ class LedgerRun:
             self._writer.append({"type": "settle", "steps": self._paid})
         finally:
             self._writer.close()
-
-    def __enter__(self) -> "LedgerRun":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -1,6 +1,7 @@
 """Poisson sampling, with its releases: for one example and for a group."""
 
 import dataclasses
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,7 @@ class PoissonGroupRelease(Release):
 
     source = "Ganesh 2024 (mixtures of Gaussians)"
 
-    @property
+    @functools.cached_property
     def counts(self) -> np.ndarray:
         """How many examples of the group may be drawn together, but for a mass below `_RARE`."""
         from scipy import stats
@@ -151,6 +152,7 @@ class PoissonGroupRelease(Release):
         most = self.size - np.searchsorted(drawn.sf(counts)[::-1], _RARE / 4, side="right") + 1
         return counts[least : min(most, self.size) + 1]
 
+    @functools.cached_property
     def _weights(self) -> np.ndarray:
         from scipy import stats
 
@@ -159,7 +161,7 @@ class PoissonGroupRelease(Release):
     def scale(self) -> tuple[float, float]:
         from scipy import special
 
-        sigma, counts, weights = self.noise_multiplier, self.counts, self._weights()
+        sigma, counts, weights = self.noise_multiplier, self.counts, self._weights
         together = np.minimum(np.outer(counts, counts) / sigma**2, 600.0)
         chi = math.sqrt(max(0.0, weights @ np.expm1(together) @ weights))
         exponents = counts * WIDTH / sigma + counts**2 / (2 * sigma**2)
@@ -174,7 +176,7 @@ class PoissonGroupRelease(Release):
         from dp_accounting.pld import privacy_loss_distribution
         from scipy import special
 
-        sigma, counts, weights = self.noise_multiplier, self.counts, self._weights()
+        sigma, counts, weights = self.noise_multiplier, self.counts, self._weights
         edges = np.linspace(-WIDTH, float(counts[-1]) / sigma + WIDTH, 2**14)
         losses = np.concatenate(
             [

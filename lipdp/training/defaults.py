@@ -90,11 +90,12 @@ class PlannedDecay(keras.optimizers.schedules.LearningRateSchedule):
         return {"rate": self.rate, "steps": self.steps, "start": self.start}
 
 
-def default_optimizer() -> keras.optimizers.Optimizer:
-    """SGD with momentum and averaged weights; its learning rate is found when a run is planned."""
-    return keras.optimizers.SGD(
-        PlannedDecay(), momentum=_MOMENTUM, use_ema=True, ema_momentum=_AVERAGING
-    )
+def default_optimizer(learning_rate: Any = None) -> keras.optimizers.Optimizer:
+    """SGD with momentum and averaged weights; its learning rate is found when a run is planned,
+    unless it is given.
+    """
+    rate = PlannedDecay() if learning_rate is None else learning_rate
+    return keras.optimizers.SGD(rate, momentum=_MOMENTUM, use_ema=True, ema_momentum=_AVERAGING)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -216,14 +216,14 @@ def training_plan(
     model: Any, step: PrivateStep, num_examples: int, epochs: int, steps: int
 ) -> TrainingPlan:
     """What was chosen for a run of so many steps, once the noise of a step is known."""
-    stds, scales = noise_of_weights(step)
+    groups = sensitivities(step)
+    stds, scales = noise_of_weights(step, groups)
     divisor, sizes = step.constants.expected_batch_size, []
     square = 0.0
     for std, scale, variable in zip(stds, scales, step.network.trainable_variables, strict=True):
         sizes.append(math.prod(variable.shape))
         std = float(std) / (divisor if scale is None else divisor * float(scale))
         square += sizes[-1] * std * std
-    groups = sensitivities(step)
     if step.units is None:
         largest = math.sqrt(sum(float(bound) ** 2 for bound, _ in groups))
     else:

@@ -159,7 +159,7 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
     variables = network.trainable_variables
 
     # Read from the weights that the forward pass used, before they change.
-    stds, scales = noise_of_weights(step)
+    stds, scales = noise_of_weights(step, sensitivities(step))
     if step.clip.counts:
         stds = [*stds, 0.5 * math.sqrt(step.clip.counts) * constants.count_noise_multiplier]
     if any(ops.is_tensor(std) for std in stds):
@@ -190,11 +190,10 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
         step.clip.update(noisy[-1] / divisor + 0.5)
 
 
-def noise_of_weights(step: PrivateStep) -> tuple[list, list]:
+def noise_of_weights(step: PrivateStep, groups: list[tuple[Any, list[int]]]) -> tuple[list, list]:
     """Of each trainable weight the std of the noise on its sum, and what the noisy mean is divided
-    by, or None.
+    by, or None; `groups` are the `sensitivities`.
     """
-    groups = sensitivities(step)
     bounds = [bound for bound, _ in groups]
     sizes = [math.prod(v.shape) for v in step.network.trainable_variables]
     stds_of_groups = standard_deviations(
