@@ -64,12 +64,21 @@ def default_clip(network: keras.Model, left_open: bool) -> PerLayerClip | float 
 
 
 def check_head(network: keras.Model, loss: losses.Loss) -> None:
-    """Raises ValueError where a network ends in probabilities and the loss takes logits."""
+    """Raises ValueError where a network ends in probabilities and the loss takes logits; warns
+    where it ends in logits, and a cross-entropy of Keras takes probabilities, as it does unless
+    told otherwise.
+    """
     layer, activation = final_activation(network)
     if activation in ("softmax", "sigmoid") and losses.takes_logits(loss):
         raise ValueError(
             f"The network ends in a {activation}, and this loss takes logits: remove it from "
             f"layer {layer.name!r}."
+        )
+    if activation == "linear" and getattr(loss, "from_logits", True) is False:
+        warnings.warn(
+            f"The loss {loss.name!r} takes probabilities, and layer {layer.name!r} makes logits: "
+            f"little would be learnt. Say keras.losses.{type(loss).__name__}(from_logits=True).",
+            stacklevel=3,
         )
 
 

@@ -22,7 +22,7 @@ from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.data.opening import held_out
 from lipdp.devices import SINGLE_DEVICE
-from lipdp.inspection.check import as_graph, check_trainable, check_units
+from lipdp.inspection.check import as_graph, check_trainable, check_units, final_activation
 from lipdp.metrics import MetricsOfLogits
 from lipdp.noise import SecureNoise, make_noise
 from lipdp.randomness import RandomSource
@@ -275,9 +275,11 @@ class PrivateModel(keras.Model):
             optimizer: any Keras optimizer or its name. It sees noisy gradients only. By default SGD
                 with momentum and averaged weights, whose learning rate is chosen in `fit`, when
                 the noise is known, and decays to zero.
-            loss: a name (cross-entropies are those on logits), a Keras loss or a function
-                `(y_true, y_pred)`. Its reduction is ignored: an example's loss is the mean over
-                its positions. Without a known gradient bound it needs a `clip`.
+            loss: a name, a Keras loss or a function `(y_true, y_pred)`. Names of cross-entropies
+                mean those on logits; with `PerLayerClip`, on the probabilities of a network that
+                ends in the softmax or sigmoid that belongs to them. Its reduction is ignored: an
+                example's loss is the mean over its positions. Without a known gradient bound it
+                needs a `clip`.
             metrics: Keras metrics; on training data not covered by the guarantee.
             weighted_metrics: the same, weighted by the sample weights where `fit` is given any.
             max_sample_weight: largest weight of an example that `fit` may be given, a public
@@ -295,8 +297,8 @@ class PrivateModel(keras.Model):
             raise RuntimeError("This model is training: end the run before compile(...).")
         if self.units is not None:
             self.units = check_units(self.network)  # of the weights that are trained now
-        certified = self._left_open and self.units is None
-        loss = default_loss(loss) if certified else losses.get(loss)
+        way = "per layer" if self.units is not None else "certified" if self._left_open else ""
+        loss = default_loss(loss, way, final_activation(self.graph)[1])
         check_head(self.graph, loss)
         max_sample_weight = check_max_sample_weight(max_sample_weight)
         optimizer = check_optimizer(

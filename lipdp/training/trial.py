@@ -19,7 +19,7 @@ from keras.src.backend import KerasTensor, compute_output_spec
 from keras.src.trainers.data_adapters import get_data_adapter
 
 from lipdp import losses
-from lipdp.autodiff import compiled, raw_writes
+from lipdp.autodiff import compiled, gradient, raw_writes
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.opening import as_array, surely_ends
 from lipdp.inputs import like_inputs
@@ -56,8 +56,8 @@ def try_loss(
         in_range: whether all labels are known to be among the classes.
 
     Raises:
-        ValueError: it mixes examples, gives one number for all of them, assigns to a variable, or
-            cannot be computed.
+        ValueError: it mixes examples, gives one number for all of them, has no gradient, assigns to
+            a variable, or cannot be computed.
 
     >>> try_loss(lambda y, z: ops.mean(z), (3,))
     Traceback (most recent call last):
@@ -85,6 +85,7 @@ def try_loss(
                 f"{type(error).__name__}: {error}"
             ) from error
         _check_values(values)
+        _check_slopes(loss, y, output_shape)
         if target is not None and not in_range and np.dtype(dtype).kind in "iu":
             _try_labels_out_of_range(loss, y, output_shape)
         return
@@ -184,6 +185,24 @@ def _check_values(pairs):
                 "gradients of all. Give it what belongs together as one example, or use a loss "
                 "that looks at one example only."
             )
+
+
+def _check_slopes(loss, y, output_shape):
+    """A step would spend its budget on noise alone."""
+
+    def slopes(y, z):
+        with _assigning_only():
+            return [
+                gradient(lambda z: losses.per_example(loss, y, z), scale * z)[1]
+                for scale in (1.0, 30.0)
+            ]
+
+    if not any(map(np.any, map(ops.convert_to_numpy, _run(slopes, y, _made_up(output_shape))))):
+        raise ValueError(
+            "`loss` has a gradient of zero at every output that was tried: nothing would be learnt "
+            "from it. It must be differentiable; operations such as argmax, round and comparisons "
+            "are not."
+        )
 
 
 def _try_labels_out_of_range(loss, y, output_shape):

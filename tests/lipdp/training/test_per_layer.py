@@ -12,7 +12,7 @@ from keras import ops
 import accountants
 import lipdp
 from lipdp import noise
-from lipdp.autodiff import fused, gradient
+from lipdp.autodiff import compiled, fused, gradient
 from lipdp.bounds.walk import ROUNDING
 from lipdp.local.calls import layer_units
 from lipdp.noise import standard_deviations
@@ -236,6 +236,57 @@ def test_a_step_sums_the_clipped_gradients_of_its_examples(name):
     other = step.sums(mask, change=lambda batch: spoil(batch, 2))
     for a, b in zip([*sums, counts], [*other[0], other[1]], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+PROBABILITIES = {
+    "softmax": (3, keras.losses.SparseCategoricalCrossentropy),
+    "softmax of distributions": (3, keras.losses.CategoricalCrossentropy),
+    "sigmoid": (1, keras.losses.BinaryCrossentropy),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_a_loss_of_probabilities_has_their_gradient(name, traced):
+    # Keras' losses look for the logits that a softmax was made of, also beyond what is watched.
+    outputs, loss = PROBABILITIES[name]
+    head = keras.Sequential([keras.Input((4,)), K.Dense(outputs, name.split()[0])])
+    x, labels = np.random.default_rng(0).normal(size=(5, 4)), np.arange(5) % max(2, outputs)
+    y = np.eye(3)[labels] if "distributions" in name else labels.reshape(-1, 1)
+
+    def slopes(x, y):
+        p = head(x)
+        return p, gradient(lambda p: lipdp.losses.per_example(loss(), y, p), p)[1]
+
+    run = compiled(slopes) if traced else slopes
+    p, slope = map(ops.convert_to_numpy, run(ops.array(x, "float32"), ops.array(y, "float32")))
+    own = 1.0 - np.abs(labels[:, None] - p) if outputs == 1 else p[np.arange(5), labels][:, None]
+    # Along a direction that keeps the sum of the probabilities, which Keras divides by.
+    move = np.where(np.arange(outputs) == labels[:, None], 1.0, -0.5) if outputs > 1 else 1.0
+    sign = 1.0 if outputs > 1 else np.where(labels[:, None] == 1, 1.0, -1.0)
+    np.testing.assert_allclose((slope * move).sum(1, keepdims=True), -sign / own, rtol=1e-3)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_a_final_softmax_is_taken_along_with_the_loss_of_its_name(name):
+    outputs, loss = PROBABILITIES[name]
+    body = [keras.Input((4,)), K.Dense(outputs)]
+    for head in (body, [*body[:1], K.Dense(outputs, name.split()[0])]):
+        model = lipdp.PrivateModel(
+            keras.Sequential(head), noise_multiplier=1.0, clip=lipdp.PerLayerClip()
+        )
+        model.compile("sgd", loss=loss().name)
+        assert lipdp.losses.takes_logits(model.private_loss) == (head is body)
+    with pytest.raises(ValueError, match="remove it from layer"):
+        model.compile("sgd", loss="focal")
+
+
+@pytest.mark.any_backend
+def test_probabilities_that_a_loss_wants_and_nobody_makes_are_told_of():
+    model = lipdp.PrivateModel(network(), noise_multiplier=1.0, clip=lipdp.PerLayerClip())
+    with pytest.warns(UserWarning, match="from_logits=True"):
+        model.compile("sgd", loss=keras.losses.SparseCategoricalCrossentropy())
 
 
 def units_of(step):
