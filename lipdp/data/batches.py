@@ -26,7 +26,7 @@ class DrawnBatch:
 
     Attributes:
         inputs: `(rows, ...)`, padded with zeros; a structure of such arrays for several inputs.
-        targets: `(rows, ...)`.
+        targets: `(rows, ...)`; for several outputs a dict of such arrays.
         mask: `(rows,)` float32, 1 for examples, 0 for padding.
         key: uint32 `(4,)`, the key of the step's noise.
         weights: `(rows,)` float32, or None where every example weighs 1.
@@ -34,7 +34,7 @@ class DrawnBatch:
     """
 
     inputs: Any
-    targets: np.ndarray
+    targets: Any
     mask: np.ndarray
     key: np.ndarray
     weights: np.ndarray | None = None
@@ -68,8 +68,7 @@ class DrawnBatch:
             if noise is not None and (i > 0 or not first):
                 noise = np.zeros_like(noise)
             return DrawnBatch(
-                tree.map_structure(lambda a: a[rows], self.inputs),
-                self.targets[rows],
+                *tree.map_structure(lambda a: a[rows], (self.inputs, self.targets)),
                 self.mask[rows],
                 self.key,
                 None if self.weights is None else self.weights[rows],
@@ -163,6 +162,8 @@ def check_weights(
             )
     elif isinstance(examples, Records):
         raise ValueError("`class_weight` needs arrays; give `sample_weight` with records.")
+    elif isinstance(examples.y, dict):
+        raise ValueError("`class_weight` needs one output; give `sample_weight` with several.")
     else:
         weights = _class_weights(class_weight, examples.y)
     # Written so that NaN is refused.

@@ -14,6 +14,7 @@ from lipdp.bounds.rule import as_float
 from lipdp.bounds.walk import LONGEST_INPUT, LONGEST_SQUARED, Trace, rule_of, trace
 from lipdp.inputs import input_tensors, like_inputs
 from lipdp.local.calls import LayerUnits, layer_units
+from lipdp.outputs import side_by_side
 from lipdp.rich_text import RichText
 
 __all__ = [
@@ -161,7 +162,7 @@ def check(network: keras.Model) -> Check:
         except ValueError as error:
             per_layer_problem = str(error)
     try:
-        traced = trace(network)
+        traced = trace(_with_one_output(network))
     except UnknownLayerError as error:
         return Check(network.name, (), (str(error),), per_layer_problem)
     except TypeError as error:
@@ -174,9 +175,7 @@ def check(network: keras.Model) -> Check:
         return Check(network.name, tuple(layers), (str(error),), "")
     assigned = _assigned_in_call(network)
     problems, layers = [], []
-    if len(traced.outputs) != 1:
-        problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
-    elif len(network.outputs[0].shape) < 2:
+    if len(traced.network.outputs[0].shape) < 2:
         problems.append(
             "The network's output has no axis but the batch: end it with Reshape((1,))."
         )
@@ -239,8 +238,8 @@ def check_trainable(network: keras.Model) -> None:
 
     Raises:
         TypeError: it is not a Sequential or functional model.
-        ValueError: it is not built, has several outputs or no trainable weights, no bound of its
-            input, or computes in anything but float32.
+        ValueError: it is not built, has no trainable weights, no bound of its input, or computes in
+            anything but float32.
         UnknownLayerError: a layer has no bound, or cannot be private.
 
     >>> check_trainable(keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]))
@@ -264,7 +263,7 @@ def check_trainable(network: keras.Model) -> None:
 
 
 def _check_certified(network):
-    traced = trace(network)  # refuses what is no network before it is called
+    traced = trace(_with_one_output(network))  # refuses what is no network before it is called
     assigned = _assigned_in_call(network)
     found = network_bounds(traced)
     found.sensitivities()
@@ -360,13 +359,20 @@ def as_graph(network: keras.Model) -> keras.Model:
     return keras.Model(inputs if len(inputs) > 1 else inputs[0], network(*inputs))
 
 
-def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
-    """The layer that makes the output, also where it is the last of a model within the model, and
+def _with_one_output(network):
+    """The network, its outputs side by side; what has no graph is left to `trace`."""
+    if isinstance(network, keras.Model) and len(getattr(network, "outputs", None) or ()) > 1:
+        return side_by_side(network)[0]
+    return network
+
+
+def final_activation(network: keras.Model, output: int = 0) -> tuple[keras.layers.Layer, str]:
+    """The layer that makes an output, also where it is the last of a model within the model, and
     the name of its activation in small letters: its own name where it has none.
     """
-    last = network.outputs[0]._keras_history.operation
+    last, _, number = network.outputs[output]._keras_history
     if isinstance(last, keras.Model) and getattr(last, "outputs", None):
-        return final_activation(last)
+        return final_activation(last, number)
     name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
     return last, name.lower()
 

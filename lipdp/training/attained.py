@@ -34,7 +34,7 @@ def attained_gradients(model, x: Any, y: Any, verbose: bool = True) -> tuple[Att
     Raises:
         TypeError, ValueError: the sample does not fit the network.
     """
-    source = open_source(x, y, model.graph)
+    source = open_source(x, y, model.graph, model.outputs)
     if isinstance(source, Arrays):
         losses.check_targets(model.private_loss, source.y, model.graph.output_shape[1:])
     variables = model.network.trainable_variables

@@ -22,16 +22,17 @@ from lipdp.data.augmentation import Augmentation
 from lipdp.data.batches import DrawnBatch, DrawnBatches
 from lipdp.data.opening import held_out
 from lipdp.devices import SINGLE_DEVICE
-from lipdp.inspection.check import as_graph, check_trainable, check_units, final_activation
+from lipdp.inspection.check import as_graph, check_trainable, check_units
 from lipdp.metrics import MetricsOfLogits
 from lipdp.noise import SecureNoise, make_noise
+from lipdp.outputs import side_by_side
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
 from lipdp.training.arguments import (
     check_augmentation,
-    check_head,
     check_keras_batches,
+    check_loss,
     check_loss_bound,
     check_max_sample_weight,
     check_optimizer,
@@ -40,7 +41,7 @@ from lipdp.training.arguments import (
 )
 from lipdp.training.attained import attained_gradients
 from lipdp.training.clipping import AdaptiveClip, PerLayerClip, check_clip, clip_state
-from lipdp.training.defaults import default_loss, default_optimizer
+from lipdp.training.defaults import default_optimizer
 from lipdp.training.history import History
 from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
@@ -193,20 +194,16 @@ class PrivateModel(keras.Model):
             physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
 
-        self.graph = network  # the same weights, with inputs and outputs that are known
         self.units = None  # layers that clip their own gradients
         if isinstance(clip, PerLayerClip):
-            self.graph = as_graph(network)
             self.units = check_units(network)
         else:
             check_trainable(network)
+        # The same weights, with inputs that are known, and one output in which all of them are.
+        self.graph, self.outputs = side_by_side(as_graph(network))
+        if self.outputs is not None:
+            self.output_names = list(self.outputs.names)  # where Keras looks for them
         self.augmentation = check_augmentation(augmentation, self.graph)
-        if len(self.graph.outputs) > 1:
-            raise ValueError(
-                f"`network` must have one output; {network.name!r} has {len(self.graph.outputs)}. "
-                "Join them, keras.layers.Concatenate()([a, b]), and their targets; a loss of your "
-                "own, a function (y_true, y_pred), takes them apart and adds up what each costs."
-            )
         self.network = network
         if allocation is None:
             allocation = "global" if self.units is None else "per_weight"
@@ -261,9 +258,10 @@ class PrivateModel(keras.Model):
     def compile(
         self,
         optimizer: str | keras.optimizers.Optimizer | None = None,
-        loss: str | losses.Loss | None = None,
-        metrics: list | None = None,
-        weighted_metrics: list | None = None,
+        loss: str | losses.Loss | Mapping | Sequence | None = None,
+        metrics: list | Mapping | None = None,
+        weighted_metrics: list | Mapping | None = None,
+        loss_weights: Mapping[str, float] | Sequence[float] | None = None,
         max_sample_weight: float | None = None,
         run_eagerly: bool = False,
         steps_per_execution: int = 1,
@@ -279,9 +277,13 @@ class PrivateModel(keras.Model):
                 mean those on logits; with `PerLayerClip`, on the probabilities of a network that
                 ends in the softmax or sigmoid that belongs to them. Its reduction is ignored: an
                 example's loss is the mean over its positions. Without a known gradient bound it
-                needs a `clip`.
-            metrics: Keras metrics; on training data not covered by the guarantee.
+                needs a `clip`. Of several outputs a dict with one for each, by name, or a list; or
+                one for all.
+            metrics: Keras metrics; on training data not covered by the guarantee. Of several
+                outputs a dict of lists, by name.
             weighted_metrics: the same, weighted by the sample weights where `fit` is given any.
+            loss_weights: of several outputs, what the loss of each is multiplied by: public
+                constants, as the losses have them.
             max_sample_weight: largest weight of an example that `fit` may be given, a public
                 constant; without it weights are refused. The bounds start at the clip times this,
                 so noise grows with it. Weights may lie between 0 and it.
@@ -298,8 +300,7 @@ class PrivateModel(keras.Model):
         if self.units is not None:
             self.units = check_units(self.network)  # of the weights that are trained now
         way = "per layer" if self.units is not None else "certified" if self._left_open else ""
-        loss = default_loss(loss, way, final_activation(self.graph)[1])
-        check_head(self.graph, loss)
+        loss = check_loss(loss, loss_weights, as_graph(self.network), self.outputs, way)
         max_sample_weight = check_max_sample_weight(max_sample_weight)
         optimizer = check_optimizer(
             default_optimizer() if optimizer is None else optimizer, self.network
@@ -308,9 +309,11 @@ class PrivateModel(keras.Model):
         try_loss(loss, self.graph.output_shape[1:])
         if jit_compile == "auto":
             jit_compile = not run_eagerly and steps.backend().default_jit_compile()
+        several = isinstance(loss, losses.Joint)
         super().compile(
             optimizer=optimizer,
-            loss=loss,
+            loss=self.outputs.as_given(loss.losses) if several else loss,
+            loss_weights=self.outputs.as_given(loss.weights) if several else None,
             metrics=metrics,
             weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
@@ -320,7 +323,9 @@ class PrivateModel(keras.Model):
         )
         if metrics is not None or weighted_metrics is not None:
             with DotNotTrackScope():  # Keras finds them in this attribute
-                self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
+                self._compile_metrics = MetricsOfLogits(
+                    metrics, weighted_metrics, loss, getattr(self, "output_names", None)
+                )
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
@@ -360,7 +365,8 @@ class PrivateModel(keras.Model):
                 `tf.data.Dataset` is read in its own order, a pass an epoch, and never kept; its
                 order must not depend on what the examples hold); or anything with `len()` whose
                 items are pairs `(x, y)`, of which only drawn ones are read, in another thread.
-            y: targets, one array `(examples, ...)`.
+            y: targets, an array `(examples, ...)`; for several outputs a dict by their names, or a
+                list in their order.
             epochs: passes over the data, on average; by default as many as were chosen together
                 with the sampling, and one where the sampling was given.
             verbose, callbacks, validation_*, initial_epoch: as in Keras. What may be
@@ -572,16 +578,20 @@ class PrivateModel(keras.Model):
             weighted = mask * ops.cast(weights, mask.dtype)
             per_example_losses = per_example_losses * weights
         self._loss_tracker.update_state(per_example_losses, sample_weight=mask)
-        metrics = self._compile_metrics
-        if metrics is not None:
-            # Keras would let padding into the unweighted ones.
-            mask, weighted = (over_positions(w, outputs) for w in (mask, weighted))
-            for (metric,), weight in (
-                (metrics._flat_metrics, mask),
-                (metrics._flat_weighted_metrics, weighted),
-            ):
-                if metric is not None:
-                    metric.update_state(y, outputs, sample_weight=weight)
+        y, outputs = {None: y}, {None: outputs}
+        if self.outputs is not None:
+            y, outputs = y[None], self.outputs.apart(outputs[None])
+            trackers = zip(self.private_loss.parts(), self._compile_loss.metrics, strict=True)
+            for (name, loss, *_), tracker in trackers:
+                values = losses.per_example(loss, y[name], outputs[name])
+                tracker.update_state(values, sample_weight=mask)
+        if self._compile_metrics is not None:
+            for name, *lists in self._compile_metrics.of_outputs():
+                # Keras would let padding into the unweighted ones.
+                for metric, weight in zip(lists, (mask, weighted), strict=True):
+                    if metric is not None:
+                        weight = over_positions(weight, outputs[name])
+                        metric.update_state(y[name], outputs[name], sample_weight=weight)
         return self.get_metrics_result()
 
     @property

@@ -37,6 +37,7 @@ from lipdp.training.steps.private_step import (
     sensitivities,
 )
 from lipdp.training.trial import (
+    build_losses,
     try_augmentation,
     try_loss,
     try_metrics,
@@ -313,7 +314,7 @@ def run_fingerprint(
     )
     mechanism = (model.sampling, step.constants, type(step.noise), model.random_source.seed)
     return {
-        "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
+        "data": [len(examples), digest(*keras.tree.flatten((inputs, targets)))],
         "sample weights": None if weights is None else digest(weights),
         "steps": [run.per_epoch, model.steps_per_execution, run.allowed, *position],
         "mechanism": repr(mechanism),
@@ -345,15 +346,15 @@ def _open_data(model, x, y, epochs, sample_weight, class_weight, devices):
     """The source of the examples, the weight of each, and how many epochs there are to be."""
     sampling = model.sampling
     in_order = sampling is not None and sampling.streamable
-    examples = open_source(x, y, model.graph, stream=in_order)
+    examples = open_source(x, y, model.graph, model.outputs, stream=in_order)
     if sampling is None:
         sampling, model.chosen_epochs = choose_batches(len(examples), epochs)
         model.take_sampling(sampling)
     if epochs is None:
         epochs = model.chosen_epochs or 1
-    losses.check_target_shape(
-        model.private_loss, _target_of(examples)[0], model.graph.output_shape[1:]
-    )
+    target = _target_of(examples)
+    shape = {k: v[0] for k, v in target.items()} if isinstance(target, dict) else target[0]
+    losses.check_target_shape(model.private_loss, shape, model.graph.output_shape[1:])
     if isinstance(examples, Arrays):  # for others the shape of the targets is known, no more
         losses.check_targets(model.private_loss, examples.y, model.graph.output_shape[1:])
     if isinstance(examples, Stream) and devices.processes > 1:
@@ -371,7 +372,7 @@ def _warn_of_repeats(examples):
     """Asks about a row that occurs often, of arrays in memory: others would have to be read."""
     if not isinstance(examples, Arrays):
         return
-    arrays = [*keras.tree.flatten(examples.x), examples.y]
+    arrays = keras.tree.flatten((examples.x, examples.y))
     if not any(isinstance(a, np.memmap) for a in arrays) and repeats(arrays, _MANY):
         warnings.warn(
             f"Some row of `x` and `y` occurs {_MANY} times or more, and ε is for one row. Where "
@@ -404,8 +405,12 @@ def _check_units(model, examples):
 
 
 def _target_of(examples):
-    """Shape and type of the target of one example; nothing is read."""
+    """Shape and type of the target of one example, of several outputs a dict of such pairs; nothing
+    is read.
+    """
     _, targets = examples.take(np.arange(0), 1)
+    if isinstance(targets, dict):
+        return {name: (y.shape[1:], y.dtype) for name, y in targets.items()}
     return targets.shape[1:], targets.dtype
 
 
@@ -414,12 +419,14 @@ def _try(model, examples, validation_data, batch_size, steps):
     data, with what was read of them.
     """
     target, output_shape = _target_of(examples), model.graph.output_shape[1:]
-    own, arrays = not losses.is_known(model.private_loss), isinstance(examples, Arrays)
-    in_range = own and arrays and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
+    own, single = not losses.is_known(model.private_loss), model.outputs is None
+    in_range = own and single and isinstance(examples, Arrays)
+    in_range = in_range and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
     if model.tried != (target, in_range):
         try_network(model.graph)
         try_loss(model.private_loss, output_shape, target, in_range)
         try_metrics(model, target)
+        build_losses(model, target)
         if model.augmentation is not None:
             try_augmentation(model.augmentation, model.graph)
         model.tried = target, in_range

@@ -251,7 +251,8 @@ def gradient_sums(
     views = step.augmentation
     targets = y
     if views is not None:
-        x, targets, mask = views(x), views.repeated(y), views.repeated(mask)
+        targets, mask = keras.tree.map_structure(views.repeated, (y, mask))
+        x = views(x)
     x, finite = readable_inputs(step.network, x)
     readable = mask * finite
     if weights is not None:

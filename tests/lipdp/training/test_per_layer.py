@@ -63,6 +63,11 @@ def loss_of_two_heads(y, z):
     return of_label + 0.3 * ops.square(y[:, 1] - z[:, 3])
 
 
+def two_outputs():
+    joined = two_heads()
+    return keras.Model(joined.input, joined.layers[-1].input)
+
+
 def clip_of(model):
     return np.asarray(ops.convert_to_numpy(model.current_clip()), "float64")
 
@@ -89,7 +94,8 @@ class Step:
         self.most = max_weight or 1.0
         self.start = weights_of(self.model)
         self._gradients = fused(self._gradients_of_one)
-        each = [self.norms(row) for row in range(len(y))]
+        self.size = len(keras.tree.flatten(y)[0])
+        each = [self.norms(row) for row in range(self.size)]
         # Of each unit another part of the examples is clipped.
         parts = np.linspace(0.3, 0.8, len(each[0]))
         self.thresholds = np.array(
@@ -107,8 +113,10 @@ class Step:
     def alone(self, row):
         """The gradients of one example by ordinary automatic differentiation, unit by unit."""
         values = [ops.convert_to_tensor(v) for v in self.model.graph.variables]
-        x = keras.tree.map_structure(lambda a: ops.convert_to_tensor(a[row : row + 1]), self.x)
-        found = self._gradients(values, x, ops.convert_to_tensor(self.y[row : row + 1]))
+        x, y = keras.tree.map_structure(
+            lambda a: ops.convert_to_tensor(a[row : row + 1]), (self.x, self.y)
+        )
+        found = self._gradients(values, x, y)
         return by_units(self.model, [ops.convert_to_numpy(f) for f in found])
 
     def norms(self, row):
@@ -130,7 +138,7 @@ class Step:
             if change is not None:
                 change(batch)
             model.train_on_batch(batch)
-        size = len(self.y)
+        size = self.size
         moves = [a - b for a, b in zip(self.start, weights_of(model), strict=True)]
         sums = by_units(model, moves)
         scales = self.thresholds * self.most * ROUNDING * size
@@ -192,6 +200,12 @@ MATRIX = {
     "class weights": {"weights": {0: 0.5, 1: 3.0}, "max_weight": 4.0},
     "several inputs": {"made": two_inputs, "packed": _halves},
     "several heads": {"made": two_heads, "loss": loss_of_two_heads, "targets": _pairs},
+    "several outputs": {
+        "made": two_outputs,
+        "loss": {"classes": "sparse_categorical_crossentropy", "value": "mse"},
+        "targets": lambda y: {"classes": y, "value": _pairs(y)[:, 1]},
+        "compile": {"loss_weights": {"classes": 1.0, "value": 0.3}},
+    },
     "subclassed": {"made": subclassed, "packed": lambda x: x[:, :5]},
     "eager": {"run_eagerly": True},
     "compiled": {"run_eagerly": False, "compile": {"jit_compile": True}},
@@ -302,11 +316,18 @@ def spoil(batch, row, value=1e4):
         return array
 
     batch.inputs = keras.tree.map_structure(changed, batch.inputs)
-    batch.targets = batch.targets.copy()
-    batch.targets[row] = (batch.targets[row] + 1) % 3
+
+    def other(array):
+        array = array.copy()
+        array[row] = (array[row] + 1) % 3
+        return array
+
+    batch.targets = keras.tree.map_structure(other, batch.targets)
 
 
-@pytest.mark.parametrize("name", one_in(2, ["weights, views, pieces", "plain", "subclassed"]))
+@pytest.mark.parametrize(
+    "name", one_in(2, ["weights, views, pieces", "plain", "several outputs", "subclassed"])
+)
 @pytest.mark.parametrize("value", [1.0, 1e4, 1e30])
 def test_neighbouring_data_sets_are_as_close_as_the_noise_supposes(name, value):
     check_neighbours(made(name), value)
@@ -624,17 +645,6 @@ def test_layers_that_are_trained_are_found_anew_by_compile():
     assert sum("thresholds" in v.path for v in model.non_trainable_variables) == 1
     fixed = private(network(), clip=lipdp.PerLayerClip(threshold=1.0))
     assert not any("thresholds" in v.path for v in fixed.non_trainable_variables)
-
-
-@pytest.mark.any_backend
-def test_several_outputs_are_refused_with_what_to_do():
-    x = keras.Input((6,))
-    made = keras.Model(x, [K.Dense(3, name="classes")(x), K.Dense(1, name="value")(x)])
-    with pytest.raises(ValueError, match="`network` must have one output; .* 2. Join them"):
-        private(made, clip=lipdp.PerLayerClip())
-    for losses in ({"classes": "mse", "value": "mse"}, ["mse", "mse"]):
-        with pytest.raises(TypeError, match="one loss of one output"):
-            private(network(), clip=lipdp.PerLayerClip(), loss=losses)
 
 
 @pytest.mark.any_backend
