@@ -321,8 +321,23 @@ def _released(
     return counts
 
 
+def unit_of(runs: Sequence[Mechanism]) -> str:
+    """What the runs protect; a single example, where there are none."""
+    return runs[0].unit if runs else "example"
+
+
 def resolve_relation(runs: Sequence[Mechanism], relation: Relation | None) -> Relation:
-    """The relation asked for, if every run supports it, or the first that all of them do."""
+    """The relation asked for, if every run supports it, or the first that all of them do.
+
+    Raises:
+        ValueError: there is none, or the runs protect different units.
+    """
+    if len({run.unit for run in runs}) > 1:
+        raise ValueError(
+            "runs that protect different units cannot be accounted for together: "
+            f"{'; '.join(f'{run.label} one {run.unit}' for run in runs)}. Train another "
+            "network, or keep another ledger."
+        )
     if relation is None:
         preferred = runs[0].relations if runs else RELATIONS
         for candidate in preferred:

@@ -26,6 +26,7 @@ EXAMPLES = {
     "transformer": "A transformer block",
     "lora": "LoRA",
     "subclassed": "A subclassed model",
+    "outputs": "Several outputs",
     "autoencoder": "An autoencoder",
     "gan": "A GAN",
 }

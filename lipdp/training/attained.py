@@ -48,7 +48,7 @@ def attained_gradients(model, x: Any, y: Any, verbose: bool = True) -> tuple[Att
         inputs, targets = source.take(np.array([row]), 1)
         mask = np.ones(1, np.float32)
         sums, (_, _, within) = gradient_sums(
-            model.step, steps.backend(), clip, inputs, targets, mask, None
+            model.step, steps.backend(), clip, inputs, targets, mask
         )
         sums = [ops.convert_to_numpy(total).astype("float64").ravel() for total in sums]
         return [np.concatenate([sums[i] for i in group]) for group in groups], within

@@ -14,8 +14,9 @@ from keras.src.utils.tracking import DotNotTrackScope
 
 import accountants
 from accountants import Budget
+from accountants.mechanisms import UNITS
 from accountants.sampling import Sampling
-from accountants.validation import check_integer
+from accountants.validation import check_choice, check_integer
 from lipdp import losses
 from lipdp.bounds.projections import project
 from lipdp.data.augmentation import Augmentation
@@ -108,6 +109,12 @@ class PrivateModel(keras.Model):
             leaves no traces in the last bits (`lipdp.noise.SecureNoise` has its guarantee and its
             limits); or correlated over steps: `lipdp.BandedNoise()` with `CyclicPoisson`,
             `lipdp.ToeplitzNoise()` with `FixedEpochs`.
+        unit: what ε is for: `"example"`, a row of the data; or `"group"`, all rows of one person,
+            say, whose ids `fit` takes as `groups`. The sampling then draws groups, and a batch size
+            counts them.
+        examples_per_group: of a drawn group so many examples enter a step at most, chosen afresh
+            each time; their mean counts as one example. By default 4; more make a step less noisy
+            and slower.
         ledger: path of a file that keeps what was spent, across processes.
         seed: for tests only: whoever knows it can subtract the noise.
 
@@ -155,18 +162,25 @@ class PrivateModel(keras.Model):
         augmentation: Augmentation | None = None,
         physical_batch_size: int | None = None,
         allocation: str | Mapping[str, float] | None = None,
+        unit: str = "example",
+        examples_per_group: int | None = None,
         ledger: str | os.PathLike[str] | None = None,
         seed: int | None = None,
         name: str | None = None,
     ) -> None:
         # Whatever the policy of the day: what it adds to the network is computed in float32.
         super().__init__(name=name, dtype="float32")
+        self.unit = check_choice(unit, "unit", UNITS)
+        if unit == "example" and examples_per_group is not None:
+            raise ValueError('`examples_per_group` goes with unit="group".')
+        self.examples_per_group = check_integer(examples_per_group or 4, "examples_per_group")
         self.spending = Spending(
             budget,
             noise_multiplier,
             ledger,
             lambda: certificates(self.network),
             History(lambda: self.network._flatten_layers()),
+            unit,
         )
         if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(
@@ -351,6 +365,7 @@ class PrivateModel(keras.Model):
         batch_size: int | None = None,
         validation_split: float = 0.0,
         shuffle: bool = True,
+        groups: Any = None,
     ) -> keras.callbacks.History:
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
@@ -380,6 +395,8 @@ class PrivateModel(keras.Model):
             validation_split: share of the arrays' last rows that is evaluated on. They are not
                 trained on, and no part of the examples that ε is about.
             shuffle: True: `sampling` says how batches are drawn.
+            groups: `(examples,)` where `unit="group"`: the id of each example's group, an integer
+                or a text. How many groups there are is public, as the number of examples is else.
 
         Returns:
             Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
@@ -408,10 +425,15 @@ class PrivateModel(keras.Model):
         if validation_split:
             if validation_data is not None:
                 raise ValueError("`validation_split` and `validation_data` cannot both be given.")
+            if groups is not None:
+                raise ValueError(
+                    "`validation_split` could hold out some examples of a group and train on "
+                    "others: give `validation_data` of other groups."
+                )
             (x, y, sample_weight), validation_data = held_out(x, y, sample_weight, validation_split)
         warn_of_monitors(callbacks)
         with self._running(
-            *(x, y, epochs, steps_per_epoch, sample_weight, class_weight),
+            *(x, y, epochs, steps_per_epoch, sample_weight, class_weight, groups),
             self.steps_per_execution,
             (validation_data, validation_batch_size, validation_steps),
             sampling=sampling,
@@ -457,6 +479,7 @@ class PrivateModel(keras.Model):
         steps_per_epoch: int | None = None,
         sample_weight: Any = None,
         class_weight: dict[int, float] | None = None,
+        groups: Any = None,
     ) -> Iterator[DrawnBatch]:
         """Batches for a loop of your own: `for batch in model.batches(x, y): ...`.
 
@@ -471,7 +494,7 @@ class PrivateModel(keras.Model):
         """
         if epochs is not None:
             epochs = check_integer(epochs, "epochs")
-        data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight)
+        data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight, groups)
         with self._running(*data) as drawn:
             for _ in range(self._plan.epochs):
                 drawn.on_epoch_begin()

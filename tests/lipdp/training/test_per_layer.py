@@ -14,6 +14,7 @@ import lipdp
 from lipdp import noise
 from lipdp.autodiff import compiled, fused, gradient
 from lipdp.bounds.walk import ROUNDING
+from lipdp.data.groups import Groups
 from lipdp.local.calls import layer_units
 from lipdp.noise import standard_deviations
 from lipdp.training import steps
@@ -79,7 +80,9 @@ def set_thresholds(model, values):
 class Step:
     """One step without noise, whose sums are read off the weights and the thresholds."""
 
-    def __init__(self, made, x, y, weights=None, max_weight=None, compile=None, **options):
+    def __init__(
+        self, made, x, y, weights=None, max_weight=None, compile=None, groups=None, **options
+    ):
         options = {"noise_multiplier": 0.0, "clip": lipdp.PerLayerClip(learning_rate=1.0)} | options
         compile = {"max_sample_weight": max_weight, **(compile or {})}
         self.model = private(
@@ -90,7 +93,10 @@ class Step:
             compile={"metrics": [], **compile},
             **options,
         )
-        self.x, self.y, self.weights = x, y, weights
+        self.x, self.y, self.weights, self.groups = x, y, weights, groups
+        self.shares = np.ones(BATCH)
+        if groups is not None:
+            self.shares = 1.0 / np.bincount(groups)[groups]
         self.most = max_weight or 1.0
         self.start = weights_of(self.model)
         self._gradients = fused(self._gradients_of_one)
@@ -132,13 +138,15 @@ class Step:
             given = {"class_weight": self.weights}
         elif self.weights is not None:
             given = {"sample_weight": self.weights}
+        if self.groups is not None:
+            given["groups"] = self.groups
         for batch in model.batches(self.x, self.y, steps_per_epoch=1, **given):
             if mask is not None:
                 batch.mask = np.asarray(mask, "float32")
             if change is not None:
                 change(batch)
             model.train_on_batch(batch)
-        size = self.size
+        size = self.shares.sum()  # examples, or groups of them
         moves = [a - b for a, b in zip(self.start, weights_of(model), strict=True)]
         sums = by_units(model, moves)
         scales = self.thresholds * self.most * ROUNDING * size
@@ -153,10 +161,10 @@ class Step:
         for row in np.flatnonzero(mask):
             gradients = self.alone(row)
             norms = np.array([np.linalg.norm(g) for g in gradients])
-            factors = weights[row] * np.minimum(1, self.thresholds / norms)
+            factors = self.shares[row] * weights[row] * np.minimum(1, self.thresholds / norms)
             parts = [g * f for g, f in zip(gradients, factors, strict=True)]
             sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-            counts = counts + (norms <= self.thresholds) - 0.5
+            counts = counts + self.shares[row] * ((norms <= self.thresholds) - 0.5)
         return sums, counts
 
 
@@ -185,6 +193,9 @@ def _views(count):
     return lipdp.Augmentation(K.GaussianNoise(0.0), views=count)
 
 
+#: Whose each example is, in their order; nobody has more than four.
+PEOPLE = np.array([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5])
+
 #: By name: arguments of `Step`.
 MATRIX = {
     "plain": {},
@@ -205,6 +216,15 @@ MATRIX = {
         "loss": {"classes": "sparse_categorical_crossentropy", "value": "mse"},
         "targets": lambda y: {"classes": y, "value": _pairs(y)[:, 1]},
         "compile": {"loss_weights": {"classes": 1.0, "value": 0.3}},
+    },
+    "groups": {"unit": "group", "groups": PEOPLE},
+    "groups, weights, views, pieces": {
+        "unit": "group",
+        "groups": PEOPLE,
+        "weights": np.linspace(0.0, 2.0, BATCH),
+        "max_weight": 2.0,
+        "augmentation": _views(2),
+        "physical_batch_size": 4,
     },
     "subclassed": {"made": subclassed, "packed": lambda x: x[:, :5]},
     "eager": {"run_eagerly": True},
@@ -331,6 +351,46 @@ def spoil(batch, row, value=1e4):
 @pytest.mark.parametrize("value", [1.0, 1e4, 1e30])
 def test_neighbouring_data_sets_are_as_close_as_the_noise_supposes(name, value):
     check_neighbours(made(name), value)
+
+
+@pytest.mark.parametrize("name", ["groups", "groups, weights, views, pieces"])
+@pytest.mark.parametrize("value", [1.0, 1e30])
+def test_a_whole_group_moves_a_step_no_further_than_one_example(name, value):
+    check_groups(made(name), value)
+
+
+def check_groups(step, value=1.0):
+    most = step.thresholds * step.most * ROUNDING
+    for person in (0, 3, 5):
+        own = PEOPLE == person
+
+        def worst(batch, own=own):
+            for row in np.flatnonzero(own):
+                spoil(batch, row, value)
+
+        whole, counts = step.sums(change=worst)
+        without, fewer = step.sums(mask=1.0 - own)
+        lengths = np.array([np.linalg.norm(a - b) for a, b in zip(whole, without, strict=True)])
+        assert (lengths <= most * (1 + 1e-4)).all()
+        assert (np.abs(counts - fewer) <= 0.5 + 1e-3).all()
+
+
+def forgets_the_shares(patch):
+    rows = Groups.rows
+    patch.setattr(Groups, "rows", lambda *given: (rows(*given)[0], np.ones_like(rows(*given)[1])))
+
+
+def forgets_the_shares_of_counts(patch):
+    patch.setattr(private_step, "scale_rows", lambda rows, factors: rows)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("mutant", [forgets_the_shares, forgets_the_shares_of_counts])
+def test_mutants_of_groups_are_caught(mutant, monkeypatch):
+    step = made("groups")
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_groups(step)
 
 
 def check_neighbours(step, value=1e4, rows=(0, BATCH - 1)):
