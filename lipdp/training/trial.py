@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def try_loss(
 ) -> None:
     """Refuses a loss of somebody's own that gives an example another value among others than
     alone. A step calls it with examples one by one, and what it says of a whole batch, such as how
-    close two examples are, would be lost without a word.
+    close two examples are, would be lost without a word. One without a gradient is warned of.
 
     Args:
         loss: as in `per_example`. One that is known to treat examples one by one is not tried.
@@ -58,8 +59,8 @@ def try_loss(
         in_range: whether all labels are known to be among the classes.
 
     Raises:
-        ValueError: it mixes examples, gives one number for all of them, has no gradient, assigns to
-            a variable, or cannot be computed.
+        ValueError: it mixes examples, gives one number for all of them, assigns to a variable, or
+            cannot be computed.
 
     >>> try_loss(lambda y, z: ops.mean(z), (3,))
     Traceback (most recent call last):
@@ -204,10 +205,11 @@ def _check_slopes(loss, y, output_shape):
             ]
 
     if not any(map(np.any, map(ops.convert_to_numpy, _run(slopes, y, _made_up(output_shape))))):
-        raise ValueError(
+        warnings.warn(
             "`loss` has a gradient of zero at every output that was tried: nothing would be learnt "
             "from it. It must be differentiable; operations such as argmax, round and comparisons "
-            "are not."
+            "are not.",
+            stacklevel=4,
         )
 
 

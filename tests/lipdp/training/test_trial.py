@@ -130,8 +130,8 @@ def of_the_targets_alone(y, z):
 
 
 @pytest.mark.parametrize("loss", [errors, of_the_targets_alone])
-def test_a_loss_without_a_gradient_is_refused(loss):
-    with pytest.raises(ValueError, match="gradient of zero"):
+def test_a_loss_without_a_gradient_is_warned_of(loss):
+    with pytest.warns(UserWarning, match="gradient of zero"):
         trial.try_loss(loss, (3,))
 
 
@@ -184,7 +184,6 @@ def test_a_loss_that_ends_in_an_error_at_a_label_out_of_range_is_refused():
 def test_without_trials_a_contrastive_loss_trains_on_nothing(monkeypatch):
     """Mutant: called with examples one by one, it is 0."""
     monkeypatch.setattr(trial, "_check_values", lambda pairs: None)
-    monkeypatch.setattr(trial, "_check_slopes", lambda *_: None)
     model = private(loss=contrastive, clip=1.0, compile=dict(metrics=None))
     assert model.fit(*data(), verbose=0).history["loss"] == [0.0]
 
