@@ -161,7 +161,8 @@ def epsilon(
     Returns:
         The epsilon, at least 0, infinite without noise; it names its delta, its relation, and the
         accountant that did the work ("exact" for "pld" where no run is subsampled; for random
-        allocation whichever of "pld", "rdp" and no amplification is the least).
+        allocation, and at a delta below about 1e-11, whichever of "pld", "rdp" and, for the former,
+        no amplification is the least).
 
     Raises:
         TypeError: an argument is missing, of another type, or both ways of naming runs are mixed.

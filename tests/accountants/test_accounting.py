@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import math
 import pickle
@@ -247,8 +248,31 @@ def test_composed_distributions_round_to_the_safe_side(steps, shift):
     for target in (1e-6, 1e-12, 1e-15, 1e-20):
         at = truth.epsilon(target)
         assert curve.delta(at) >= truth.delta(at)
-    with pytest.raises(ValueError, match="rdp"):
+    for times in (1.01, 1.5, 3.0, 10.0):
+        target = times * curve.rounding
+        assert curve.epsilon(target) >= truth.epsilon(target)
+    with pytest.raises(ValueError, match="delta must be above"):
         curve.epsilon(1e-14)
+
+
+@pytest.mark.parametrize("steps", [100, 20_000])
+@pytest.mark.parametrize("relation", ["add_or_remove_one", "replace_one"])
+def test_every_delta_has_an_epsilon(steps, relation):
+    run = TrainingRun(2.0, PoissonSampling(100), 10_000, steps)
+    targets = 10.0 ** np.arange(-5.0, -19.0, -0.5)
+    found = [epsilon(runs=[run], delta=float(t), relation=relation) for t in targets]
+    assert all(a < b for a, b in itertools.pairwise(found))
+    assert found[0].accountant == "pld" and found[-1].accountant == "rdp"
+    for target, value in zip(targets, found, strict=True):
+        divergences = epsilon(runs=[run], delta=float(target), relation=relation, accountant="rdp")
+        assert value <= divergences
+
+
+def test_noise_is_found_for_every_budget():
+    for target in (1e-9, 1e-12, 1e-15):
+        given = {"sampling": PoissonSampling(100), "num_examples": 10_000, "steps": 300}
+        noise = accountants.calibrate_noise_multiplier(epsilon=2.0, delta=target, **given)
+        assert 1.99 < epsilon(noise_multiplier=noise, delta=target, **given) <= 2.0
 
 
 @pytest.mark.parametrize("probability", [1e-4, 3e-4])
@@ -321,9 +345,10 @@ def test_combinations_that_nobody_accounts_for():
     for accountant in ("exact", "zcdp"):
         with pytest.raises(ValueError, match=f"{accountant}.*PoissonSampling"):
             epsilon(runs=[run], delta=1e-5, accountant=accountant)
-    with pytest.raises(ValueError, match="rdp"):
-        epsilon(runs=[run], delta=1e-14)
-    assert epsilon(runs=[run], delta=1e-14, accountant="rdp") > 0
+    # No divergences, and sums that round at the scale of delta.
+    other = accountants.Query(description="a table", epsilon=0.1, delta=1e-20)
+    with pytest.raises(ValueError, match="delta must be above"):
+        epsilon(runs=[run, other], delta=1e-14)
 
 
 # --- composition ----------------------------------------------------------------------------------
