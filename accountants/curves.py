@@ -372,7 +372,8 @@ def _grid(groups: Sequence[tuple[Release, int]]) -> float:
 
     A step whose loss spreads over s gains a variance of about grid² / 6 by discretisation, so
     s / 8 costs some permille of epsilon; 1e-3 does for ordinary runs, while small sampling
-    probabilities over many steps need less. Powers of two let neighbouring cases share a cache.
+    probabilities over many steps need less, though single losses of theirs are far longer than s.
+    Powers of two let neighbouring cases share a cache.
     """
     steps = sum(count for _, count in groups)
     variance, widest = 0.0, 0.0
@@ -380,10 +381,11 @@ def _grid(groups: Sequence[tuple[Release, int]]) -> float:
         spread, reach = release.scale()
         variance += count * min(spread, reach) ** 2
         widest = max(widest, reach)
-    finest = max(math.sqrt(variance / steps) / 8, widest / 20_000, 1e-8)
+    finest = max(math.sqrt(variance / steps) / 8, widest / 500_000, 1e-8)
     grid = _GRID * 2.0 ** min(0, math.ceil(math.log2(finest / _GRID)))
     # Extreme losses, already beyond any use, must not exhaust time and memory.
-    span = max(widest / 50_000, 16 * math.sqrt(variance) / 2**19)
+    places = 1_000_000 if widest < 50.0 else 50_000
+    span = max(widest / places, 16 * math.sqrt(variance) / 2**19)
     return grid * 2.0 ** max(0, math.ceil(math.log2(span / grid)))
 
 
