@@ -57,6 +57,7 @@ def attack_bounds(
     training: bool = False,
     steps: int = 4,
     seed: int = 0,
+    until: float = math.inf,
 ) -> AttackResult:
     """Searches for a violation of the bounds of a network or a layer.
 
@@ -77,6 +78,7 @@ def attack_bounds(
         training: how the network is called.
         steps: steps of each ascent; with 0 only candidates are tried.
         seed: of everything random; the same seed gives the same result.
+        until: the search ends as soon as it finds a ratio above this.
 
     Returns:
         An `AttackResult`. Bounds are those of exact arithmetic: expect `ratio` up to `1 + 1e-5`.
@@ -102,6 +104,7 @@ def attack_bounds(
         loss_gradient_bound,
         training,
         np.random.default_rng(seed),
+        until,
     )
     initial = [ops.convert_to_numpy(v) for v in network.trainable_variables]
     try:
@@ -117,6 +120,8 @@ def attack_bounds(
             outside = [_OUTSIDE * value for value in settings["aligned"]]
             search.use_weights("frozen", outside, frozen=True)
             search.attack(steps)
+    except _Found:
+        pass
     finally:
         for variable, value in zip(network.trainable_variables, initial, strict=True):
             variable.assign(value)
@@ -255,12 +260,16 @@ def _trainable(variables, trainable):
 # --- search ---------------------------------------------------------------------------------
 
 
+class _Found(Exception):
+    """A ratio beyond which nothing is searched for."""
+
+
 class _Search:
     """Keeps the best of everything tried; knows how to evaluate and to ascend."""
 
-    def __init__(self, network, radius, cotangent, training, random):
+    def __init__(self, network, radius, cotangent, training, random, until):
         self.network, self.radius, self.cotangent = network, radius, cotangent
-        self.random = random
+        self.random, self.until = random, until
         self.variables = network.trainable_variables
         self.shapes = [tuple(t.shape[1:]) for t in network.inputs]
         self.integers = ["int" in t.dtype for t in network.inputs]
@@ -366,6 +375,8 @@ class _Search:
             if name not in self.where or ratio > self.best[name]:
                 self.best[name] = ratio
                 self.where[name] = (tuple(rows[i][0] for i in range(len(inputs))), self.weights)
+                if ratio > self.until:
+                    raise _Found
         return ratios, [ops.convert_to_numpy(s) for s in slopes]
 
     def attack(self, steps):

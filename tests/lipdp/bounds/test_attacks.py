@@ -87,6 +87,15 @@ def test_same_seed_same_result():
     np.testing.assert_array_equal(first.inputs[0], second.inputs[0])
 
 
+def test_a_search_ends_where_it_has_found_enough():
+    network = small_network()
+    before = network.get_weights()
+    whole, some = attack_bounds(network), attack_bounds(network, until=0.3)
+    assert 0.3 < some.ratio < whole.ratio
+    for now, value in zip(network.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(now, value)
+
+
 def test_attack_refuses():
     with pytest.raises(ValueError, match="`input_shape` is needed"):
         attack_bounds(K.Dense(3))
