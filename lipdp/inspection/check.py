@@ -24,6 +24,7 @@ __all__ = [
     "check_trainable",
     "check_units",
     "final_activation",
+    "head_advice",
 ]
 
 
@@ -181,6 +182,7 @@ def check(network: keras.Model) -> Check:
             "The network's output has no axis but the batch: end it with Reshape((1,))."
         )
 
+    last, advice = final_activation(network)[0], head_advice(network)
     bounds = dict.fromkeys(traced.inputs, math.inf)
     covered, unbounded = set(), []
     for call in traced.calls:
@@ -189,7 +191,7 @@ def check(network: keras.Model) -> Check:
         try:
             rule = rule_of(call)
         except UnknownLayerError as error:
-            problem = str(error)
+            problem = advice if advice and call.operation is last else str(error)
             # One problem is told once: what its weights lack is no further one.
             covered.update(v.path for v in getattr(call.operation, "trainable_variables", []))
         else:
@@ -201,7 +203,10 @@ def check(network: keras.Model) -> Check:
             covered.update(v.path for v, _ in gradients)
             if any(not math.isfinite(as_float(b)) for v, b in gradients if v.trainable):
                 unbounded.append(call.operation.name)
-            note = "; ".join(filter(None, [rule.note, _measured(gradients)]))
+            notes = [rule.note, _measured(gradients)]
+            if advice and call.operation is last:
+                notes.append(f"for a cross-entropy: {advice}")
+            note = "; ".join(filter(None, notes))
         bounds.update(dict.fromkeys(call.outputs, output))
         layers.append(
             LayerCheck(
@@ -250,6 +255,8 @@ def check_trainable(network: keras.Model) -> None:
     """
     try:
         _check_certified(network)
+    except _Head:
+        raise  # whichever way it is trained
     except (TypeError, ValueError) as error:
         if not isinstance(network, keras.Model):
             raise
@@ -263,15 +270,35 @@ def check_trainable(network: keras.Model) -> None:
         ) from error
 
 
+class _Head(UnknownLayerError):
+    """A network ends in probabilities that have no bound."""
+
+
 def _check_certified(network):
     traced = trace(network)  # refuses what is no network before it is called
     assigned = _assigned_in_call(network)
-    found = network_bounds(traced)
+    try:
+        found = network_bounds(traced)
+    except UnknownLayerError as error:
+        advice = head_advice(network)
+        if advice and _first_unknown(traced) is final_activation(network)[0]:
+            raise _Head(advice) from error
+        raise
     found.sensitivities()
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
     for problem in [*assigned, *_imprecise(network), *_overflows(traced, found.layers)]:
         raise ValueError(problem)
+
+
+def _first_unknown(traced):
+    """The first layer without a rule; None if all have one."""
+    for call in traced.calls:
+        try:
+            rule_of(call)
+        except UnknownLayerError:
+            return call.operation
+    return None
 
 
 def check_units(network: keras.Model, inputs: Any = None) -> LayerUnits:
@@ -369,6 +396,29 @@ def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
         return final_activation(last)
     name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
     return last, name.lower()
+
+
+def head_advice(network: keras.Model) -> str:
+    """What to do where a network ends in probabilities, in one line; empty where it does not.
+
+    >>> last = keras.layers.Dense(1, "sigmoid", name="p")
+    >>> head_advice(keras.Sequential([keras.Input((4,)), last]))
+    "The network ends in a sigmoid: leave out activation='sigmoid' of layer 'p', and use \
+loss='binary_crossentropy', which takes logits."
+    """
+    last, activation = final_activation(network)
+    if activation not in ("softmax", "sigmoid"):
+        return ""
+    loss = "sparse_categorical_crossentropy" if activation == "softmax" else "binary_crossentropy"
+    if not isinstance(last, keras.layers.Layer):
+        change = f"take keras.ops.{activation} away"
+    elif isinstance(last, (keras.layers.Activation, keras.layers.Softmax)):
+        change = f"take layer {last.name!r} ({type(last).__name__}) away"
+    else:
+        change = f"leave out activation={activation!r} of layer {last.name!r}"
+    return (
+        f"The network ends in a {activation}: {change}, and use loss={loss!r}, which takes logits."
+    )
 
 
 def _units_of(layer, units):

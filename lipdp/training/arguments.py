@@ -10,7 +10,7 @@ from accountants.sampling import Sampling
 from accountants.validation import check_number
 from lipdp import losses
 from lipdp.data.augmentation import Augmentation
-from lipdp.inspection.check import check_trainable, final_activation
+from lipdp.inspection.check import check_trainable, head_advice
 from lipdp.training.clipping import PerLayerClip
 from lipdp.training.defaults import CERTIFIED_CLIP
 
@@ -65,12 +65,9 @@ def default_clip(network: keras.Model, left_open: bool) -> PerLayerClip | float 
 
 def check_head(network: keras.Model, loss: losses.Loss) -> None:
     """Raises ValueError where a network ends in probabilities and the loss takes logits."""
-    layer, activation = final_activation(network)
-    if activation in ("softmax", "sigmoid") and losses.takes_logits(loss):
-        raise ValueError(
-            f"The network ends in a {activation}, and this loss takes logits: remove it from "
-            f"layer {layer.name!r}."
-        )
+    advice = head_advice(network)
+    if advice and losses.takes_logits(loss):
+        raise ValueError(advice)
 
 
 def check_keras_batches(batch_size: int | None, shuffle: Any, sampling: Sampling) -> None:
