@@ -259,6 +259,7 @@ def _recurrent(layer, base):
         activation=layer.activation,
         use_bias=layer.use_bias,
         return_sequences=layer.return_sequences,
+        unroll=True,  # as in lipdp; TFLite has no loops over lists of tensors
         **base,
     )
     kernel, *bias = _values(layer)

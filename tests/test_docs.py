@@ -29,6 +29,7 @@ BLOCK = re.compile(
         "bounds.md",
         "signal.md",
         "spending.md",
+        "how_to_serving.md",
     ],
 )
 def test_blocks_of_a_page(page, tmp_path, monkeypatch, capsys):

@@ -125,6 +125,12 @@ sys.meta_path.insert(0, Hidden())
 import keras
 import numpy as np
 
+try:
+    keras.saving.load_model(sys.argv[4])
+except TypeError as error:  # it is long, and names the package to import
+    assert "Could not locate class" in str(error) and "'lipdp>" in str(error)
+else:
+    raise AssertionError("a file with layers of lipdp was loaded")
 model = keras.saving.load_model(sys.argv[1])
 x = dict(np.load(sys.argv[2]))
 y = model.predict(x, verbose=0)
@@ -142,14 +148,30 @@ def test_loads_without_lipdp(tmp_path, rng):
         for name, t in network.input.items()
     }
     lipdp.to_keras(network).save(tmp_path / "plain.keras")
+    network.save(tmp_path / "own.keras")
     np.savez(tmp_path / "x.npz", **x)
-    files = [str(tmp_path / name) for name in ("plain.keras", "x.npz", "y.npz")]
+    names = ("plain.keras", "x.npz", "y.npz", "own.keras")
+    files = [str(tmp_path / name) for name in names]
     subprocess.run([sys.executable, "-c", LOADING, *files], check=True, cwd=tmp_path)
     found, expected = np.load(tmp_path / "y.npz"), network(x)
     for name in expected:
         np.testing.assert_allclose(
             found[name], ops.convert_to_numpy(expected[name]), atol=1e-5, rtol=1e-5, err_msg=name
         )
+
+
+@pytest.mark.any_backend
+def test_onnx(tmp_path, rng):
+    """As docs/how_to_serving.md says; where the packages are installed."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("tf2onnx" if keras.backend.backend() == "tensorflow" else "jax2onnx")
+    network = lipdp.models.mlp((6,), 3, width=4)
+    path = str(tmp_path / "plain.onnx")
+    lipdp.to_keras(network).export(path, format="onnx", verbose=False)
+    x = rng.standard_normal((3, 6)).astype("float32")
+    session = runtime.InferenceSession(path)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(found, ops.convert_to_numpy(network(x)), atol=1e-5)
 
 
 class Own(K.Layer):
