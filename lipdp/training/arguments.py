@@ -1,6 +1,7 @@
 """Checks of what `PrivateModel`, `compile` and `fit` are given, before anything is planned."""
 
 import math
+import os
 import warnings
 from typing import Any
 
@@ -15,6 +16,7 @@ from lipdp.training.clipping import PerLayerClip
 from lipdp.training.defaults import CERTIFIED_CLIP
 
 __all__ = [
+    "at_home",
     "check_augmentation",
     "check_head",
     "check_keras_batches",
@@ -68,6 +70,11 @@ def check_head(network: keras.Model, loss: losses.Loss) -> None:
     advice = head_advice(network)
     if advice and losses.takes_logits(loss):
         raise ValueError(advice)
+
+
+def at_home(path: Any) -> Any:
+    """A path with the home of the user in place of `~`; an open file, or None, as it is."""
+    return os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else path
 
 
 def check_keras_batches(batch_size: int | None, shuffle: Any, sampling: Sampling) -> None:
