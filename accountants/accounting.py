@@ -161,7 +161,8 @@ def epsilon(
     Returns:
         The epsilon, at least 0, infinite without noise; it names its delta, its relation, and the
         accountant that did the work ("exact" for "pld" where no run is subsampled; for random
-        allocation whichever of "pld", "rdp" and no amplification is the least).
+        allocation, and at a delta below about 1e-11, whichever of "pld", "rdp" and, for the former,
+        no amplification is the least).
 
     Raises:
         TypeError: an argument is missing, of another type, or both ways of naming runs are mixed.
@@ -321,8 +322,23 @@ def _released(
     return counts
 
 
+def unit_of(runs: Sequence[Mechanism]) -> str:
+    """What the runs protect; a single example, where there are none."""
+    return runs[0].unit if runs else "example"
+
+
 def resolve_relation(runs: Sequence[Mechanism], relation: Relation | None) -> Relation:
-    """The relation asked for, if every run supports it, or the first that all of them do."""
+    """The relation asked for, if every run supports it, or the first that all of them do.
+
+    Raises:
+        ValueError: there is none, or the runs protect different units.
+    """
+    if len({run.unit for run in runs}) > 1:
+        raise ValueError(
+            "runs that protect different units cannot be accounted for together: "
+            f"{'; '.join(f'{run.label} one {run.unit}' for run in runs)}. Train another "
+            "network, or keep another ledger."
+        )
     if relation is None:
         preferred = runs[0].relations if runs else RELATIONS
         for candidate in preferred:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from accountants.accounting import Accountant, Budget, check_runs
+from accountants.accounting import Accountant, Budget, check_runs, unit_of
 from accountants.accounting import epsilon as spent
 from accountants.curves import GaussianCurve
 from accountants.mechanisms import Mechanism, TrainingRun
@@ -76,7 +76,7 @@ def calibrate_noise_multiplier(
     target = _target(epsilon, delta, advantage, tpr, at_fpr)
     steps = check_integer(steps, "steps")
     prior = check_runs("prior", prior)
-    run = TrainingRun(1.0, sampling, num_examples, steps)
+    run = TrainingRun(1.0, sampling, num_examples, steps, unit_of(prior))
     how = {"accountant": accountant, "relation": relation}
 
     def cost(noise_multiplier: float) -> float:
@@ -278,7 +278,7 @@ def calibrate_steps(
     budget = Budget(epsilon, delta)
     max_steps = check_integer(max_steps, "max_steps", 0)
     prior = check_runs("prior", prior)
-    run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
+    run = TrainingRun(noise_multiplier, sampling, num_examples, 0, unit_of(prior))
     how = {"accountant": accountant, "relation": relation}
 
     def cost(steps: int) -> float:
@@ -323,7 +323,7 @@ def calibrate_epochs(
     budget = Budget(epsilon, delta)
     max_epochs = check_integer(max_epochs, "max_epochs", 0)
     prior = check_runs("prior", prior)
-    run = TrainingRun(noise_multiplier, sampling, num_examples, 0)
+    run = TrainingRun(noise_multiplier, sampling, num_examples, 0, unit_of(prior))
     how = {"accountant": accountant, "relation": relation}
     length = sampling.steps_per_epoch(num_examples)
 
@@ -377,7 +377,7 @@ def calibrate_batch_size(
     how = {"accountant": accountant, "relation": relation}
 
     def run(batch_size: int) -> TrainingRun:
-        run = TrainingRun(noise_multiplier, scheme(batch_size), num_examples, 0)
+        run = TrainingRun(noise_multiplier, scheme(batch_size), num_examples, 0, unit_of(prior))
         steps = epochs * run.sampling.steps_per_epoch(num_examples)
         return dataclasses.replace(run, steps=steps)
 

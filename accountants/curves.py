@@ -1,7 +1,6 @@
 """Curves of delta over epsilon, from above, of composed releases."""
 
 import abc
-import contextlib
 import dataclasses
 import functools
 import math
@@ -179,11 +178,10 @@ class PldCurve(Curve):
     rounding: float
 
     def epsilon(self, delta: float) -> float:
-        if delta < 10 * self.rounding:
+        if delta <= self.rounding:
             raise ValueError(
-                f"delta must be at least {10 * self.rounding:.1e} for accountant='pld' at this "
-                f"number of steps, as its sums round at that scale; got {delta!r}. "
-                "accountant='rdp' takes any delta."
+                f"delta must be above {self.rounding:.1e} for accountant='pld' at this number of "
+                f"steps, as its sums round at that scale; got {delta!r}."
             )
         return max(0.0, float(self.pld.get_epsilon_for_delta(delta - self.rounding)) * (1 + 1e-12))
 
@@ -216,16 +214,28 @@ class PldCurve(Curve):
 class LeastCurve(Curve):
     """The least of several curves of the same releases: each of them holds.
 
+    Rényi divergences lose more than losses on a grid, but nothing at a delta near what sums of
+    these round at: there they are tried, too.
+
     Attributes:
-        curves: each with the name of the accountant that found it.
+        curves: each with the name of the accountant that found it; the first one has the losses on
+            a grid.
+        counts: the releases.
     """
 
     curves: tuple[tuple[str, Curve], ...]
+    counts: Counts
 
     def best(self, delta: float) -> tuple[float, str]:
-        """The least epsilon at `delta`, and who found it."""
-        found, refused = [], None
-        for name, curve in self.curves:
+        """The least epsilon at `delta`, and who found it.
+
+        Raises:
+            ValueError: nobody can say at so small a delta.
+        """
+        found, refused, curves = [], None, self.curves
+        if delta < 100 * getattr(curves[0][1], "rounding", 0.0):
+            curves = (*curves, *self._divergences)
+        for name, curve in curves:
             try:
                 found.append((curve.epsilon(delta), name))
             except ValueError as error:  # a delta below what its sums round at
@@ -233,6 +243,13 @@ class LeastCurve(Curve):
         if not found:
             raise refused
         return min(found)
+
+    @functools.cached_property
+    def _divergences(self) -> tuple[tuple[str, Curve], ...]:
+        try:
+            return (("rdp", RdpCurve(composed_rdp(self.counts))),)
+        except ValueError:  # one of them has none
+            return ()
 
     def epsilon(self, delta: float) -> float:
         return self.best(delta)[0]
@@ -250,7 +267,7 @@ def least_curve(counts: Counts) -> Curve:
     All but the losses on a grid are tried only where one of the releases says that they may win.
     """
     if all(release.unsampled() is None for release in counts):
-        return pld_curve(counts)
+        return LeastCurve((("pld", pld_curve(counts)),), counts)
     plain: dict[Release, int] = {}
     for release, count in counts.items():
         release = release.unsampled() or release
@@ -260,9 +277,8 @@ def least_curve(counts: Counts) -> Curve:
         ("pld", pld_curve(counts)),
         ("pld", pld_curve(plain)) if shift is None else ("exact", GaussianCurve(shift)),
     ]
-    with contextlib.suppress(ValueError):  # where one of them has no divergences
-        found.append(("rdp", RdpCurve(composed_rdp(counts))))
-    return LeastCurve(tuple(found))
+    least = LeastCurve(tuple(found), counts)
+    return LeastCurve((*least.curves, *least._divergences), counts)
 
 
 def pld_curve(counts: Counts) -> Curve:
@@ -356,7 +372,8 @@ def _grid(groups: Sequence[tuple[Release, int]]) -> float:
 
     A step whose loss spreads over s gains a variance of about grid² / 6 by discretisation, so
     s / 8 costs some permille of epsilon; 1e-3 does for ordinary runs, while small sampling
-    probabilities over many steps need less. Powers of two let neighbouring cases share a cache.
+    probabilities over many steps need less, though single losses of theirs are far longer than s.
+    Powers of two let neighbouring cases share a cache.
     """
     steps = sum(count for _, count in groups)
     variance, widest = 0.0, 0.0
@@ -364,10 +381,11 @@ def _grid(groups: Sequence[tuple[Release, int]]) -> float:
         spread, reach = release.scale()
         variance += count * min(spread, reach) ** 2
         widest = max(widest, reach)
-    finest = max(math.sqrt(variance / steps) / 8, widest / 20_000, 1e-8)
+    finest = max(math.sqrt(variance / steps) / 8, widest / 500_000, 1e-8)
     grid = _GRID * 2.0 ** min(0, math.ceil(math.log2(finest / _GRID)))
     # Extreme losses, already beyond any use, must not exhaust time and memory.
-    span = max(widest / 50_000, 16 * math.sqrt(variance) / 2**19)
+    places = 1_000_000 if widest < 50.0 else 50_000
+    span = max(widest / places, 16 * math.sqrt(variance) / 2**19)
     return grid * 2.0 ** max(0, math.ceil(math.log2(span / grid)))
 
 

@@ -10,7 +10,7 @@ from accountants.accounting import Budget, epsilon
 from accountants.calibration import calibrate_steps
 from accountants.flags import Flags, UsageError, command, write
 from accountants.ledger import Ledger, LedgerEntry, LedgerError
-from accountants.mechanisms import Mechanism, TrainingRun
+from accountants.mechanisms import UNITS, Mechanism, TrainingRun
 from accountants.queries import Query, event_from_dict
 from accountants.sampling import RELATIONS
 
@@ -163,6 +163,7 @@ def _add_flags() -> Flags:
         values.number(name, help)
     values.text("event", "A DpEvent of dp_accounting, as JSON: its name, and its fields.")
     values.one_of("relation", RELATIONS, "What this is true for.", "add_or_remove_one")
+    values.one_of("unit", UNITS, "Whom it protects.", "example")
     values.integer("times", "How often it takes place.", 1)
     return values
 
@@ -173,7 +174,7 @@ def _add(values: Flags, arguments: list[str]) -> None:
     stated = {name: values[name].value for name in _STATED}
     if values.event is not None:
         stated["event"] = event_from_dict(json.loads(values.event))
-    stated |= {"relation": values.relation, "times": values.times}
+    stated |= {"relation": values.relation, "times": values.times, "unit": values.unit}
     description = values.needed("description")
     query = Query(description=description, **stated)
     ledger = Ledger(arguments[0])

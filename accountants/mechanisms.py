@@ -8,6 +8,9 @@ from accountants.releases import Release
 from accountants.sampling import RELATIONS, Relation, Sampling
 from accountants.validation import check_choice, check_integer, check_number
 
+#: What a guarantee is for: one example, or all examples of a group, such as those of one person.
+UNITS = ("example", "group")
+
 
 class Mechanism(abc.ABC):
     """Something that has touched the data, as often as its `count` says; a frozen dataclass.
@@ -19,6 +22,7 @@ class Mechanism(abc.ABC):
         count: how often it has taken place.
         steps: the training steps among that.
         participations: the number of releases to account for.
+        unit: what its guarantee is for, one of `UNITS`.
         label: what it is, for a message.
         words: all that is known of it, on one line.
     """
@@ -27,6 +31,7 @@ class Mechanism(abc.ABC):
     count: int
     steps: int
     participations: int
+    unit: str
     label: str
     words: str
 
@@ -64,8 +69,10 @@ class TrainingRun(Mechanism):
             replacing an example moves the sum twice as far is the accountant's business. Zero is
             no privacy.
         sampling: how each step draws its batch.
-        num_examples: size of the data set.
+        num_examples: size of the data set; where the unit is a group, the number of groups.
         steps: number of steps, not of epochs.
+        unit: ``"example"``; or ``"group"``, where `sampling` draws groups of examples and the noise
+            is for the most that one group can add, whatever its examples are.
 
     Raises:
         TypeError: an argument is of another type.
@@ -76,8 +83,10 @@ class TrainingRun(Mechanism):
     sampling: Sampling
     num_examples: int
     steps: int
+    unit: str = "example"
 
     def __post_init__(self) -> None:
+        check_choice(self.unit, "unit", UNITS)
         if not isinstance(self.sampling, Sampling):
             raise TypeError(
                 "sampling must be a scheme such as PoissonSampling(batch_size=256), got "
@@ -116,7 +125,7 @@ class TrainingRun(Mechanism):
         """
         return (
             f"{self.steps} steps, noise multiplier {self.noise_multiplier:.4g}, "
-            f"{self.sampling!r} of {self.num_examples} examples"
+            f"{self.sampling!r} of {self.num_examples} {self.unit}s"
         )
 
     def counted(self, count: int) -> "TrainingRun":
@@ -186,12 +195,13 @@ class TrainingRun(Mechanism):
         >>> TrainingRun.from_dict(run.to_dict()) == run
         True
         """
-        return {
+        values = {
             "noise_multiplier": self.noise_multiplier,
             "sampling": self.sampling.to_dict(),
             "num_examples": self.num_examples,
             "steps": self.steps,
         }
+        return values if self.unit == "example" else values | {"unit": self.unit}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainingRun":

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from accountants.mechanisms import Mechanism, TrainingRun
+from accountants.mechanisms import UNITS, Mechanism, TrainingRun
 from accountants.numerics import ORDERS, WIDTH, event_rdp, renyi_pld, sampled_scale
 from accountants.releases import Gaussian, Release, Zcdp, gaussian_release
 from accountants.sampling import RELATIONS, Relation
@@ -72,6 +72,7 @@ class Query(Mechanism):
             holds for either of these costs two changes where an example is replaced. Of sampled
             and other compound events nothing is derived for "replace_one".
         times: how often it took place; 0 is not at all.
+        unit: what that is true for: an ``"example"``, or a ``"group"`` of them.
 
     Raises:
         TypeError: an argument is of another type, or not one of the five is given.
@@ -88,12 +89,14 @@ class Query(Mechanism):
     event: "dp_accounting.DpEvent | None" = None
     relation: Relation = "add_or_remove_one"
     times: int = 1
+    unit: str = "example"
 
     steps = 0
 
     def __post_init__(self) -> None:
         check_description(self.description)
         check_choice(self.relation, "relation", RELATIONS)
+        check_choice(self.unit, "unit", UNITS)
         object.__setattr__(self, "times", check_integer(self.times, "times", 0))
         given = [name for name in _STATED if getattr(self, name) is not None]
         if len(given) != 1:
@@ -209,6 +212,8 @@ class Query(Mechanism):
         """
         names = [field.name for field in dataclasses.fields(self) if field.name != "times"]
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.unit == "example":
+            del values["unit"]
         if self.event is not None:
             values["event"] = event_to_dict(self.event)
         return {"query": values, "times": self.times}

@@ -17,7 +17,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from accountants.accounting import Accountant, Epsilon, epsilon
+from accountants.accounting import Accountant, Epsilon, epsilon, unit_of
 from accountants.mechanisms import Mechanism, TrainingRun
 from accountants.queries import Query
 from accountants.sampling import Relation
@@ -28,9 +28,13 @@ from accountants.validation import check_probability
 _RATE = 0.01
 
 _RELATIONS = {
-    "add_or_remove_one": "one has one example more than the other",
-    "zero_out": "one example of the one is blank in the other, and contributes nothing",
-    "replace_one": "one example of the one is another example in the other",
+    "add_or_remove_one": "one has one {unit} more than the other",
+    "zero_out": "one {unit} of the one is blank in the other, and contributes nothing",
+    "replace_one": "one {unit} of the one is another {unit} in the other",
+}
+_UNITS = {
+    "example": "One example: a row of the data.",
+    "group": "One group: all rows of the data that share an id, such as those of one person.",
 }
 
 _ACCOUNTANTS = {
@@ -40,16 +44,24 @@ _ACCOUNTANTS = {
     "zcdp": "zero-concentrated differential privacy (zcdp)",
 }
 
+_NOT_COVERED_OF_UNITS = {
+    "example": (
+        "People with several examples: for them the guarantee is that of a group, which is weaker.",
+        "The number of examples, which is treated as public.",
+    ),
+    "group": (
+        "People whose rows have several ids: for them the guarantee is weaker.",
+        "The number of groups, which is treated as public.",
+    ),
+}
 _NOT_COVERED = (
-    "People with several examples: for them the guarantee is that of a group, which is weaker.",
-    "The number of examples, which is treated as public.",
     "Uses of the same data that are not listed here.",
     "Choices made by looking at results on the data: settings, features, when to stop, which run "
     "is kept.",
     "The data themselves, while they are collected and stored, and the time and memory that "
     "computations take.",
     "What follows about a person from facts about everybody, which would be learned without that "
-    "person's example, too.",
+    "person's data, too.",
     "The code: it has not been reviewed by an independent party.",
 )
 _NOT_COVERED_OF_TRAINING = (
@@ -108,6 +120,7 @@ class Statement:
         true_positive_rate: the most true positives of an attacker with 1 % false positives.
         posterior: what a belief of one half, that an example took part, becomes at most, but with a
             probability of delta.
+        unit: what is protected: an ``"example"``, or a ``"group"`` of them.
         warnings: what voids the statement, or weakens it.
         not_covered: what it says nothing about.
     """
@@ -125,6 +138,7 @@ class Statement:
     posterior: float
     warnings: tuple[str, ...]
     not_covered: tuple[str, ...]
+    unit: str = "example"
 
     @classmethod
     def of(
@@ -171,6 +185,7 @@ class Statement:
             posterior=curve.posterior(0.5, delta),
             warnings=(*warnings, *_warnings(uses, found)),
             not_covered=_not_covered(uses),
+            unit=unit_of(how["runs"]),
         )
 
     def __str__(self) -> str:
@@ -208,9 +223,10 @@ class Statement:
         ]
 
     def _protected(self) -> str:
+        neighbours = _RELATIONS[self.relation].format(unit=self.unit)
         return (
-            "One example: a row of the data. Two data sets are neighbours if "
-            f"{_RELATIONS[self.relation]} ({self.relation}). Whoever holds the data and trains is "
+            f"{_UNITS[self.unit]} Two data sets are neighbours if "
+            f"{neighbours} ({self.relation}). Whoever holds the data and trains is "
             "trusted; whoever sees what is released is not."
         )
 
@@ -237,9 +253,10 @@ class Statement:
 
     def _attacker(self) -> tuple[str, ...]:
         replaced = self.relation == "replace_one"
-        secret = "which of two examples took part" if replaced else "whether one example took part"
+        unit = self.unit
+        secret = f"which of two {unit}s took part" if replaced else f"whether one {unit} took part"
         return (
-            "The attacker knows all other examples and everything that is released, and has to "
+            f"The attacker knows all other {unit}s and everything that is released, and has to "
             f"tell {secret}.",
             f"Advantage: true positives exceed false positives by at most {up(self.advantage)} "
             "(0 is guessing, 1 is knowing).",
@@ -270,7 +287,7 @@ class Statement:
                 {**use.run.to_dict(), "about": dict(use.about), "settled": use.settled}
                 for use in self.uses
             ],
-            "unit": "one example",
+            "unit": f"one {self.unit}",
             "false_positive_rate": _RATE,
             "runs": sum(isinstance(use.run, TrainingRun) for use in self.uses),
             "steps": sum(use.run.steps for use in self.uses),
@@ -283,9 +300,10 @@ def _warnings(uses: tuple[Use, ...], found: Epsilon) -> list[str]:
     warnings = []
     sizes = [use.run.num_examples for use in uses if isinstance(use.run, TrainingRun)]
     if sizes and found.delta * max(sizes) > 1:
+        unit = unit_of([use.run for use in uses])
         warnings.append(
-            f"delta = {found.delta:g} is above one over the {max(sizes)} examples: even a "
-            "mechanism that publishes one random example in full has a delta of that size."
+            f"delta = {found.delta:g} is above one over the {max(sizes)} {unit}s: even a mechanism "
+            f"that publishes one random {unit} in full has a delta of that size."
         )
     if any("seed" in use.about.get("noise", "") for use in uses):
         warnings.append(
@@ -304,6 +322,7 @@ def _not_covered(uses: tuple[Use, ...]) -> tuple[str, ...]:
     exact = all("discrete" in use.about.get("noise", "") for use in training)
     return (
         *(_NOT_COVERED_OF_TRAINING if training else ()),
+        *_NOT_COVERED_OF_UNITS[unit_of([use.run for use in uses])],
         *_NOT_COVERED,
         *(() if exact else (_ROUNDING,)),
     )

@@ -26,6 +26,7 @@ EXAMPLES = {
     "transformer": "A transformer block",
     "lora": "LoRA",
     "subclassed": "A subclassed model",
+    "outputs": "Several outputs",
     "autoencoder": "An autoencoder",
     "gan": "A GAN",
 }
@@ -81,7 +82,7 @@ def of_generated(generator, x_test, y_test, count=20_000):
     dense = keras.layers.Dense
     classifier = keras.Sequential([keras.Input((784,)), dense(128, activation="relu"), dense(10)])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    classifier.compile("adam", loss, ["accuracy"])
+    classifier.compile("adam", loss, metrics=["accuracy"])
     classifier.fit(fakes, digits, batch_size=128, epochs=3, verbose=0)
     return classifier.evaluate(x_test * 2 - 1, y_test, verbose=0)[1]
 

@@ -1,8 +1,8 @@
 """The table of docs/how_to_public_start.md: `python -m experiments.public_start`.
 
-Runs the code of the page, five times for each cell: without the public training, with it on the five
-digits as they are, and with it on turned ones, too; frozen up to each layer. The accuracies are those
-on the private test images.
+Runs the code of the page, five times for each cell: without the public training, with it on the
+five digits as they are, and with it on turned ones, too; frozen up to each layer. The accuracies
+are those on the private test images.
 """
 
 import pathlib

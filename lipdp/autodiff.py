@@ -18,7 +18,9 @@ if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
     def _vjp(function, arguments, cotangents_of):
-        arguments = [tf.convert_to_tensor(a) for a in arguments]  # variables are not watched
+        # Fresh tensors: variables are not watched, and losses of Keras take the logits of a softmax
+        # from the tensor that it made, which `values` would then not depend on.
+        arguments = [tf.identity(a) for a in arguments]
         with tf.GradientTape() as tape:
             tape.watch(arguments)
             values = function(*arguments)

@@ -1,6 +1,7 @@
 """Metrics for `compile(metrics=[...])`, and what Keras' own see of logits."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -103,21 +104,33 @@ class MetricsOfLogits(CompileMetrics):
 
     Args:
         metrics, weighted_metrics: as `compile` takes them.
-        loss: of the output.
+        loss: of the output, or of all of them.
+        output_names: of several outputs.
     """
 
-    def __init__(self, metrics: Any, weighted_metrics: Any, loss: Any) -> None:
-        super().__init__(metrics, weighted_metrics)
+    def __init__(
+        self, metrics: Any, weighted_metrics: Any, loss: Any, output_names: list[str] | None = None
+    ) -> None:
+        super().__init__(metrics, weighted_metrics, output_names=output_names)
         self._loss = loss
 
     def build(self, y_true: Any, y_pred: Any) -> None:
         super().build(y_true, y_pred)
-        for found in self._flat_metrics + self._flat_weighted_metrics:
-            if found is not None:
-                found.metrics = [
-                    _OnProbabilities(metric, self._loss) if _reads_probabilities(metric) else metric
-                    for metric in found.metrics
-                ]
+        for name, *lists in self.of_outputs():
+            loss = self._loss if name is None else self._loss.losses[name]
+            for found in lists:
+                if found is not None:
+                    found.metrics = [
+                        _OnProbabilities(metric, loss) if _reads_probabilities(metric) else metric
+                        for metric in found.metrics
+                    ]
+
+    def of_outputs(self) -> Iterator[tuple[str | None, Any, Any]]:
+        """Of each output its name, its metrics, and those that are weighted; lists of Keras, or
+        None. A single output has no name.
+        """
+        names = self.output_names or [None]
+        return zip(names, self._flat_metrics, self._flat_weighted_metrics, strict=True)
 
 
 def _reads_probabilities(metric):

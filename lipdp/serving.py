@@ -28,7 +28,8 @@ def to_keras(network: keras.Model) -> keras.Model:
     now, or a small functional model of Keras layers and operations, under the layer's name. Layers
     of Keras are copied, without their constraints. Models within the network are resolved into
     their layers, which get the model's name in front of theirs. The new model shares no weights
-    with the network, and is for predictions: trained further it is not private.
+    with the network, and is for predictions: trained further it is not private, and a
+    `PrivateModel` of it does not know what its weights have cost, unless by a ledger.
 
     Before it is returned, both are called on made-up rows, and their outputs compared.
 

@@ -150,6 +150,7 @@ class Ledger:
         event: "dp_accounting.DpEvent | None" = None,
         relation: Relation = "add_or_remove_one",
         times: int = 1,
+        unit: str = "example",
     ) -> None:
         """Pays for a use of the data that is no training: a statistic with noise, a table.
 
@@ -165,8 +166,8 @@ class Ledger:
 
         Args:
             description: what it is, in one line.
-            laplace, gaussian, epsilon, delta, rho, event, relation, times: what is known of its
-                privacy, as for `accountants.Query`.
+            laplace, gaussian, epsilon, delta, rho, event, relation, times, unit: what is known of
+                its privacy, as for `accountants.Query`.
 
         Raises:
             LedgerError: as for `lock`.
@@ -184,6 +185,7 @@ class Ledger:
             event=event,
             relation=relation,
             times=check_integer(times, "times"),
+            unit=unit,
         )
         with self.lock() as writer:
             resolve_relation([*writer.runs, query], None)

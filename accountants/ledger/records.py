@@ -177,6 +177,7 @@ class State:
         else:
             names = ("noise_multiplier", "sampling", "num_examples")
             values = {key: record[key] for key in names} | {"steps": 0}
+            values |= {"unit": record["unit"]} if "unit" in record else {}
         run = mechanism_from_dict(values)
         limits = check_limits(record["reserve"], record["max_steps"])
         about = check_about(record.get("about", {}))

@@ -517,7 +517,7 @@ class Watch(keras.callbacks.Callback):
             piece = slice(start, start + _ROWS)
             x = tree.map_structure(lambda a: a[piece], self.audit.x)  # noqa: B023
             y = ops.convert_to_tensor(self.audit.y[piece])
-            outputs = model.network(x, training=False)
+            outputs = model.graph(x, training=False)
             values, slopes = gradient(
                 lambda z: losses.per_example(model.private_loss, y, z),  # noqa: B023
                 outputs,

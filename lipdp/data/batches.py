@@ -12,6 +12,7 @@ from keras import tree
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 from accountants.sampling import Draws, Sampling
+from lipdp.data.groups import Groups
 from lipdp.data.opening import as_array
 from lipdp.data.sources import Arrays, Records, Stream, as_type, padded
 from lipdp.devices import SINGLE_DEVICE, Devices
@@ -26,28 +27,30 @@ class DrawnBatch:
 
     Attributes:
         inputs: `(rows, ...)`, padded with zeros; a structure of such arrays for several inputs.
-        targets: `(rows, ...)`.
+        targets: `(rows, ...)`; for several outputs a dict of such arrays.
         mask: `(rows,)` float32, 1 for examples, 0 for padding.
         key: uint32 `(4,)`, the key of the step's noise.
         weights: `(rows,)` float32, or None where every example weighs 1.
+        shares: `(rows,)` float32, what a row counts of its group, or None where examples are drawn.
         noise: the step's noise where the host draws it, or None.
     """
 
     inputs: Any
-    targets: np.ndarray
+    targets: Any
     mask: np.ndarray
     key: np.ndarray
     weights: np.ndarray | None = None
     noise: np.ndarray | None = None
+    shares: np.ndarray | None = None
 
     def as_data(self) -> tuple:
         """The tuple that Keras' loops hand to `train_step`.
 
-        Key, weights and noise travel with the inputs.
+        Key, weights, shares and noise travel with the inputs.
         """
         features = {"inputs": self.inputs, "key": self.key}
-        for name, value in (("weights", self.weights), ("noise", self.noise)):
-            if value is not None:
+        for name in ("weights", "shares", "noise"):
+            if (value := getattr(self, name)) is not None:
                 features[name] = value
         return (features, self.targets, self.mask)
 
@@ -68,12 +71,12 @@ class DrawnBatch:
             if noise is not None and (i > 0 or not first):
                 noise = np.zeros_like(noise)
             return DrawnBatch(
-                tree.map_structure(lambda a: a[rows], self.inputs),
-                self.targets[rows],
+                *tree.map_structure(lambda a: a[rows], (self.inputs, self.targets)),
                 self.mask[rows],
                 self.key,
                 None if self.weights is None else self.weights[rows],
                 noise,
+                None if self.shares is None else self.shares[rows],
             )
 
         return [part(i) for i in range(number)]
@@ -85,15 +88,17 @@ def padding_multiple(
     physical_batch_size: int | None = None,
     compiled: bool = False,
     replicas: int = 1,
+    group: int = 1,
 ) -> int:
     """The number to a multiple of which the rows of a batch are padded: a constant of the scheme.
 
     Args:
         sampling: how batches are drawn.
-        expected_batch_size: their rows, on average.
+        expected_batch_size: how many examples or groups are drawn, on average.
         physical_batch_size: most rows that a device computes at once.
         compiled: whether each shape of a batch is compiled.
         replicas: devices that share out the rows.
+        group: rows of a drawn group at most.
 
     >>> from accountants import FullBatch, PoissonSampling
     >>> padding_multiple(PoissonSampling(1000), 1000.0, compiled=True)
@@ -103,10 +108,10 @@ def padding_multiple(
     """
     if physical_batch_size is not None:
         return physical_batch_size * replicas
-    bucket = sampling.padded_size or 1
+    bucket = (sampling.padded_size or 1) * group
     if sampling.padded_size is None and sampling.varying_size and compiled:
         # XLA compiles for each shape: about six lie within the batch size's spread.
-        bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(expected_batch_size))))
+        bucket = 2 ** max(0, math.ceil(math.log2(math.sqrt(expected_batch_size * group))))
     return -(-bucket // replicas) * replicas
 
 
@@ -163,6 +168,8 @@ def check_weights(
             )
     elif isinstance(examples, Records):
         raise ValueError("`class_weight` needs arrays; give `sample_weight` with records.")
+    elif isinstance(examples.y, dict):
+        raise ValueError("`class_weight` needs one output; give `sample_weight` with several.")
     else:
         weights = _class_weights(class_weight, examples.y)
     # Written so that NaN is refused.
@@ -224,6 +231,7 @@ class DrawnBatches:
         steps_taken: tells how many steps of the run were taken.
         devices: which share out the rows. Every process draws the same batch, and reads from it
             the rows of its own devices.
+        groups: of the examples, where these are what is drawn.
     """
 
     def __init__(
@@ -238,8 +246,9 @@ class DrawnBatches:
         draw_noise: Callable[[], np.ndarray | None] = lambda: None,
         steps_taken: Callable[[], int] | None = None,
         devices: Devices = SINGLE_DEVICE,
+        groups: Groups | None = None,
     ) -> None:
-        self.examples, self.weights = examples, weights
+        self.examples, self.weights, self.groups = examples, weights, groups
         self.sampling = sampling
         self.source = source
         self.position = tuple(position)
@@ -250,7 +259,7 @@ class DrawnBatches:
         self.steps_taken = steps_taken
         self.devices = devices
         self.draws = Draws(
-            len(examples),
+            len(examples if groups is None else groups),
             steps,
             lambda *place: self.source.generator(*self.position, *place),
             in_order=isinstance(examples, Stream),
@@ -289,7 +298,7 @@ class DrawnBatches:
 
     def _independent(self):
         """Tells whether any choice of the steps is accounted as so many steps are."""
-        n, steps = len(self.examples), 2 * self.steps
+        n, steps = self.draws.num_examples, 2 * self.steps
         return self.sampling.participations(n, steps) == steps
 
     def request(self, index: int) -> DrawnBatch:
@@ -324,18 +333,24 @@ class DrawnBatches:
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"No batches can be drawn as {self.sampling!r} says.")
         epoch = self.epoch if epoch is None else epoch
-        rows = self.sampling.rows(self.draws.step(epoch, index))
+        draw = self.draws.step(epoch, index)
+        rows, shares = self.sampling.rows(draw), None
+        if self.groups is not None:
+            rows, shares = self.groups.rows(rows, draw.generator)
         size = max(1, -(-len(rows) // self.bucket)) * self.bucket
         size //= self.devices.processes
-        rows = rows[self.devices.process * size :][:size]
-        return self._batch(rows, size, self.source.key(*self.position, epoch, index))
+        own = slice(self.devices.process * size, (self.devices.process + 1) * size)
+        key = self.source.key(*self.position, epoch, index)
+        return self._batch(rows[own], size, key, None if shares is None else shares[own])
 
-    def _batch(self, rows, size, key):
+    def _batch(self, rows, size, key, shares):
         mask = np.zeros(size, np.float32)
         mask[: len(rows)] = 1.0
         weights = None if self.weights is None else padded(self.weights, rows, size)
         inputs, targets = tree.map_structure(_single, self.examples.take(rows, size))
-        return DrawnBatch(inputs, targets, mask, key, weights, self.draw_noise())
+        if shares is not None:
+            shares = np.pad(shares, (0, size - len(rows)))
+        return DrawnBatch(inputs, targets, mask, key, weights, self.draw_noise(), shares)
 
 
 def _single(array):

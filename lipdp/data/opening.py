@@ -12,6 +12,7 @@ from keras.src.utils import io_utils
 
 from lipdp.data.sources import Arrays, Records, Stream, as_type
 from lipdp.inputs import input_names, like_inputs
+from lipdp.outputs import Outputs
 
 __all__ = ["as_array", "held_out", "open_source", "surely_ends"]
 
@@ -27,7 +28,11 @@ _WAYS = (
 
 
 def open_source(
-    x: Any, y: Any, network: keras.Model, stream: bool = False
+    x: Any,
+    y: Any,
+    network: keras.Model,
+    outputs: Outputs | None = None,
+    stream: bool = False,
 ) -> Arrays | Records | Stream:
     """The source of what `fit` was given, after the checks that can be made before training.
 
@@ -36,8 +41,10 @@ def open_source(
             a list in their order. Without `y`: a finite `tf.data.Dataset` of examples or batches
             `(x, y)` or a `keras.utils.PyDataset` of batches, which is read into memory; or anything
             with `len()` whose items are pairs `(x, y)`, of which only drawn ones are read.
-        y: targets, an array `(examples, ...)`.
+        y: targets, an array `(examples, ...)`; for several outputs a dict by their names, or a list
+            in their order.
         network: whose inputs they are.
+        outputs: of the network, where it has several.
         stream: whether a pass in the data set's own order is what the scheme samples: a
             `tf.data.Dataset` is then not read into memory, and must know its length.
 
@@ -48,12 +55,12 @@ def open_source(
             their first rows, streams as far as their `element_spec`.
     """
 
-    def pack(x):
-        return _packed(x, network)
+    def pack(x, y):
+        return _packed(x, network), y if outputs is None else outputs.named(y, "y")
 
     if y is None and x is not None:
         if hasattr(x, "element_spec"):
-            batched = _check_dataset(x, pack, network)
+            batched = _check_dataset(x, pack, network, outputs)
             if stream:
                 return _opened_stream(x, batched, pack)
             if not surely_ends(x):
@@ -72,20 +79,29 @@ def open_source(
         else:
             _check_has_targets(x)
             if not _is_array(x) and not isinstance(x, (Mapping, str)) and hasattr(x, "__getitem__"):
-                return _checked_records(x, pack, network)
+                return _checked_records(x, pack, network, outputs)
     elif x is not None and not hasattr(x, "__len__") and hasattr(x, "__iter__"):
         raise TypeError(_no_source(x))
     if x is None or y is None:
         raise ValueError("`x` and `y` must both be given, as arrays with one row an example.")
-    y, x = as_array(y, "y"), pack(x)
-    if len(y) == 0:
+    x, y = pack(x, y)
+    if outputs is None:
+        y = as_array(y, "y")
+    else:
+        y = {name: as_array(v, f"y[{name!r}]") for name, v in y.items()}
+    lengths = [len(v) for v in tree.flatten(y)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            f"`y` must have a row an example for each output; got {lengths} rows for {list(y)}."
+        )
+    if lengths[0] == 0:
         raise ValueError("`x` and `y` are empty.")
     shapes = [tuple(tensor.shape[1:]) for tensor in network.inputs]
     wanted = dict(zip(input_names(network), shapes, strict=True))
     if isinstance(x, dict):
-        return Arrays({k: _rows(as_array(v, "x"), wanted[k], len(y)) for k, v in x.items()}, y)
+        return Arrays({k: _rows(as_array(v, "x"), wanted[k], lengths[0]) for k, v in x.items()}, y)
     (shape,) = wanted.values()
-    return Arrays(_rows(as_array(x, "x"), shape, len(y)), y)
+    return Arrays(_rows(as_array(x, "x"), shape, lengths[0]), y)
 
 
 def held_out(
@@ -113,7 +129,7 @@ def held_out(
             "`validation_data`."
         )
     data = tree.map_structure(lambda v: v if v is None else as_array(v, "x"), (x, y, sample_weight))
-    rows = len(data[1])
+    rows = len(tree.flatten(data[1])[0])
     first = math.floor(rows * (1 - share))
     if not 0 < first < rows:
         raise ValueError(
@@ -276,14 +292,15 @@ def _no_source(x):
     )
 
 
-def _checked_records(records, pack, network):
+def _checked_records(records, pack, network, outputs):
     if not hasattr(records, "__len__"):
         raise TypeError(f"`x` must have a length; {type(records).__name__} has none.")
     if len(records) == 0:
         raise ValueError("`x` is empty.")
     source = Records(records, pack)
     like, target = source.like
-    if target.dtype.kind not in "buif":
+    several = isinstance(target, dict) and outputs is None
+    if several or any(t.dtype.kind not in "buif" for t in tree.flatten(target)):
         raise TypeError(
             "records must hold numbers as targets, one array an example; got "
             f"{type(records[0][1]).__name__}."
@@ -298,7 +315,7 @@ def _checked_records(records, pack, network):
     return source
 
 
-def _check_dataset(dataset, pack, network):
+def _check_dataset(dataset, pack, network, outputs):
     """Whether a `tf.data.Dataset` holds batches, or single examples.
 
     Raises:
@@ -312,9 +329,10 @@ def _check_dataset(dataset, pack, network):
             "part as if it were several. Say epochs=... instead."
         )
     spec = dataset.element_spec
-    if not isinstance(spec, (tuple, list)) or len(spec) != 2 or tree.is_nested(spec[1]):
+    pair = isinstance(spec, (tuple, list)) and len(spec) == 2
+    if not pair or (outputs is None and tree.is_nested(spec[1])):
         raise TypeError(f"`x` must give batches (x, y), or examples (x, y); got {spec}.")
-    inputs = pack(spec[0])
+    inputs, _ = pack(*spec)
     kinds = set()
     for name, tensor in zip(input_names(network), network.inputs, strict=True):
         shape = (inputs[name] if isinstance(inputs, dict) else inputs).shape

@@ -16,11 +16,11 @@ _ALIGNMENT = 64  # bytes
 
 
 class Arrays:
-    """Arrays with a row for each example: one for the targets, one for each input.
+    """Arrays with a row for each example: one for the targets of each output, one for each input.
 
     Args:
         x: an array, or for several inputs a dict of arrays.
-        y: an array.
+        y: an array, or for several outputs a dict of arrays.
 
     >>> source = Arrays(np.arange(4.0), np.arange(4))
     >>> x, y = source.take(np.array([1, 3]), size=3)
@@ -28,17 +28,15 @@ class Arrays:
     ([1.0, 3.0, 0.0], [1, 3, 0])
     """
 
-    def __init__(self, x: Any, y: np.ndarray) -> None:
+    def __init__(self, x: Any, y: Any) -> None:
         self.x, self.y = x, y
 
     def __len__(self) -> int:
-        return len(self.y)
+        return len(tree.flatten(self.y)[0])
 
-    def take(self, rows: np.ndarray, size: int) -> tuple[Any, np.ndarray]:
+    def take(self, rows: np.ndarray, size: int) -> tuple[Any, Any]:
         """Inputs and targets of those examples, padded with zeros to `size` rows."""
-        return tree.map_structure(lambda a: padded(a, rows, size), self.x), padded(
-            self.y, rows, size
-        )
+        return tree.map_structure(lambda a: padded(a, rows, size), (self.x, self.y))
 
 
 class Records:
@@ -55,18 +53,18 @@ class Records:
 
     Args:
         records: the source, of which the first and the last record are read at once.
-        pack: makes the structure of the network's inputs out of a record's `x`.
+        pack: makes the structure of the network's inputs and targets out of a record `(x, y)`.
 
     Raises:
         Exception: what the source raises for the first or the last record.
 
-    >>> source = Records([(np.ones(2), 0.0), (np.zeros(3), 1.0)], lambda x: x)
+    >>> source = Records([(np.ones(2), 0.0), (np.zeros(3), 1.0)], lambda x, y: (x, y))
     >>> x, y = source.take(np.array([0, 1]), size=3)
     >>> x.tolist(), y.tolist()
     ([[1.0, 1.0], [nan, nan], [0.0, 0.0]], [0.0, nan, 0.0])
     """
 
-    def __init__(self, records: Any, pack: Callable[[Any], Any]) -> None:
+    def __init__(self, records: Any, pack: Callable[[Any, Any], tuple]) -> None:
         self.records = records
         self._pack = pack
         self.like = _pair(records[0], pack)
@@ -76,7 +74,7 @@ class Records:
     def __len__(self) -> int:
         return len(self.records)
 
-    def take(self, rows: np.ndarray, size: int) -> tuple[Any, np.ndarray]:
+    def take(self, rows: np.ndarray, size: int) -> tuple[Any, Any]:
         """Inputs and targets of those examples, padded with zeros to `size` rows."""
         filled = tree.map_structure(
             lambda a: _aligned((size, *a.shape), np.float32 if a.dtype.kind == "f" else a.dtype),
@@ -94,7 +92,9 @@ def _pair(record, pack):
             f"records must be pairs (x, y); got {type(record).__name__}. Wrap the source in a "
             "class whose __getitem__ makes them."
         )
-    return tree.map_structure(np.asarray, pack(record[0])), np.asarray(record[1])
+    x, y = pack(*record)
+    y = {name: np.asarray(v) for name, v in y.items()} if isinstance(y, dict) else np.asarray(y)
+    return tree.map_structure(np.asarray, x), y
 
 
 def _fill(arrays, place, read):
@@ -151,19 +151,18 @@ class Stream:
     Args:
         dataset: its elements are pairs `(x, y)` of single examples.
         examples: how many a pass has.
-        pack: makes the structure of the network's inputs out of `x`.
+        pack: makes the structure of the network's inputs and targets out of `(x, y)`.
 
     >>> import tensorflow as tf
     >>> dataset = tf.data.Dataset.from_tensor_slices((np.arange(3.0), np.arange(3)))
-    >>> source = Stream(dataset, 3, lambda x: x)
+    >>> source = Stream(dataset, 3, lambda x, y: (x, y))
     >>> [source.take(np.array(rows), size=2)[1].tolist() for rows in ([0, 1], [2])]
     [[0, 1], [2, 0]]
     """
 
-    def __init__(self, dataset: Any, examples: int, pack: Callable[[Any], Any]) -> None:
+    def __init__(self, dataset: Any, examples: int, pack: Callable[[Any, Any], tuple]) -> None:
         self._dataset = dataset
-        x, y = dataset.element_spec
-        self._spec = pack(x), y
+        self._spec = pack(*dataset.element_spec)
         self._examples = examples
         self._pack = pack
         self._pass, self._read, self._broken = iter(()), 0, False
@@ -172,7 +171,7 @@ class Stream:
     def __len__(self) -> int:
         return self._examples
 
-    def take(self, rows: np.ndarray, size: int) -> tuple[Any, np.ndarray]:
+    def take(self, rows: np.ndarray, size: int) -> tuple[Any, Any]:
         """The next examples of the pass, padded with zeros to `size` rows.
 
         Args:
@@ -212,8 +211,7 @@ class Stream:
         example = next(self._pass, None)
         if example is None:
             raise _Ended
-        x, y = example
-        return tree.map_structure(np.asarray, (self._pack(x), y))
+        return tree.map_structure(np.asarray, self._pack(*example))
 
     def _goes_on(self):
         try:

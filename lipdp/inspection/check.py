@@ -14,6 +14,7 @@ from lipdp.bounds.rule import as_float
 from lipdp.bounds.walk import LONGEST_INPUT, LONGEST_SQUARED, Trace, rule_of, trace
 from lipdp.inputs import input_tensors, like_inputs
 from lipdp.local.calls import LayerUnits, layer_units
+from lipdp.outputs import side_by_side
 from lipdp.rich_text import RichText
 
 __all__ = [
@@ -162,7 +163,7 @@ def check(network: keras.Model) -> Check:
         except ValueError as error:
             per_layer_problem = str(error)
     try:
-        traced = trace(network)
+        traced = trace(_with_one_output(network))
     except UnknownLayerError as error:
         return Check(network.name, (), (str(error),), per_layer_problem)
     except TypeError as error:
@@ -175,14 +176,12 @@ def check(network: keras.Model) -> Check:
         return Check(network.name, tuple(layers), (str(error),), "")
     assigned = _assigned_in_call(network)
     problems, layers = [], []
-    if len(traced.outputs) != 1:
-        problems.append(f"The network has {len(traced.outputs)} outputs; training needs one.")
-    elif len(network.outputs[0].shape) < 2:
+    if len(traced.network.outputs[0].shape) < 2:
         problems.append(
             "The network's output has no axis but the batch: end it with Reshape((1,))."
         )
 
-    last, advice = final_activation(network)[0], head_advice(network)
+    advices = _advices(network)
     bounds = dict.fromkeys(traced.inputs, math.inf)
     covered, unbounded = set(), []
     for call in traced.calls:
@@ -191,7 +190,7 @@ def check(network: keras.Model) -> Check:
         try:
             rule = rule_of(call)
         except UnknownLayerError as error:
-            problem = advice if advice and call.operation is last else str(error)
+            problem = advices.get(id(call.operation)) or str(error)
             # One problem is told once: what its weights lack is no further one.
             covered.update(v.path for v in getattr(call.operation, "trainable_variables", []))
         else:
@@ -204,7 +203,7 @@ def check(network: keras.Model) -> Check:
             if any(not math.isfinite(as_float(b)) for v, b in gradients if v.trainable):
                 unbounded.append(call.operation.name)
             notes = [rule.note, _measured(gradients)]
-            if advice and call.operation is last:
+            if advice := advices.get(id(call.operation)):
                 notes.append(f"for a cross-entropy: {advice}")
             note = "; ".join(filter(None, notes))
         bounds.update(dict.fromkeys(call.outputs, output))
@@ -244,8 +243,8 @@ def check_trainable(network: keras.Model) -> None:
 
     Raises:
         TypeError: it is not a Sequential or functional model.
-        ValueError: it is not built, has several outputs or no trainable weights, no bound of its
-            input, or computes in anything but float32.
+        ValueError: it is not built, has no trainable weights, no bound of its input, or computes in
+            anything but float32.
         UnknownLayerError: a layer has no bound, or cannot be private.
 
     >>> check_trainable(keras.Sequential([keras.Input((4,)), keras.layers.ReLU()]))
@@ -255,8 +254,6 @@ def check_trainable(network: keras.Model) -> None:
     """
     try:
         _check_certified(network)
-    except _Head:
-        raise  # whichever way it is trained
     except (TypeError, ValueError) as error:
         if not isinstance(network, keras.Model):
             raise
@@ -264,6 +261,8 @@ def check_trainable(network: keras.Model) -> None:
             check_units(network)
         except ValueError:
             raise error from None
+        if isinstance(error, _Head):
+            raise UnknownLayerError(f"{error} To train it as it is, write {_AS_IT_IS}.") from error
         raise type(error)(
             f"To train {network.name!r} as it is, write {_AS_IT_IS}: each layer then clips its own "
             f"gradient. Without a `clip` of this kind it needs certified bounds: {error}"
@@ -275,13 +274,12 @@ class _Head(UnknownLayerError):
 
 
 def _check_certified(network):
-    traced = trace(network)  # refuses what is no network before it is called
+    traced = trace(_with_one_output(network))  # refuses what is no network before it is called
     assigned = _assigned_in_call(network)
     try:
         found = network_bounds(traced)
     except UnknownLayerError as error:
-        advice = head_advice(network)
-        if advice and _first_unknown(traced) is final_activation(network)[0]:
+        if advice := _advices(network).get(id(_first_unknown(traced))):
             raise _Head(advice) from error
         raise
     found.sensitivities()
@@ -387,26 +385,40 @@ def as_graph(network: keras.Model) -> keras.Model:
     return keras.Model(inputs if len(inputs) > 1 else inputs[0], network(*inputs))
 
 
-def final_activation(network: keras.Model) -> tuple[keras.layers.Layer, str]:
-    """The layer that makes the output, also where it is the last of a model within the model, and
+def _with_one_output(network):
+    """The network, its outputs side by side; what has no graph is left to `trace`."""
+    if isinstance(network, keras.Model) and len(getattr(network, "outputs", None) or ()) > 1:
+        return side_by_side(network)[0]
+    return network
+
+
+def final_activation(network: keras.Model, output: int = 0) -> tuple[keras.layers.Layer, str]:
+    """The layer that makes an output, also where it is the last of a model within the model, and
     the name of its activation in small letters: its own name where it has none.
     """
-    last = network.outputs[0]._keras_history.operation
+    last, _, number = network.outputs[output]._keras_history
     if isinstance(last, keras.Model) and getattr(last, "outputs", None):
-        return final_activation(last)
+        return final_activation(last, number)
     name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
     return last, name.lower()
 
 
-def head_advice(network: keras.Model) -> str:
+def _advices(network):
+    """By the identity of each layer that makes an output: `head_advice`, where there is any."""
+    ends = [final_activation(network, number) for number in range(len(network.outputs))]
+    return {id(last): head_advice(last, activation) for last, activation in ends}
+
+
+def head_advice(last: keras.layers.Layer, activation: str) -> str:
     """What to do where a network ends in probabilities, in one line; empty where it does not.
 
-    >>> last = keras.layers.Dense(1, "sigmoid", name="p")
-    >>> head_advice(keras.Sequential([keras.Input((4,)), last]))
+    Args:
+        last, activation: as `final_activation` gives them.
+
+    >>> head_advice(keras.layers.Dense(1, "sigmoid", name="p"), "sigmoid")
     "The network ends in a sigmoid: leave out activation='sigmoid' of layer 'p', and use \
 loss='binary_crossentropy', which takes logits."
     """
-    last, activation = final_activation(network)
     if activation not in ("softmax", "sigmoid"):
         return ""
     loss = "sparse_categorical_crossentropy" if activation == "softmax" else "binary_crossentropy"

@@ -13,6 +13,7 @@ from lipdp.losses.entropies import (
     LogitAnnealing,
     SparseCategoricalCrossentropy,
 )
+from lipdp.losses.joint import Joint
 from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
 from lipdp.losses.properties import (
     Loss,
@@ -39,6 +40,7 @@ __all__ = [
     "CosineSimilarity",
     "EMMA",
     "Focal",
+    "Joint",
     "GloRo",
     "LogitAnnealing",
     "Loss",

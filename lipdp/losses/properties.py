@@ -18,6 +18,7 @@ from lipdp.losses.entropies import (
     LogitAnnealing,
     SparseCategoricalCrossentropy,
 )
+from lipdp.losses.joint import Joint
 from lipdp.losses.margins import BinaryHKR, BinaryKR, MulticlassHinge, MulticlassHKR, MulticlassKR
 from lipdp.losses.similarity import CosineSimilarity
 
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-Loss = keras.losses.Loss | Callable[[Any, Any], Any]
+Loss = keras.losses.Loss | Callable[[Any, Any], Any] | Joint
 
 _OWN_BINARY = (BinaryCrossentropy, BinaryKR, BinaryHKR)
 _OWN_MULTICLASS = (
@@ -91,6 +92,8 @@ def gradient_bound(loss: Loss, output_shape: Sequence[int]) -> float:
     >>> gradient_bound(keras.losses.MeanSquaredError(), (1,))
     inf
     """
+    if isinstance(loss, Joint):
+        return loss.bound({name: gradient_bound(one, own) for name, one, own, _ in loss.parts()})
     classes, positions = output_shape[-1], math.prod(output_shape[:-1])
     one = 1.0 + 1e-6  # room for the rounding of the loss gradient itself
     if isinstance(loss, BoundedLoss):
@@ -227,8 +230,7 @@ def get(loss: str | Loss) -> Loss:
         return loss
     raise TypeError(
         f"`loss` must be {accepted}; got {loss if isinstance(loss, type) else type(loss)}. "
-        "Training takes one loss of one output: join several with keras.layers.Concatenate, and "
-        "their targets, and add up in a function what each costs."
+        "Several losses are for a network with several outputs, one for each."
     )
 
 
@@ -240,7 +242,7 @@ def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
 
     Args:
         loss: a Keras loss or a function `(y_true, y_pred)`.
-        y_true: targets, `(batch, ...)`.
+        y_true: targets, `(batch, ...)`; of a `Joint` loss a dict of them, by output.
         y_pred: outputs, `(batch, ...)`.
 
     Raises:
@@ -250,6 +252,9 @@ def per_example(loss: Loss, y_true: Any, y_pred: Any) -> Any:
     >>> [round(float(v), 3) for v in per_example(SparseCategoricalCrossentropy(), y, z)]
     [0.693, 0.693]
     """
+    if isinstance(loss, Joint):
+        z = loss.outputs.apart(y_pred)
+        return sum(w * per_example(one, y_true[k], z[k]) for k, one, _, w in loss.parts() if w)
     check_axis(loss, len(y_pred.shape))
     check_target_shape(loss, y_true.shape[1:], y_pred.shape[1:])
     if is_known(loss):
@@ -281,6 +286,8 @@ def is_known(loss: Loss) -> bool:
     >>> is_known(SparseCategoricalCrossentropy()), is_known(keras_losses.Dice())
     (True, False)
     """
+    if isinstance(loss, Joint):
+        return all(is_known(one) for _, one, _, _ in loss.parts())
     if type(loss) not in (*_OWN, *_KERAS) or {"call", "bound"} & vars(loss).keys():
         return False
     return type(loss) in _OWN or loss.fn is type(loss)().fn
@@ -334,6 +341,8 @@ def readable_targets(loss: Loss, y_true: Any, output_shape: Sequence[int]) -> An
     >>> [int(y) for y in readable_targets(loss, ops.array([-7, 1, 9]), (3,))]
     [0, 1, 2]
     """
+    if isinstance(loss, Joint):
+        return {k: readable_targets(one, y_true[k], own) for k, one, own, _ in loss.parts()}
     if _targets(loss) != "labels":
         return y_true
     largest = output_shape[-1] - 1
@@ -374,6 +383,10 @@ def check_target_shape(
         ...
     ValueError: `y` must have one label for an example: shape () or (1,); got (3,).
     """
+    if isinstance(loss, Joint):
+        for name, one, own, _ in loss.parts():
+            _of_output(name, check_target_shape, one, shape[name], own)
+        return
     shape, output_shape, targets = tuple(shape), tuple(output_shape), _targets(loss)
     if targets is None:
         return
@@ -394,12 +407,20 @@ def check_target_shape(
         )
 
 
+def _of_output(name, check, *arguments):
+    """A check of one of several outputs, which its error names."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        raise ValueError(f"Output {name!r}: {error}") from None
+
+
 def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> None:
     """Refuses targets the loss cannot mean.
 
     Args:
         loss: as in `gradient_bound`.
-        y: NumPy targets, `(examples, ...)`.
+        y: NumPy targets, `(examples, ...)`; of a `Joint` loss a dict of them, by output.
         output_shape: shape of the network's output for one example.
 
     Raises:
@@ -407,6 +428,10 @@ def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> Non
             values outside [0, 1] or [−1, 1], numbers that are not finite, or a shape that does
             not fit.
     """
+    if isinstance(loss, Joint):
+        for name, one, own, _ in loss.parts():
+            _of_output(name, check_targets, one, y[name], own)
+        return
     check_target_shape(loss, y.shape[1:], output_shape)
     classes = output_shape[-1]
     if y.dtype.kind == "f" and not np.isfinite(y).all():

@@ -202,7 +202,7 @@ def _what_if(report):
         for passes in epochs:
             steps = max(1, round(passes * run.num_examples / batch))
             for noise in noises:
-                other = accountants.TrainingRun(noise, sampling, run.num_examples, steps)
+                other = accountants.TrainingRun(noise, sampling, run.num_examples, steps, run.unit)
                 epsilon = accountants.epsilon(runs=[other], delta=report.delta)
                 table.append(round(float(epsilon), 4) if math.isfinite(epsilon) else None)
     data = {"sizes": sizes, "epochs": epochs, "noises": noises, "epsilons": table}

@@ -36,7 +36,7 @@ class Report(Figures):
             runs, delta: planned ones, in place of what the model has spent.
             attained: of a sample.
         """
-        network = model.network
+        network = model.graph  # one output, also where the model has several
         variables = network.trainable_variables
         found = None
         if model.units is None:
@@ -101,7 +101,7 @@ class Report(Figures):
                 "output_bound": math.inf,
             }
         return cls(
-            network=network.name,
+            network=model.network.name,
             **rows,
             sensitivity=math.sqrt(sum(b * b for b in bounds)),
             noise_multiplier=model.noise_multiplier,

@@ -3,6 +3,7 @@
 import math
 import os
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -11,15 +12,16 @@ from accountants.sampling import Sampling
 from accountants.validation import check_number
 from lipdp import losses
 from lipdp.data.augmentation import Augmentation
-from lipdp.inspection.check import check_trainable, head_advice
+from lipdp.inspection.check import check_trainable, final_activation, head_advice
+from lipdp.outputs import Outputs
 from lipdp.training.clipping import PerLayerClip
-from lipdp.training.defaults import CERTIFIED_CLIP
+from lipdp.training.defaults import CERTIFIED_CLIP, default_loss
 
 __all__ = [
     "at_home",
     "check_augmentation",
-    "check_head",
     "check_keras_batches",
+    "check_loss",
     "check_loss_bound",
     "check_max_sample_weight",
     "check_optimizer",
@@ -65,16 +67,67 @@ def default_clip(network: keras.Model, left_open: bool) -> PerLayerClip | float 
     return CERTIFIED_CLIP if left_open else None
 
 
-def check_head(network: keras.Model, loss: losses.Loss) -> None:
-    """Raises ValueError where a network ends in probabilities and the loss takes logits."""
-    advice = head_advice(network)
-    if advice and losses.takes_logits(loss):
-        raise ValueError(advice)
-
-
 def at_home(path: Any) -> Any:
     """A path with the home of the user in place of `~`; an open file, or None, as it is."""
     return os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else path
+
+
+def check_loss(
+    loss: Any, weights: Any, network: keras.Model, outputs: Outputs | None, way: str
+) -> losses.Loss:
+    """The loss of a network: of several outputs a `losses.Joint`.
+
+    Args:
+        loss, weights: `loss` and `loss_weights` of `compile`.
+        network: a functional one, whose ends are looked at.
+        outputs: of the network, where it has several.
+        way: as for `default_loss`.
+
+    Raises:
+        TypeError, ValueError: no loss, none that fits the network's end, or weights of what is no
+            loss.
+    """
+    if outputs is None:
+        if weights is not None:
+            raise ValueError("`loss_weights` is for networks with several outputs; this has one.")
+        return _fitting(loss, way, *final_activation(network))
+    several = isinstance(loss, (Mapping, list, tuple))
+    given = outputs.named(loss, "loss") if several else dict.fromkeys(outputs.names, loss)
+    without = [name for name, one in given.items() if one is None]
+    if without and several:
+        raise ValueError(
+            f"Each output needs a loss; {without} of `loss` have None. Leave an output out of the "
+            "network, keras.Model(network.inputs, ...), or say loss_weights={name: 0.0}."
+        )
+    found = {
+        name: _fitting(given[name], way, *final_activation(network, number))
+        for number, name in enumerate(outputs.names)
+    }
+    return losses.Joint(
+        outputs, found, None if weights is None else outputs.named(weights, "loss_weights")
+    )
+
+
+def _fitting(loss, way, layer, activation):
+    loss = default_loss(loss, way, activation)
+    _check_head(loss, layer, activation)
+    return loss
+
+
+def _check_head(loss: losses.Loss, layer: keras.layers.Layer, activation: str) -> None:
+    """Raises ValueError where a network ends in probabilities and the loss takes logits; warns
+    where it ends in logits, and a cross-entropy of Keras takes probabilities, as it does unless
+    told otherwise.
+    """
+    advice = head_advice(layer, activation)
+    if advice and losses.takes_logits(loss):
+        raise ValueError(advice)
+    if activation == "linear" and getattr(loss, "from_logits", True) is False:
+        warnings.warn(
+            f"The loss {loss.name!r} takes probabilities, and layer {layer.name!r} makes logits: "
+            f"little would be learnt. Say keras.losses.{type(loss).__name__}(from_logits=True).",
+            stacklevel=5,
+        )
 
 
 def check_keras_batches(batch_size: int | None, shuffle: Any, sampling: Sampling) -> None:

@@ -34,7 +34,7 @@ def attained_gradients(model, x: Any, y: Any, verbose: bool = True) -> tuple[Att
     Raises:
         TypeError, ValueError: the sample does not fit the network.
     """
-    source = open_source(x, y, model.graph)
+    source = open_source(x, y, model.graph, model.outputs)
     if isinstance(source, Arrays):
         losses.check_targets(model.private_loss, source.y, model.graph.output_shape[1:])
     variables = model.network.trainable_variables
@@ -48,7 +48,7 @@ def attained_gradients(model, x: Any, y: Any, verbose: bool = True) -> tuple[Att
         inputs, targets = source.take(np.array([row]), 1)
         mask = np.ones(1, np.float32)
         sums, (_, _, within) = gradient_sums(
-            model.step, steps.backend(), clip, inputs, targets, mask, None
+            model.step, steps.backend(), clip, inputs, targets, mask
         )
         sums = [ops.convert_to_numpy(total).astype("float64").ravel() for total in sums]
         return [np.concatenate([sums[i] for i in group]) for group in groups], within

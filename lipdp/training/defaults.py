@@ -34,6 +34,12 @@ _DISTANCE = {"per layer": 30.0, "certified": 10.0}
 _MOMENTUM, _AVERAGING = 0.9, 0.98
 #: In the certified way: clip of the loss gradient, and temperature of a cross-entropy.
 CERTIFIED_CLIP, _TEMPERATURE = 0.2, 20.0
+#: The cross-entropies that Keras has on probabilities, too, and what makes these.
+_HEADS = {
+    "binary_crossentropy": ("sigmoid", keras.losses.BinaryCrossentropy),
+    "categorical_crossentropy": ("softmax", keras.losses.CategoricalCrossentropy),
+    "sparse_categorical_crossentropy": ("softmax", keras.losses.SparseCategoricalCrossentropy),
+}
 #: Signal over noise below which a run is hopeless.
 _HOPELESS = 3.0
 
@@ -60,10 +66,25 @@ def choose_batches(num_examples: int, epochs: int | None = None) -> tuple[Poisso
     return PoissonSampling(batch_size=batch_size), chosen if epochs is None else epochs
 
 
-def default_loss(loss: Any) -> Any:
-    """The loss of a name, with a temperature for networks of certified bounds."""
+def default_loss(loss: Any, way: str, activation: str = "") -> Any:
+    """The loss of a name: with a temperature for certified bounds; on probabilities where layers
+    clip their own gradients and the network ends in such.
+
+    Args:
+        loss: as `compile` takes it; all but names of cross-entropies are as `losses.get` has them.
+        way: `"per layer"`, `"certified"`, or `""` where nothing is chosen.
+        activation: the last one of the network, in small letters.
+
+    >>> default_loss("binary_crossentropy", "per layer", "sigmoid").from_logits
+    False
+    """
     made = losses.get(loss)
-    if isinstance(loss, str) and hasattr(made, "temperature"):
+    if not isinstance(loss, str) or not losses.takes_logits(made):
+        return made
+    head, on_probabilities = _HEADS.get(loss, (None, None))
+    if way == "per layer" and head == activation:
+        return on_probabilities()
+    if way == "certified" and hasattr(made, "temperature"):
         return type(made)(temperature=_TEMPERATURE)
     return made
 

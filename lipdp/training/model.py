@@ -14,8 +14,9 @@ from keras.src.utils.tracking import DotNotTrackScope
 
 import accountants
 from accountants import Budget
+from accountants.mechanisms import UNITS
 from accountants.sampling import Sampling
-from accountants.validation import check_integer
+from accountants.validation import check_choice, check_integer
 from lipdp import losses
 from lipdp.bounds.projections import project
 from lipdp.data.augmentation import Augmentation
@@ -25,14 +26,15 @@ from lipdp.devices import SINGLE_DEVICE
 from lipdp.inspection.check import as_graph, check_trainable, check_units
 from lipdp.metrics import MetricsOfLogits
 from lipdp.noise import SecureNoise, make_noise
+from lipdp.outputs import side_by_side
 from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
 from lipdp.training.arguments import (
     at_home,
     check_augmentation,
-    check_head,
     check_keras_batches,
+    check_loss,
     check_loss_bound,
     check_max_sample_weight,
     check_optimizer,
@@ -41,7 +43,7 @@ from lipdp.training.arguments import (
 )
 from lipdp.training.attained import attained_gradients
 from lipdp.training.clipping import AdaptiveClip, PerLayerClip, check_clip, clip_state
-from lipdp.training.defaults import default_loss, default_optimizer
+from lipdp.training.defaults import default_optimizer
 from lipdp.training.history import History
 from lipdp.training.plan import Plan, allocation_of, make_plan, step_of
 from lipdp.training.settings import changed_settings, settings_of
@@ -108,6 +110,12 @@ class PrivateModel(keras.Model):
             leaves no traces in the last bits (`lipdp.noise.SecureNoise` has its guarantee and its
             limits); or correlated over steps: `lipdp.BandedNoise()` with `CyclicPoisson`,
             `lipdp.ToeplitzNoise()` with `FixedEpochs`.
+        unit: what ε is for: `"example"`, a row of the data; or `"group"`, all rows of one person,
+            say, whose ids `fit` takes as `groups`. The sampling then draws groups, and a batch size
+            counts them.
+        examples_per_group: of a drawn group so many examples enter a step at most, chosen afresh
+            each time; their mean counts as one example. By default 4; more make a step less noisy
+            and slower.
         ledger: path of a file that keeps what was spent, across processes.
         seed: for tests only: whoever knows it can subtract the noise.
 
@@ -155,18 +163,25 @@ class PrivateModel(keras.Model):
         augmentation: Augmentation | None = None,
         physical_batch_size: int | None = None,
         allocation: str | Mapping[str, float] | None = None,
+        unit: str = "example",
+        examples_per_group: int | None = None,
         ledger: str | os.PathLike[str] | None = None,
         seed: int | None = None,
         name: str | None = None,
     ) -> None:
         # Whatever the policy of the day: what it adds to the network is computed in float32.
         super().__init__(name=name, dtype="float32")
+        self.unit = check_choice(unit, "unit", UNITS)
+        if unit == "example" and examples_per_group is not None:
+            raise ValueError('`examples_per_group` goes with unit="group".')
+        self.examples_per_group = check_integer(examples_per_group or 4, "examples_per_group")
         self.spending = Spending(
             budget,
             noise_multiplier,
             ledger,
             lambda: certificates(self.network),
             History(lambda: self.network._flatten_layers()),
+            unit,
         )
         if sampling is not None and not isinstance(sampling, Sampling):
             raise TypeError(
@@ -194,20 +209,16 @@ class PrivateModel(keras.Model):
             physical_batch_size = check_integer(physical_batch_size, "physical_batch_size")
         self.physical_batch_size = physical_batch_size
 
-        self.graph = network  # the same weights, with inputs and outputs that are known
         self.units = None  # layers that clip their own gradients
         if isinstance(clip, PerLayerClip):
-            self.graph = as_graph(network)
             self.units = check_units(network)
         else:
             check_trainable(network)
+        # The same weights, with inputs that are known, and one output in which all of them are.
+        self.graph, self.outputs = side_by_side(as_graph(network))
+        if self.outputs is not None:
+            self.output_names = list(self.outputs.names)  # where Keras looks for them
         self.augmentation = check_augmentation(augmentation, self.graph)
-        if len(self.graph.outputs) > 1:
-            raise ValueError(
-                f"`network` must have one output; {network.name!r} has {len(self.graph.outputs)}. "
-                "Join them, keras.layers.Concatenate()([a, b]), and their targets; a loss of your "
-                "own, a function (y_true, y_pred), takes them apart and adds up what each costs."
-            )
         self.network = network
         if allocation is None:
             allocation = "global" if self.units is None else "per_weight"
@@ -262,9 +273,10 @@ class PrivateModel(keras.Model):
     def compile(
         self,
         optimizer: str | keras.optimizers.Optimizer | None = None,
-        loss: str | losses.Loss | None = None,
-        metrics: list | None = None,
-        weighted_metrics: list | None = None,
+        loss: str | losses.Loss | Mapping | Sequence | None = None,
+        metrics: list | Mapping | None = None,
+        weighted_metrics: list | Mapping | None = None,
+        loss_weights: Mapping[str, float] | Sequence[float] | None = None,
         max_sample_weight: float | None = None,
         run_eagerly: bool = False,
         steps_per_execution: int = 1,
@@ -276,11 +288,17 @@ class PrivateModel(keras.Model):
             optimizer: any Keras optimizer or its name. It sees noisy gradients only. By default SGD
                 with momentum and averaged weights, whose learning rate is chosen in `fit`, when
                 the noise is known, and decays to zero.
-            loss: a name (cross-entropies are those on logits), a Keras loss or a function
-                `(y_true, y_pred)`. Its reduction is ignored: an example's loss is the mean over
-                its positions. Without a known gradient bound it needs a `clip`.
-            metrics: Keras metrics; on training data not covered by the guarantee.
+            loss: a name, a Keras loss or a function `(y_true, y_pred)`. Names of cross-entropies
+                mean those on logits; with `PerLayerClip`, on the probabilities of a network that
+                ends in the softmax or sigmoid that belongs to them. Its reduction is ignored: an
+                example's loss is the mean over its positions. Without a known gradient bound it
+                needs a `clip`. Of several outputs a dict with one for each, by name, or a list; or
+                one for all.
+            metrics: Keras metrics; on training data not covered by the guarantee. Of several
+                outputs a dict of lists, by name.
             weighted_metrics: the same, weighted by the sample weights where `fit` is given any.
+            loss_weights: of several outputs, what the loss of each is multiplied by: public
+                constants, as the losses have them.
             max_sample_weight: largest weight of an example that `fit` may be given, a public
                 constant; without it weights are refused. The bounds start at the clip times this,
                 so noise grows with it. Weights may lie between 0 and it.
@@ -296,9 +314,8 @@ class PrivateModel(keras.Model):
             raise RuntimeError("This model is training: end the run before compile(...).")
         if self.units is not None:
             self.units = check_units(self.network)  # of the weights that are trained now
-        certified = self._left_open and self.units is None
-        loss = default_loss(loss) if certified else losses.get(loss)
-        check_head(self.graph, loss)
+        way = "per layer" if self.units is not None else "certified" if self._left_open else ""
+        loss = check_loss(loss, loss_weights, as_graph(self.network), self.outputs, way)
         max_sample_weight = check_max_sample_weight(max_sample_weight)
         optimizer = check_optimizer(
             default_optimizer() if optimizer is None else optimizer, self.network
@@ -307,9 +324,11 @@ class PrivateModel(keras.Model):
         try_loss(loss, self.graph.output_shape[1:])
         if jit_compile == "auto":
             jit_compile = not run_eagerly and steps.backend().default_jit_compile()
+        several = isinstance(loss, losses.Joint)
         super().compile(
             optimizer=optimizer,
-            loss=loss,
+            loss=self.outputs.as_given(loss.losses) if several else loss,
+            loss_weights=self.outputs.as_given(loss.weights) if several else None,
             metrics=metrics,
             weighted_metrics=weighted_metrics,
             run_eagerly=run_eagerly,
@@ -319,7 +338,9 @@ class PrivateModel(keras.Model):
         )
         if metrics is not None or weighted_metrics is not None:
             with DotNotTrackScope():  # Keras finds them in this attribute
-                self._compile_metrics = MetricsOfLogits(metrics, weighted_metrics, loss)
+                self._compile_metrics = MetricsOfLogits(
+                    metrics, weighted_metrics, loss, getattr(self, "output_names", None)
+                )
         self.tried = None
         self.private_loss = loss
         self.max_sample_weight = max_sample_weight
@@ -345,6 +366,7 @@ class PrivateModel(keras.Model):
         batch_size: int | None = None,
         validation_split: float = 0.0,
         shuffle: bool = True,
+        groups: Any = None,
     ) -> keras.callbacks.History:
         """Trains privately. Batches are drawn from `x`, `y` as `sampling` says.
 
@@ -359,7 +381,8 @@ class PrivateModel(keras.Model):
                 `tf.data.Dataset` is read in its own order, a pass an epoch, and never kept; its
                 order must not depend on what the examples hold); or anything with `len()` whose
                 items are pairs `(x, y)`, of which only drawn ones are read, in another thread.
-            y: targets, one array `(examples, ...)`.
+            y: targets, an array `(examples, ...)`; for several outputs a dict by their names, or a
+                list in their order.
             epochs: passes over the data, on average; by default as many as were chosen together
                 with the sampling, and one where the sampling was given.
             verbose, callbacks, validation_*, initial_epoch: as in Keras. What may be
@@ -373,6 +396,8 @@ class PrivateModel(keras.Model):
             validation_split: share of the arrays' last rows that is evaluated on. They are not
                 trained on, and no part of the examples that ε is about.
             shuffle: True: `sampling` says how batches are drawn.
+            groups: `(examples,)` where `unit="group"`: the id of each example's group, an integer
+                or a text. How many groups there are is public, as the number of examples is else.
 
         Returns:
             Keras' `History`; `epsilon` is in its logs (exact at the end of each epoch), at the
@@ -401,10 +426,15 @@ class PrivateModel(keras.Model):
         if validation_split:
             if validation_data is not None:
                 raise ValueError("`validation_split` and `validation_data` cannot both be given.")
+            if groups is not None:
+                raise ValueError(
+                    "`validation_split` could hold out some examples of a group and train on "
+                    "others: give `validation_data` of other groups."
+                )
             (x, y, sample_weight), validation_data = held_out(x, y, sample_weight, validation_split)
         warn_of_monitors(callbacks)
         with self._running(
-            *(x, y, epochs, steps_per_epoch, sample_weight, class_weight),
+            *(x, y, epochs, steps_per_epoch, sample_weight, class_weight, groups),
             self.steps_per_execution,
             (validation_data, validation_batch_size, validation_steps),
             sampling=sampling,
@@ -450,6 +480,7 @@ class PrivateModel(keras.Model):
         steps_per_epoch: int | None = None,
         sample_weight: Any = None,
         class_weight: dict[int, float] | None = None,
+        groups: Any = None,
     ) -> Iterator[DrawnBatch]:
         """Batches for a loop of your own: `for batch in model.batches(x, y): ...`.
 
@@ -464,7 +495,7 @@ class PrivateModel(keras.Model):
         """
         if epochs is not None:
             epochs = check_integer(epochs, "epochs")
-        data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight)
+        data = (x, y, epochs, steps_per_epoch, sample_weight, class_weight, groups)
         with self._running(*data) as drawn:
             for _ in range(self._plan.epochs):
                 drawn.on_epoch_begin()
@@ -571,16 +602,20 @@ class PrivateModel(keras.Model):
             weighted = mask * ops.cast(weights, mask.dtype)
             per_example_losses = per_example_losses * weights
         self._loss_tracker.update_state(per_example_losses, sample_weight=mask)
-        metrics = self._compile_metrics
-        if metrics is not None:
-            # Keras would let padding into the unweighted ones.
-            mask, weighted = (over_positions(w, outputs) for w in (mask, weighted))
-            for (metric,), weight in (
-                (metrics._flat_metrics, mask),
-                (metrics._flat_weighted_metrics, weighted),
-            ):
-                if metric is not None:
-                    metric.update_state(y, outputs, sample_weight=weight)
+        y, outputs = {None: y}, {None: outputs}
+        if self.outputs is not None:
+            y, outputs = y[None], self.outputs.apart(outputs[None])
+            trackers = zip(self.private_loss.parts(), self._compile_loss.metrics, strict=True)
+            for (name, loss, *_), tracker in trackers:
+                values = losses.per_example(loss, y[name], outputs[name])
+                tracker.update_state(values, sample_weight=mask)
+        if self._compile_metrics is not None:
+            for name, *lists in self._compile_metrics.of_outputs():
+                # Keras would let padding into the unweighted ones.
+                for metric, weight in zip(lists, (mask, weighted), strict=True):
+                    if metric is not None:
+                        weight = over_positions(weight, outputs[name])
+                        metric.update_state(y[name], outputs[name], sample_weight=weight)
         return self.get_metrics_result()
 
     @property

@@ -20,6 +20,7 @@ from lipdp import losses
 from lipdp.bounds.projections import Projection
 from lipdp.bounds.rule import noted_norms
 from lipdp.data.batches import DrawnBatches, check_weights, padding_multiple
+from lipdp.data.groups import Groups, check_groups
 from lipdp.data.opening import open_source
 from lipdp.data.repeats import repeats
 from lipdp.data.sources import Arrays, Stream
@@ -37,6 +38,7 @@ from lipdp.training.steps.private_step import (
     sensitivities,
 )
 from lipdp.training.trial import (
+    build_losses,
     try_augmentation,
     try_loss,
     try_metrics,
@@ -125,6 +127,7 @@ def make_plan(
     steps_per_epoch: int | None = None,
     sample_weight: Any = None,
     class_weight: dict[int, float] | None = None,
+    groups: Any = None,
     steps_per_call: int = 1,
     validation: tuple[Any, int | None, int | None] = (None, None, None),
 ) -> Plan:
@@ -132,8 +135,8 @@ def make_plan(
 
     Args:
         model: the model.
-        x, y, epochs, steps_per_epoch, sample_weight, class_weight: as for `fit`. Without epochs
-            there are as many as are chosen together with the sampling, or one.
+        x, y, epochs, steps_per_epoch, sample_weight, class_weight, groups: as for `fit`. Without
+            epochs there are as many as are chosen together with the sampling, or one.
         steps_per_call: how many steps run, and are paid for, together.
         validation: data that `fit` evaluates, its batch size, and how many batches.
 
@@ -147,10 +150,11 @@ def make_plan(
     devices = backend.devices(model)
     all_gather = functools.partial(backend.all_gather, model)
 
-    examples, weights, epochs = _open_data(
-        model, x, y, epochs, sample_weight, class_weight, devices
+    examples, weights, groups, epochs = _open_data(
+        model, x, y, epochs, sample_weight, class_weight, groups, devices
     )
-    per_epoch = _steps_per_epoch(model.sampling, len(examples), steps_per_epoch, steps_per_call)
+    units = len(examples if groups is None else groups)  # how many are drawn from, and protected
+    per_epoch = _steps_per_epoch(model.sampling, units, steps_per_epoch, steps_per_call)
     frozen_norms, digests = _check_network(model, examples)
     with backend.scope(model):  # metrics have variables, which are made here
         validation_data = _try(model, examples, *validation)
@@ -158,12 +162,12 @@ def make_plan(
         _follow_chief(model.spending, all_gather, devices)
 
     planned = per_epoch * epochs
-    noise_constants = model.noise.plan(model.sampling, len(examples), planned)
-    run = model.spending.plan(model.sampling, len(examples), planned, per_epoch, steps_per_call)
-    step = step_of(model, constants_of(model, len(examples), noise_constants, frozen_norms))
+    noise_constants = model.noise.plan(model.sampling, units, planned)
+    run = model.spending.plan(model.sampling, units, planned, per_epoch, steps_per_call)
+    step = step_of(model, constants_of(model, units, noise_constants, frozen_norms))
     training = None
     if model.chosen_epochs or isinstance(model.optimizer._learning_rate, PlannedDecay):
-        training = training_plan(model, step, len(examples), epochs, run.allowed)
+        training = training_plan(model, step, units, epochs, run.allowed)
         _settle_rate(model.optimizer, training)
     with backend.scope(model):
         new_memory = model.noise.begin(model.network.trainable_variables)
@@ -171,7 +175,7 @@ def make_plan(
     position = (sum(earlier.steps for earlier in run.earlier), model.fits)
     source = model.random_source
     if devices.processes > 1:
-        facts = run_fingerprint(model, step, examples, weights, run, position)
+        facts = run_fingerprint(model, step, examples, weights, groups, run, position)
         shared = require_same_run(all_gather, devices, facts)
         source = shared if source.seed is None else source
     batches = DrawnBatches(
@@ -186,11 +190,13 @@ def make_plan(
             model.physical_batch_size,
             model.jit_compile or keras.backend.backend() == "jax",
             devices.replicas,
+            1 if groups is None else groups.most,
         ),
         weights,
         draw_noise=functools.partial(model.noise.draw, step.entries),
         steps_taken=lambda: run.paid,
         devices=devices,
+        groups=groups,
     )
     return Plan(
         step,
@@ -296,6 +302,7 @@ def run_fingerprint(
     step: PrivateStep,
     examples: Any,
     weights: np.ndarray | None,
+    groups: Groups | None,
     run: ActiveRun,
     position: tuple[int, ...],
 ) -> dict[str, Any]:
@@ -313,8 +320,9 @@ def run_fingerprint(
     )
     mechanism = (model.sampling, step.constants, type(step.noise), model.random_source.seed)
     return {
-        "data": [len(examples), digest(*keras.tree.flatten(inputs), targets)],
+        "data": [len(examples), digest(*keras.tree.flatten((inputs, targets)))],
         "sample weights": None if weights is None else digest(weights),
+        "groups": None if groups is None else groups.digest(),
         "steps": [run.per_epoch, model.steps_per_execution, run.allowed, *position],
         "mechanism": repr(mechanism),
         "settings": repr(settings),
@@ -341,19 +349,23 @@ def _check_network(model, examples):
     return frozen_norms, {id(v): digest(ops.convert_to_numpy(v)) for v, *_ in noted}
 
 
-def _open_data(model, x, y, epochs, sample_weight, class_weight, devices):
-    """The source of the examples, the weight of each, and how many epochs there are to be."""
+def _open_data(model, x, y, epochs, sample_weight, class_weight, groups, devices):
+    """The source of the examples, the weight of each, their groups, and how many epochs there are
+    to be.
+    """
     sampling = model.sampling
     in_order = sampling is not None and sampling.streamable
-    examples = open_source(x, y, model.graph, stream=in_order)
+    examples = open_source(x, y, model.graph, model.outputs, stream=in_order)
+    groups = check_groups(groups, examples, model.unit, model.examples_per_group)
+    units = len(examples if groups is None else groups)
     if sampling is None:
-        sampling, model.chosen_epochs = choose_batches(len(examples), epochs)
+        sampling, model.chosen_epochs = choose_batches(units, epochs)
         model.take_sampling(sampling)
     if epochs is None:
         epochs = model.chosen_epochs or 1
-    losses.check_target_shape(
-        model.private_loss, _target_of(examples)[0], model.graph.output_shape[1:]
-    )
+    target = _target_of(examples)
+    shape = {k: v[0] for k, v in target.items()} if isinstance(target, dict) else target[0]
+    losses.check_target_shape(model.private_loss, shape, model.graph.output_shape[1:])
     if isinstance(examples, Arrays):  # for others the shape of the targets is known, no more
         losses.check_targets(model.private_loss, examples.y, model.graph.output_shape[1:])
     if isinstance(examples, Stream) and devices.processes > 1:
@@ -361,17 +373,18 @@ def _open_data(model, x, y, epochs, sample_weight, class_weight, devices):
             "`x` must be arrays, or records of which any can be read, for training in several "
             "processes: each would have to read all of a stream."
         )
-    model.sampling.validate(len(examples))
-    _warn_of_repeats(examples)
+    model.sampling.validate(units)
+    if groups is None:
+        _warn_of_repeats(examples)
     weights = check_weights(sample_weight, class_weight, examples, model.max_sample_weight)
-    return examples, weights, epochs
+    return examples, weights, groups, epochs
 
 
 def _warn_of_repeats(examples):
     """Asks about a row that occurs often, of arrays in memory: others would have to be read."""
     if not isinstance(examples, Arrays):
         return
-    arrays = [*keras.tree.flatten(examples.x), examples.y]
+    arrays = keras.tree.flatten((examples.x, examples.y))
     if not any(isinstance(a, np.memmap) for a in arrays) and repeats(arrays, _MANY):
         warnings.warn(
             f"Some row of `x` and `y` occurs {_MANY} times or more, and ε is for one row. Where "
@@ -404,8 +417,12 @@ def _check_units(model, examples):
 
 
 def _target_of(examples):
-    """Shape and type of the target of one example; nothing is read."""
+    """Shape and type of the target of one example, of several outputs a dict of such pairs; nothing
+    is read.
+    """
     _, targets = examples.take(np.arange(0), 1)
+    if isinstance(targets, dict):
+        return {name: (y.shape[1:], y.dtype) for name, y in targets.items()}
     return targets.shape[1:], targets.dtype
 
 
@@ -414,12 +431,14 @@ def _try(model, examples, validation_data, batch_size, steps):
     data, with what was read of them.
     """
     target, output_shape = _target_of(examples), model.graph.output_shape[1:]
-    own, arrays = not losses.is_known(model.private_loss), isinstance(examples, Arrays)
-    in_range = own and arrays and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
+    own, single = not losses.is_known(model.private_loss), model.outputs is None
+    in_range = own and single and isinstance(examples, Arrays)
+    in_range = in_range and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
     if model.tried != (target, in_range):
         try_network(model.graph)
         try_loss(model.private_loss, output_shape, target, in_range)
         try_metrics(model, target)
+        build_losses(model, target)
         if model.augmentation is not None:
             try_augmentation(model.augmentation, model.graph)
         model.tried = target, in_range

@@ -17,11 +17,13 @@ __all__ = ["changed_settings", "settings_of"]
 _VALUES_OF_MODEL = (
     "allocation",
     "clip",
+    "examples_per_group",
     "jit_compile",
     "max_sample_weight",
     "physical_batch_size",
     "run_eagerly",
     "steps_per_execution",
+    "unit",
 )
 # Each is what it was made as, or looks after its own state.
 _PARTS_OF_MODEL = ("augmentation", "network", "noise", "optimizer", "private_loss", "sampling")

@@ -11,7 +11,7 @@ import numpy as np
 
 import accountants
 from accountants import Budget, LedgerError, TrainingRun, Use
-from accountants.accounting import resolve_relation
+from accountants.accounting import resolve_relation, unit_of
 from accountants.ledger import LedgerEntry
 from accountants.mechanisms import Mechanism
 from accountants.sampling import Sampling
@@ -33,12 +33,15 @@ class BudgetExceeded(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What has been spent: an (epsilon, delta) guarantee under a neighbouring relation."""
+    """What has been spent: an (epsilon, delta) guarantee under a neighbouring relation, for one
+    `unit`: an example, or a group of them.
+    """
 
     epsilon: float
     delta: float
     relation: str
     steps: int
+    unit: str = "example"
 
 
 class Spending:
@@ -51,6 +54,7 @@ class Spending:
         ledger: path of a file that keeps what was spent, across processes, or None.
         certificates: tells how many randomised certificates a step takes.
         history: the runs that trained the network, those of other models, too.
+        unit: what is protected, as for `TrainingRun`.
 
     Raises:
         TypeError: `budget` is not a Budget.
@@ -71,6 +75,7 @@ class Spending:
         ledger: str | os.PathLike[str] | None,
         certificates: Callable[[], int],
         history: History | None = None,
+        unit: str = "example",
     ) -> None:
         if budget is not None and not isinstance(budget, Budget):
             raise TypeError(
@@ -80,6 +85,7 @@ class Spending:
         self.noise_multiplier = _check_noise(noise_multiplier, budget)
         self.ledger = None if ledger is None else accountants.Ledger(os.fspath(ledger))
         self.run = None
+        self.unit = unit
         self._certificates = certificates
         self._history = History() if history is None else history
         self._followed = None  # what another process has spent, which counts for this one
@@ -153,10 +159,12 @@ class Spending:
             delta = self.budget.delta
         runs = self.runs
         if runs:
-            _warn_of_delta(delta, max((run.num_examples for run in _training(runs)), default=0))
+            most = max((run.num_examples for run in _training(runs)), default=0)
+            _warn_of_delta(delta, most, unit_of(runs))
         epsilon = self.epsilon(runs, delta)
         relation = resolve_relation(runs, None) if runs else sampling.relations[0]
-        return Spent(float(epsilon), float(delta), relation, sum(run.steps for run in runs))
+        unit = unit_of(runs) if runs else self.unit
+        return Spent(float(epsilon), float(delta), relation, sum(run.steps for run in runs), unit)
 
     def _check_own(self, entries: Sequence[LedgerEntry]) -> None:
         """Raises LedgerError where the ledger has forgotten what this model paid for in it."""
@@ -189,16 +197,18 @@ class Spending:
         Raises:
             BudgetExceeded: not one step is left, or too little to calibrate noise to.
             LedgerError: the ledger cannot be locked, read or written.
-            ValueError: nothing is planned and the noise is to be calibrated, or the budget is too
-                small for these steps to learn anything.
+            ValueError: nothing is planned and the noise is to be calibrated; the budget is too
+                small for these steps to learn anything; or earlier runs protect another unit, or
+                have no relation in common with this one.
         """
         try:
             self.lock()
             uses = self.uses
             prior = [use.run for use in uses]
-            run = TrainingRun(0.0, sampling, num_examples, planned)
+            run = TrainingRun(0.0, sampling, num_examples, planned, self.unit)
+            resolve_relation([*prior, run], None)  # what has none together fails here
             if self.budget is not None:
-                _warn_of_delta(self.budget.delta, num_examples)
+                _warn_of_delta(self.budget.delta, num_examples, self.unit)
             if self.noise_multiplier is None:
                 self.noise_multiplier = self._calibrate(prior, run)
             run = dataclasses.replace(run, noise_multiplier=self.noise_multiplier, steps=0)
@@ -429,11 +439,11 @@ def _most_signal(run):
     return run.sampling.expected_batch_size(run.num_examples) * math.sqrt(run.steps)
 
 
-def _warn_of_delta(delta, num_examples):
-    if delta * num_examples > 1:
+def _warn_of_delta(delta, number, unit):
+    if delta * number > 1:
         warnings.warn(
-            f"δ = {delta:g} is above 1 / {num_examples}, one over the number of examples: even a "
-            "mechanism that publishes one random example in full has a δ of that size. Choose it "
+            f"δ = {delta:g} is above 1 / {number}, one over the number of {unit}s: even a "
+            f"mechanism that publishes one random {unit} in full has a δ of that size. Choose it "
             "well below.",
             stacklevel=3,
         )

@@ -27,7 +27,11 @@ def circumstances(model) -> dict[str, str]:
         bounds = "each layer clips its gradient of each example to a threshold"
     if getattr(model.clip, "adaptive", False):
         bounds += ", which adapts by counts with noise"
-    return {"noise": noise, "bounds": bounds, "software": software}
+    found = {"noise": noise, "bounds": bounds, "software": software}
+    if model.unit == "group":
+        most = model.examples_per_group
+        found["groups"] = f"of a drawn one the mean of at most {most} examples enters a step"
+    return found
 
 
 def statement_of(model, delta: float | None) -> Statement:

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +20,14 @@ from keras.src.backend import KerasTensor, compute_output_spec
 from keras.src.trainers.data_adapters import get_data_adapter
 
 from lipdp import losses
-from lipdp.autodiff import compiled, raw_writes
+from lipdp.autodiff import compiled, gradient, raw_writes
 from lipdp.data.augmentation import Augmentation
 from lipdp.data.opening import as_array, surely_ends
 from lipdp.inputs import like_inputs
 from lipdp.inspection.check import Assignments
 
 __all__ = [
+    "build_losses",
     "over_positions",
     "try_augmentation",
     "try_loss",
@@ -41,18 +43,19 @@ _KNOWN = ("keras.", "lipdp.")  # modules whose functions write nowhere but into 
 def try_loss(
     loss: losses.Loss,
     output_shape: Sequence[int],
-    target: tuple[Sequence[int], Any] | None = None,
+    target: Any = None,
     in_range: bool = False,
 ) -> None:
     """Refuses a loss of somebody's own that gives an example another value among others than
     alone. A step calls it with examples one by one, and what it says of a whole batch, such as how
-    close two examples are, would be lost without a word.
+    close two examples are, would be lost without a word. One without a gradient is warned of.
 
     Args:
         loss: as in `per_example`. One that is known to treat examples one by one is not tried.
         output_shape: shape of the network's output for one example.
         target: shape and type of the target of one example. Where it is not known yet some usual
-            ones are tried, and a loss that takes none of them is left for later.
+            ones are tried, and a loss that takes none of them is left for later. For several
+            outputs a dict of such pairs, by name.
         in_range: whether all labels are known to be among the classes.
 
     Raises:
@@ -64,6 +67,10 @@ def try_loss(
         ...
     ValueError: `loss` must give each example a value of its own, shape (batch,) ...
     """
+    if isinstance(loss, losses.Joint):
+        for name, one, shape, _ in loss.parts():
+            try_loss(one, shape, None if target is None else target[name])
+        return
     losses.check_axis(loss, len(output_shape) + 1)
     if losses.is_known(loss):
         return
@@ -85,6 +92,7 @@ def try_loss(
                 f"{type(error).__name__}: {error}"
             ) from error
         _check_values(values)
+        _check_slopes(loss, y, output_shape)
         if target is not None and not in_range and np.dtype(dtype).kind in "iu":
             _try_labels_out_of_range(loss, y, output_shape)
         return
@@ -186,6 +194,25 @@ def _check_values(pairs):
             )
 
 
+def _check_slopes(loss, y, output_shape):
+    """A step would spend its budget on noise alone."""
+
+    def slopes(y, z):
+        with _assigning_only():
+            return [
+                gradient(lambda z: losses.per_example(loss, y, z), scale * z)[1]
+                for scale in (1.0, 30.0)
+            ]
+
+    if not any(map(np.any, map(ops.convert_to_numpy, _run(slopes, y, _made_up(output_shape))))):
+        warnings.warn(
+            "`loss` has a gradient of zero at every output that was tried: nothing would be learnt "
+            "from it. It must be differentiable; operations such as argmax, round and comparisons "
+            "are not.",
+            stacklevel=4,
+        )
+
+
 def _try_labels_out_of_range(loss, y, output_shape):
     labels = np.resize([-1, output_shape[-1], np.iinfo(y.dtype).max], y.shape).astype(y.dtype)
     try:
@@ -208,13 +235,14 @@ def over_positions(weights: Any, outputs: Any) -> Any:
     return ops.broadcast_to(weights, (rows, *positions))
 
 
-def try_metrics(model: Any, target: tuple[Sequence[int], Any]) -> None:
+def try_metrics(model: Any, target: Any) -> None:
     """Refuses metrics that cannot be computed, that count rows which only fill up a batch, or that
     assign to other variables than their own.
 
     Args:
         model: a compiled `PrivateModel`.
-        target: shape and type of the target of one example.
+        target: shape and type of the target of one example; for several outputs a dict of such
+            pairs, by name.
 
     Raises:
         TypeError: a metric does not take `sample_weight`, which marks the rows that count.
@@ -223,31 +251,37 @@ def try_metrics(model: Any, target: tuple[Sequence[int], Any]) -> None:
     metrics = model._compile_metrics
     if metrics is None:
         return
-    output_shape = model.graph.output_shape[1:]
-    y = _made_up_targets(model.private_loss, *target, output_shape[-1])
-    z = _made_up(output_shape)
+    y, z = _made_up_pair(model, target)
     if not metrics.built:
-        metrics.build(ops.convert_to_tensor(y), ops.convert_to_tensor(z))
+        metrics.build(*tree.map_structure(ops.convert_to_tensor, (y, z)))
     others = {
         id(v) for part in (model.network, model.optimizer, model.noise) for v in part.variables
     }
     others |= set(map(id, model.weights))
-    for metric in metrics.metrics:
-        try:
-            if not getattr(metric, "_built", True):  # makes its variables in its first update
-                metric.update_state(y, z, sample_weight=np.zeros(_ROWS, "float32"))
-                metric.reset_state()
-            # A metric owns what is in an attribute of it, also a weight of the network.
-            _try_metric(metric, y, z, [v for v in metric.variables if id(v) not in others])
-        except _Assigns as error:
-            raise ValueError(f"The metric {metric.name!r} {error}") from None
-        except Exception as error:
-            said = "" if isinstance(error, _Unfit) else f" {type(error).__name__}:"
-            raise (TypeError if isinstance(error, _Unfit) else ValueError)(
-                f"The metric {metric.name!r} does not fit outputs of shape "
-                f"{('batch', *output_shape)} and targets of shape {('batch', *target[0])}:"
-                f"{said} {error}"
-            ) from error
+    for name, *lists in metrics.of_outputs():
+        for metric in [metric for found in lists if found is not None for metric in found.metrics]:
+            own = (y, z) if name is None else (y[name], z[name])
+            _try_metric(metric, *own, others)
+
+
+def build_losses(model: Any, target: Any) -> None:
+    """Makes the variables in which the losses of several outputs are added up, each by itself."""
+    if model.outputs is not None and not model._compile_loss.built:
+        y, z = _made_up_pair(model, target)
+        model._compile_loss.build(model.outputs.as_given(y), model.outputs.as_given(z))
+
+
+def _made_up_pair(model, target):
+    """Targets and outputs; of several outputs each, by name."""
+    loss = model.private_loss
+    if not isinstance(loss, losses.Joint):
+        shape = model.graph.output_shape[1:]
+        return _made_up_targets(loss, *target, shape[-1]), _made_up(shape)
+    pairs = {
+        name: (_made_up_targets(one, *target[name], shape[-1]), _made_up(shape))
+        for name, one, shape, _ in loss.parts()
+    }
+    return ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
 
 
 class _Unfit(Exception):
@@ -264,7 +298,24 @@ class _Assigns(Exception):
         )
 
 
-def _try_metric(metric, y, z, own):
+def _try_metric(metric, y, z, others):
+    try:
+        if not getattr(metric, "_built", True):  # makes its variables in its first update
+            metric.update_state(y, z, sample_weight=np.zeros(_ROWS, "float32"))
+            metric.reset_state()
+        # A metric owns what is in an attribute of it, also a weight of the network.
+        _update_metric(metric, y, z, [v for v in metric.variables if id(v) not in others])
+    except _Assigns as error:
+        raise ValueError(f"The metric {metric.name!r} {error}") from None
+    except Exception as error:
+        said = "" if isinstance(error, _Unfit) else f" {type(error).__name__}:"
+        raise (TypeError if isinstance(error, _Unfit) else ValueError)(
+            f"The metric {metric.name!r} does not fit outputs of shape {('batch', *z.shape[1:])} "
+            f"and targets of shape {('batch', *y.shape[1:])}:{said} {error}"
+        ) from error
+
+
+def _update_metric(metric, y, z, own):
     parameters = inspect.signature(metric.update_state).parameters.values()
     if not any(p.name == "sample_weight" or p.kind is p.VAR_KEYWORD for p in parameters):
         raise _Unfit(
@@ -373,8 +424,8 @@ def try_validation(
         for batch in batches:
             if not isinstance(batch, tuple) or len(batch) < 2 or batch[1] is None:
                 raise ValueError("it must have targets, too, in tuples: (x, y).")
-            if isinstance(batch[1], np.ndarray):
-                losses.check_targets(model.private_loss, batch[1], model.graph.output_shape[1:])
+            if all(isinstance(y, np.ndarray) for y in tree.flatten(batch[1])):
+                _check_targets(model, batch[1])
             compute_output_spec(_evaluation_of(model), *tree.map_structure(_without_values, batch))
         if not ends and steps is None:
             raise ValueError("it may be endless; say validation_steps=...")
@@ -413,9 +464,18 @@ def _first_rows(model, data, batch_size):
         raise ValueError(f"it must have one row an example; got {sorted(lengths)} rows.")
     if parts[1] is None:
         raise ValueError("it must have targets, too: (x, y).")
-    losses.check_targets(model.private_loss, as_array(parts[1], "y"), model.graph.output_shape[1:])
+    _check_targets(model, parts[1])
     first = tuple(part for part in parts if part is not None)
     return tree.map_structure(lambda part: np.asarray(part[: batch_size or 32]), first)
+
+
+def _check_targets(model, y):
+    if model.outputs is None:
+        y = as_array(y, "y")
+    else:
+        named = model.outputs.named(y, "y")
+        y = {name: as_array(v, f"y[{name!r}]") for name, v in named.items()}
+    losses.check_targets(model.private_loss, y, model.graph.output_shape[1:])
 
 
 def _without_values(array):

@@ -462,7 +462,7 @@ def test_refusals_are_the_same_where_assertions_are_off():
         lambda model, x, y: lipdp.PrivateModel(
             dense_network(), noise_multiplier=1.0, sampling=model.sampling, l2_norm_clip=1.0
         ),
-        lambda model, x, y: model.compile("sgd", "mae", loss_weights=[2.0]),
+        lambda model, x, y: model.compile("sgd", "mae", target_tensors=[y]),
         lambda model, x, y: model.compile("sgd", "mae", auto_scale_loss=True),
         lambda model, x, y: list(model.batches(x, y, batch_size=8)),
         lambda model, x, y: model.train_on_batch(None, sample_weight=np.ones(3)),

@@ -124,21 +124,27 @@ def read_batch(step: PrivateStep, data: tuple, backend: Backend) -> tuple[list, 
     """
     features, y, mask = data
     y = losses.readable_targets(step.loss, y, step.network.output_shape[1:])
-    x, weights = features["inputs"], features.get("weights")
+    factors = {name: features[name] for name in ("weights", "shares") if name in features}
+    if "shares" in factors:
+        factors["shares"] = clamp_weights(factors["shares"], 1.0)
     clip = step.clip.current()
 
-    def part(x, y, mask, weights=None):
-        return gradient_sums(step, backend, clip, x, y, mask, weights)
+    def part(x, y, factors, mask):
+        return gradient_sums(step, backend, clip, x, y, mask, **factors)
 
-    rows = [x, y, mask] if weights is None else [x, y, mask, weights]
+    rows = [features["inputs"], y, factors, mask]
     if step.physical_batch_size is None:
         sums, (outputs, values, within) = part(*rows)
     else:
         sums, (outputs, values, within) = backend.accumulate(part, rows, step.physical_batch_size)
     if step.clip.counts:
-        # One example moves each sum of centred indicators by ½.
+        # One example moves each sum of centred indicators by ½, as do all rows of a group.
         real = ops.reshape(ops.cast(mask, within.dtype), (-1,) + (1,) * (len(within.shape) - 1))
-        sums = [*sums, ops.sum(within - 0.5 * real, axis=0)]
+        centred = within - 0.5 * real
+        if "shares" in factors:
+            centred = scale_rows(centred, factors["shares"])
+        sums = [*sums, ops.sum(centred, axis=0)]
+    weights = factors.get("weights")
     if weights is not None:
         weights = clamp_weights(weights, step.sample_weight_bound)
     # Over the rows of all devices: noise is added to that, once.
@@ -241,9 +247,23 @@ def update_scales(step: PrivateStep, bounds: list) -> list:
 
 
 def gradient_sums(
-    step: PrivateStep, backend: Backend, clip: Any, x: Any, y: Any, mask: Any, weights: Any
+    step: PrivateStep,
+    backend: Backend,
+    clip: Any,
+    x: Any,
+    y: Any,
+    mask: Any,
+    weights: Any = None,
+    shares: Any = None,
 ) -> tuple[list, tuple]:
     """Sums the clipped examples' gradients, one tensor a weight.
+
+    Args:
+        step, backend: as for `private_step`.
+        clip: as the step's clip says it now.
+        x, y, mask: of the examples.
+        weights: of the examples, `(batch,)`, or None.
+        shares: in [0, 1], `(batch,)`: what an example counts of its group, or None.
 
     Returns:
         The sums; and outputs, losses and indicators of rows within the clip, one row an example.
@@ -251,12 +271,17 @@ def gradient_sums(
     views = step.augmentation
     targets = y
     if views is not None:
-        x, targets, mask = views(x), views.repeated(y), views.repeated(mask)
+        targets, mask = keras.tree.map_structure(views.repeated, (y, mask))
+        x = views(x)
     x, finite = readable_inputs(step.network, x)
     readable = mask * finite
     if weights is not None:
         weights = weights if views is None else views.repeated(weights)
         weights = clamp_weights(ops.cast(weights, "float32"), step.sample_weight_bound)
+    if shares is not None:
+        # Behind the clip, too: the mean over a group is then as short as each of its rows.
+        shares = shares if views is None else views.repeated(shares)
+        weights = shares if weights is None else weights * shares
     # The mean of an example's views is within the bound, as each of them is.
     share = 1.0 if views is None else 1.0 / views.views
 

@@ -115,9 +115,17 @@ def test_probabilities_at_the_end_are_refused_in_one_line(name):
     layer = lipdp.check(network).layers[-1]
     assert words in layer.problem + layer.note
     loss = "binary_crossentropy" if "sigmoid" in name else "sparse_categorical_crossentropy"
-    with pytest.raises(ValueError, match=r"^The network ends in a .*takes logits\.$") as error:
-        private(network).compile("sgd", loss)
-    assert words in str(error.value)
+    with pytest.raises(ValueError, match=r"^The network ends in a .*takes logits\.") as error:
+        private(network, loss)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_each_output_is_told_apart():
+    body = ended()
+    x, h = body.inputs[0], body.outputs[0]
+    outputs = [K.Dense(2, name="logits")(h), K.Dense(3, activation="softmax", name="p")(h)]
+    found = {v.layer: v.problem for v in lipdp.check(keras.Model(x, outputs)).layers}
+    assert "of layer 'p'" in found["p"] and not found["logits"]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +165,7 @@ def test_an_unbounded_input_is_a_problem():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda a, b: keras.Model(a, [K.Dense(2)(a), K.Dense(2)(a)]), "2 outputs"),
+        (lambda a, b: keras.Model(a, [K.Dense(2)(a), K.Dense(2)(a)]), "Nothing bounds"),
         (lambda a, b: keras.Model(a, K.ReLU()(a)), "no trainable weights"),
     ],
 )

@@ -312,7 +312,7 @@ def facts(order=1, weigh=False, rate=0.5, seed=3, network=None, steps=4, **kwarg
     x, y = (array[::order] for array in data())
     run = model.spending.plan(model.sampling, len(y), steps, steps)
     weights = np.ones(64) if weigh else None
-    return run_fingerprint(model, model.step, Arrays(x, y), weights, run, (0, 0))
+    return run_fingerprint(model, model.step, Arrays(x, y), weights, None, run, (0, 0))
 
 
 @pytest.mark.any_backend

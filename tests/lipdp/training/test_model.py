@@ -635,7 +635,7 @@ def test_compile_refuses_what_it_cannot_bound():
         model.compile("sgd")
     with pytest.raises(TypeError, match="loss"):
         model.compile("sgd", loss={"a": "mse"})
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match="loss_weights"):
         model.compile("sgd", loss="mse", loss_weights=[2.0])
     with pytest.raises(ValueError, match="names .*gloro"):
         model.compile("sgd", loss="glorious")

@@ -12,8 +12,9 @@ from keras import ops
 import accountants
 import lipdp
 from lipdp import noise
-from lipdp.autodiff import fused, gradient
+from lipdp.autodiff import compiled, fused, gradient
 from lipdp.bounds.walk import ROUNDING
+from lipdp.data.groups import Groups
 from lipdp.local.calls import layer_units
 from lipdp.noise import standard_deviations
 from lipdp.training import steps
@@ -63,6 +64,11 @@ def loss_of_two_heads(y, z):
     return of_label + 0.3 * ops.square(y[:, 1] - z[:, 3])
 
 
+def two_outputs():
+    joined = two_heads()
+    return keras.Model(joined.input, joined.layers[-1].input)
+
+
 def clip_of(model):
     return np.asarray(ops.convert_to_numpy(model.current_clip()), "float64")
 
@@ -74,7 +80,9 @@ def set_thresholds(model, values):
 class Step:
     """One step without noise, whose sums are read off the weights and the thresholds."""
 
-    def __init__(self, made, x, y, weights=None, max_weight=None, compile=None, **options):
+    def __init__(
+        self, made, x, y, weights=None, max_weight=None, compile=None, groups=None, **options
+    ):
         options = {"noise_multiplier": 0.0, "clip": lipdp.PerLayerClip(learning_rate=1.0)} | options
         compile = {"max_sample_weight": max_weight, **(compile or {})}
         self.model = private(
@@ -85,11 +93,15 @@ class Step:
             compile={"metrics": [], **compile},
             **options,
         )
-        self.x, self.y, self.weights = x, y, weights
+        self.x, self.y, self.weights, self.groups = x, y, weights, groups
+        self.shares = np.ones(BATCH)
+        if groups is not None:
+            self.shares = 1.0 / np.bincount(groups)[groups]
         self.most = max_weight or 1.0
         self.start = weights_of(self.model)
         self._gradients = fused(self._gradients_of_one)
-        each = [self.norms(row) for row in range(len(y))]
+        self.size = len(keras.tree.flatten(y)[0])
+        each = [self.norms(row) for row in range(self.size)]
         # Of each unit another part of the examples is clipped.
         parts = np.linspace(0.3, 0.8, len(each[0]))
         self.thresholds = np.array(
@@ -107,8 +119,10 @@ class Step:
     def alone(self, row):
         """The gradients of one example by ordinary automatic differentiation, unit by unit."""
         values = [ops.convert_to_tensor(v) for v in self.model.graph.variables]
-        x = keras.tree.map_structure(lambda a: ops.convert_to_tensor(a[row : row + 1]), self.x)
-        found = self._gradients(values, x, ops.convert_to_tensor(self.y[row : row + 1]))
+        x, y = keras.tree.map_structure(
+            lambda a: ops.convert_to_tensor(a[row : row + 1]), (self.x, self.y)
+        )
+        found = self._gradients(values, x, y)
         return by_units(self.model, [ops.convert_to_numpy(f) for f in found])
 
     def norms(self, row):
@@ -124,13 +138,15 @@ class Step:
             given = {"class_weight": self.weights}
         elif self.weights is not None:
             given = {"sample_weight": self.weights}
+        if self.groups is not None:
+            given["groups"] = self.groups
         for batch in model.batches(self.x, self.y, steps_per_epoch=1, **given):
             if mask is not None:
                 batch.mask = np.asarray(mask, "float32")
             if change is not None:
                 change(batch)
             model.train_on_batch(batch)
-        size = len(self.y)
+        size = self.shares.sum()  # examples, or groups of them
         moves = [a - b for a, b in zip(self.start, weights_of(model), strict=True)]
         sums = by_units(model, moves)
         scales = self.thresholds * self.most * ROUNDING * size
@@ -145,10 +161,10 @@ class Step:
         for row in np.flatnonzero(mask):
             gradients = self.alone(row)
             norms = np.array([np.linalg.norm(g) for g in gradients])
-            factors = weights[row] * np.minimum(1, self.thresholds / norms)
+            factors = self.shares[row] * weights[row] * np.minimum(1, self.thresholds / norms)
             parts = [g * f for g, f in zip(gradients, factors, strict=True)]
             sums = parts if sums is None else [a + b for a, b in zip(sums, parts, strict=True)]
-            counts = counts + (norms <= self.thresholds) - 0.5
+            counts = counts + self.shares[row] * ((norms <= self.thresholds) - 0.5)
         return sums, counts
 
 
@@ -177,6 +193,9 @@ def _views(count):
     return lipdp.Augmentation(K.GaussianNoise(0.0), views=count)
 
 
+#: Whose each example is, in their order; nobody has more than four.
+PEOPLE = np.array([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5])
+
 #: By name: arguments of `Step`.
 MATRIX = {
     "plain": {},
@@ -192,6 +211,21 @@ MATRIX = {
     "class weights": {"weights": {0: 0.5, 1: 3.0}, "max_weight": 4.0},
     "several inputs": {"made": two_inputs, "packed": _halves},
     "several heads": {"made": two_heads, "loss": loss_of_two_heads, "targets": _pairs},
+    "several outputs": {
+        "made": two_outputs,
+        "loss": {"classes": "sparse_categorical_crossentropy", "value": "mse"},
+        "targets": lambda y: {"classes": y, "value": _pairs(y)[:, 1]},
+        "compile": {"loss_weights": {"classes": 1.0, "value": 0.3}},
+    },
+    "groups": {"unit": "group", "groups": PEOPLE},
+    "groups, weights, views, pieces": {
+        "unit": "group",
+        "groups": PEOPLE,
+        "weights": np.linspace(0.0, 2.0, BATCH),
+        "max_weight": 2.0,
+        "augmentation": _views(2),
+        "physical_batch_size": 4,
+    },
     "subclassed": {"made": subclassed, "packed": lambda x: x[:, :5]},
     "eager": {"run_eagerly": True},
     "compiled": {"run_eagerly": False, "compile": {"jit_compile": True}},
@@ -238,6 +272,57 @@ def test_a_step_sums_the_clipped_gradients_of_its_examples(name):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
 
 
+PROBABILITIES = {
+    "softmax": (3, keras.losses.SparseCategoricalCrossentropy),
+    "softmax of distributions": (3, keras.losses.CategoricalCrossentropy),
+    "sigmoid": (1, keras.losses.BinaryCrossentropy),
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_a_loss_of_probabilities_has_their_gradient(name, traced):
+    # Keras' losses look for the logits that a softmax was made of, also beyond what is watched.
+    outputs, loss = PROBABILITIES[name]
+    head = keras.Sequential([keras.Input((4,)), K.Dense(outputs, name.split()[0])])
+    x, labels = np.random.default_rng(0).normal(size=(5, 4)), np.arange(5) % max(2, outputs)
+    y = np.eye(3)[labels] if "distributions" in name else labels.reshape(-1, 1)
+
+    def slopes(x, y):
+        p = head(x)
+        return p, gradient(lambda p: lipdp.losses.per_example(loss(), y, p), p)[1]
+
+    run = compiled(slopes) if traced else slopes
+    p, slope = map(ops.convert_to_numpy, run(ops.array(x, "float32"), ops.array(y, "float32")))
+    own = 1.0 - np.abs(labels[:, None] - p) if outputs == 1 else p[np.arange(5), labels][:, None]
+    # Along a direction that keeps the sum of the probabilities, which Keras divides by.
+    move = np.where(np.arange(outputs) == labels[:, None], 1.0, -0.5) if outputs > 1 else 1.0
+    sign = 1.0 if outputs > 1 else np.where(labels[:, None] == 1, 1.0, -1.0)
+    np.testing.assert_allclose((slope * move).sum(1, keepdims=True), -sign / own, rtol=1e-3)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", PROBABILITIES)
+def test_a_final_softmax_is_taken_along_with_the_loss_of_its_name(name):
+    outputs, loss = PROBABILITIES[name]
+    body = [keras.Input((4,)), K.Dense(outputs)]
+    for head in (body, [*body[:1], K.Dense(outputs, name.split()[0])]):
+        model = lipdp.PrivateModel(
+            keras.Sequential(head), noise_multiplier=1.0, clip=lipdp.PerLayerClip()
+        )
+        model.compile("sgd", loss=loss().name)
+        assert lipdp.losses.takes_logits(model.private_loss) == (head is body)
+    with pytest.raises(ValueError, match="remove it from layer"):
+        model.compile("sgd", loss="focal")
+
+
+@pytest.mark.any_backend
+def test_probabilities_that_a_loss_wants_and_nobody_makes_are_told_of():
+    model = lipdp.PrivateModel(network(), noise_multiplier=1.0, clip=lipdp.PerLayerClip())
+    with pytest.warns(UserWarning, match="from_logits=True"):
+        model.compile("sgd", loss=keras.losses.SparseCategoricalCrossentropy())
+
+
 def units_of(step):
     return step.model.units.units
 
@@ -251,14 +336,61 @@ def spoil(batch, row, value=1e4):
         return array
 
     batch.inputs = keras.tree.map_structure(changed, batch.inputs)
-    batch.targets = batch.targets.copy()
-    batch.targets[row] = (batch.targets[row] + 1) % 3
+
+    def other(array):
+        array = array.copy()
+        array[row] = (array[row] + 1) % 3
+        return array
+
+    batch.targets = keras.tree.map_structure(other, batch.targets)
 
 
-@pytest.mark.parametrize("name", one_in(2, ["weights, views, pieces", "plain", "subclassed"]))
+@pytest.mark.parametrize(
+    "name", one_in(2, ["weights, views, pieces", "plain", "several outputs", "subclassed"])
+)
 @pytest.mark.parametrize("value", [1.0, 1e4, 1e30])
 def test_neighbouring_data_sets_are_as_close_as_the_noise_supposes(name, value):
     check_neighbours(made(name), value)
+
+
+@pytest.mark.parametrize("name", ["groups", "groups, weights, views, pieces"])
+@pytest.mark.parametrize("value", [1.0, 1e30])
+def test_a_whole_group_moves_a_step_no_further_than_one_example(name, value):
+    check_groups(made(name), value)
+
+
+def check_groups(step, value=1.0):
+    most = step.thresholds * step.most * ROUNDING
+    for person in (0, 3, 5):
+        own = PEOPLE == person
+
+        def worst(batch, own=own):
+            for row in np.flatnonzero(own):
+                spoil(batch, row, value)
+
+        whole, counts = step.sums(change=worst)
+        without, fewer = step.sums(mask=1.0 - own)
+        lengths = np.array([np.linalg.norm(a - b) for a, b in zip(whole, without, strict=True)])
+        assert (lengths <= most * (1 + 1e-4)).all()
+        assert (np.abs(counts - fewer) <= 0.5 + 1e-3).all()
+
+
+def forgets_the_shares(patch):
+    rows = Groups.rows
+    patch.setattr(Groups, "rows", lambda *given: (rows(*given)[0], np.ones_like(rows(*given)[1])))
+
+
+def forgets_the_shares_of_counts(patch):
+    patch.setattr(private_step, "scale_rows", lambda rows, factors: rows)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("mutant", [forgets_the_shares, forgets_the_shares_of_counts])
+def test_mutants_of_groups_are_caught(mutant, monkeypatch):
+    step = made("groups")
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_groups(step)
 
 
 def check_neighbours(step, value=1e4, rows=(0, BATCH - 1)):
@@ -573,17 +705,6 @@ def test_layers_that_are_trained_are_found_anew_by_compile():
     assert sum("thresholds" in v.path for v in model.non_trainable_variables) == 1
     fixed = private(network(), clip=lipdp.PerLayerClip(threshold=1.0))
     assert not any("thresholds" in v.path for v in fixed.non_trainable_variables)
-
-
-@pytest.mark.any_backend
-def test_several_outputs_are_refused_with_what_to_do():
-    x = keras.Input((6,))
-    made = keras.Model(x, [K.Dense(3, name="classes")(x), K.Dense(1, name="value")(x)])
-    with pytest.raises(ValueError, match="`network` must have one output; .* 2. Join them"):
-        private(made, clip=lipdp.PerLayerClip())
-    for losses in ({"classes": "mse", "value": "mse"}, ["mse", "mse"]):
-        with pytest.raises(TypeError, match="one loss of one output"):
-            private(network(), clip=lipdp.PerLayerClip(), loss=losses)
 
 
 @pytest.mark.any_backend

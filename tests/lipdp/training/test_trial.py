@@ -121,6 +121,20 @@ def test_a_loss_along_another_axis_is_refused(make):
 
 
 @pytest.mark.any_backend
+def errors(y, z):
+    return ops.mean(ops.cast(ops.not_equal(y > 0.5, z > 0.0), "float32"), axis=-1)
+
+
+def of_the_targets_alone(y, z):
+    return ops.mean(ops.square(y), axis=-1) + 0.0 * ops.mean(z, axis=-1)
+
+
+@pytest.mark.parametrize("loss", [errors, of_the_targets_alone])
+def test_a_loss_without_a_gradient_is_warned_of(loss):
+    with pytest.warns(UserWarning, match="gradient of zero"):
+        trial.try_loss(loss, (3,))
+
+
 def test_a_known_loss_with_another_function_is_none():
     """Its class says no more what it computes."""
     replaced, patched = K.MeanAbsoluteError(), losses.SparseCategoricalCrossentropy()
