@@ -46,6 +46,9 @@ if keras.backend.backend() == "tensorflow":
         nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
         return {node.op for node in nodes if _WRITING.match(node.op)}
 
+    def _settled(tensors):
+        return tensors  # each operation gives the numbers of its type
+
     def _per_row(function, rows):
         return tf.vectorized_map(lambda row: function(*row), tuple(rows))
 
@@ -78,6 +81,9 @@ elif keras.backend.backend() == "jax":
 
     def _raw_writes(function, arrays):
         return set()  # a program changes nothing but what it returns
+
+    def _settled(tensors):
+        return jax.lax.optimization_barrier(tensors)
 
     def _per_row(function, rows):
         return jax.vmap(function)(*rows)
@@ -168,6 +174,18 @@ def per_row(function: Callable[..., list[Tensor]], rows: Sequence[Tensor]) -> li
     [2.0, 4.0]
     """
     return _per_row(function, list(rows))
+
+
+def settled(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, of which every reader sees the same numbers.
+
+    Where a program rounds to few bits and back, XLA may leave that out for one reader and not for
+    another. It does nothing of the kind across a barrier.
+
+    >>> [float(v) for v in settled([keras.ops.array(1.0)])]
+    [1.0]
+    """
+    return _settled(list(tensors))
 
 
 def in_pieces(

@@ -111,8 +111,10 @@ def side_by_side(network: keras.Model) -> tuple[keras.Model, Outputs | None]:
                 f"Each output must have a known size for an example, (batch, 1) say; {name!r} of "
                 f"network {network.name!r} has the shape {tuple(tensor.shape)}."
             )
-    flat = [t if len(t.shape) == 2 else keras.layers.Flatten()(t) for t in tensors]
-    joined = keras.Model(input_tensors(network), keras.layers.Concatenate()(flat))
+    # In float32, whatever the policy of the day: losses are computed so.
+    flatten, join = keras.layers.Flatten(dtype="float32"), keras.layers.Concatenate(dtype="float32")
+    flat = [t if len(t.shape) == 2 else flatten(t) for t in tensors]
+    joined = keras.Model(input_tensors(network), join(flat))
     if list(map(id, joined.weights)) != list(map(id, network.weights)):
         raise ValueError(
             f"The layers of network {network.name!r} cannot be put in one order. Join its outputs: "

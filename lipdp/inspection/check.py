@@ -308,12 +308,13 @@ def check_units(network: keras.Model, inputs: Any = None) -> LayerUnits:
 
     Raises:
         UnknownLayerError: rows may be mixed, or a weight has no layer of its own.
-        ValueError: it is not built, has no trainable weights, or computes in anything but float32.
+        ValueError: it is not built, has no trainable weights, keeps them in anything but float32,
+            or computes in float64.
     """
     units = layer_units(network, inputs)
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
-    for problem in _imprecise(network):
+    for problem in _imprecise(network, ("float32", "bfloat16", "float16")):
         raise ValueError(problem)
     own = {type(v).__name__ for v in network._flatten_layers() if not _of_a_library(v)}
     if own and _rows_meet(as_graph(network), inputs):
@@ -485,15 +486,15 @@ def _assigned_in_call(network):
     ]
 
 
-def _imprecise(network):
-    """Problems: layers and weights that are not in float32."""
+def _imprecise(network, accepted=("float32",)):
+    """Problems: layers that compute in other types, and weights that are not in float32."""
     problems = [
-        "Private training computes in float32: what rounding may add to a gradient is within the "
-        f"bounds' allowance there, and nowhere else. Layer {layer.name!r} computes in "
-        f"{layer.compute_dtype}; make it with dtype='float32', or the whole network under "
-        "keras.config.set_dtype_policy('float32')."
+        f"Private training of this kind computes in {' or '.join(accepted)}: what rounding may add "
+        "to a gradient is within the bounds' allowance there, and nowhere else. Layer "
+        f"{layer.name!r} computes in {layer.compute_dtype}; make it with dtype='float32', or the "
+        "whole network under keras.config.set_dtype_policy('float32')."
         for layer in network._flatten_layers(include_self=False)
-        if layer.compute_dtype != "float32"
+        if layer.compute_dtype not in accepted
     ]
     return problems + [
         f"Private training updates weights in float32; {variable.path!r} has dtype "

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
-from lipdp.autodiff import in_pieces
+from lipdp.autodiff import in_pieces, settled
 from lipdp.local.products import Pull, Tensor, entrywise, outer
 
 __all__ = ["Unit", "first_argument", "patched"]
@@ -81,6 +81,11 @@ class Unit(abc.ABC):
     ) -> tuple[list[Tensor], Tensor]:
         """The sum of the examples' gradients, each times what `scales` gives for it.
 
+        Whatever the layer computes in, its norms and sums are of the same numbers of float32: what
+        was saved and the cotangents are made such first, so that rounding to fewer bits, in the
+        forward and in the backward pass, changes what is summed and never by how much one example
+        moves it.
+
         Where the gradients of all examples would take more than `MEMORY` bytes, they are computed
         for some examples at a time.
 
@@ -95,6 +100,8 @@ class Unit(abc.ABC):
         """
         known = self.with_rows(saved, static)
         many = isinstance(g, list)
+        if any(map(_is_short, [*saved, *(g if many else [g])])):
+            saved, g = _in_float32((saved, g))
 
         def part(factors, *rows):
             own = [*rows[:known], *saved[known:]]
@@ -179,6 +186,17 @@ def patched(owner: Any, **values: Any) -> Iterator[None]:
         for name in values:
             del own[name]
         own.update(before)
+
+
+def _is_short(value):
+    """Whether these are numbers of fewer bits than float32 has."""
+    return keras.backend.standardize_dtype(value.dtype) in ("bfloat16", "float16")
+
+
+def _in_float32(tensors):
+    """A structure of tensors, those of fewer bits as float32; all who read them see the same."""
+    flat = [ops.cast(v, "float32") if _is_short(v) else v for v in tree.flatten(tensors)]
+    return tree.pack_sequence_as(tensors, settled(flat))
 
 
 def _one(values):

@@ -6,7 +6,7 @@ import keras
 from keras import layers as K
 from keras import ops, tree
 
-from lipdp.autodiff import per_row, vjp
+from lipdp.autodiff import per_row, settled, vjp
 from lipdp.bounds import UnknownLayerError
 from lipdp.local.matrix_units import (
     ConvUnit,
@@ -96,10 +96,10 @@ class AffineUnit(Unit):
             shape[axis] = normal.shape[axis]
         value, saved = normal, []
         if isinstance(scale, keras.Variable):
-            value = value * ops.reshape(scale, shape)
+            value = value * ops.reshape(ops.cast(scale, normal.dtype), shape)
             saved.append(normal)
         if isinstance(offset, keras.Variable):
-            value = value + ops.reshape(offset, shape)
+            value = value + ops.reshape(ops.cast(offset, normal.dtype), shape)
         return tap(value, saved or [normal])
 
     def measure(self, saved, g, static=None):
@@ -147,10 +147,17 @@ class AnyUnit(Unit):
                 with keras.StatelessScope(mapping + known):
                     return _floats(call(*args, **kwargs))
 
-            weights = [ops.convert_to_tensor(v) for v in self.variables]
-            return vjp(f, weights, lambda _: values[len(rows) :])[1]
+            def cotangents(outputs):
+                pairs = zip(values[len(rows) :], outputs, strict=True)
+                return [ops.cast(value, output.dtype) for value, output in pairs]
 
-        return entrywise(per_row(one, [*rows, *g]))
+            weights = [ops.convert_to_tensor(v) for v in self.variables]
+            return vjp(f, weights, cotangents)[1]
+
+        gradients = per_row(one, [*rows, *g])
+        in_float32 = all(v.compute_dtype == "float32" for v in self.layer._flatten_layers())
+        # One that casts by itself rounds within: norm and sum are of what came out.
+        return entrywise(gradients if in_float32 else settled(gradients))
 
 
 def _is_float(value):

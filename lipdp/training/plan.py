@@ -146,7 +146,7 @@ def make_plan(
         TypeError, ValueError: data or arguments that cannot be trained on.
     """
     backend = steps.backend()
-    backend.check_precision()
+    backend.check_precision(model)
     devices = backend.devices(model)
     all_gather = functools.partial(backend.all_gather, model)
 

@@ -133,11 +133,13 @@ class Backend(abc.ABC):
         """What `jit_compile="auto"` means."""
 
     @abc.abstractmethod
-    def check_precision(self) -> None:
-        """Refuses matrix products of rounded factors, which no bound allows for.
+    def check_precision(self, model: Any) -> None:
+        """Refuses matrix products of rounded factors, which no bound allows for, and programs in
+        which a number of few bits may be another one for its next reader.
 
         Raises:
-            ValueError: an accelerator would compute them with fewer bits than float32 has.
+            ValueError: an accelerator would compute products with fewer bits than float32 has; or
+                XLA might leave out a rounding in one place, and nothing hinders it.
         """
 
     # --- several devices ----------------------------------------------------------------------

@@ -186,7 +186,7 @@ class JaxBackend(JaxDevices):
     def default_jit_compile(self):
         return True
 
-    def check_precision(self):
+    def check_precision(self, model):
         precision = jax.config.jax_default_matmul_precision
         if jax.default_backend() != "cpu" and precision not in ("float32", "highest"):
             raise ValueError(

@@ -286,18 +286,21 @@ def gradient_sums(
     share = 1.0 if views is None else 1.0 / views.views
 
     def losses_of(outputs):
-        return gradient(lambda z: losses.per_example(step.loss, targets, z), outputs)
+        """Outputs and losses in float32, and the gradients as the network takes them."""
+        z = ops.cast(outputs, "float32")
+        values, slopes = gradient(lambda z: losses.per_example(step.loss, targets, z), z)
+        return z, values, ops.cast(slopes, outputs.dtype)
 
     # Weights come behind the clip, which would undo them.
     if step.units is None:
         outputs, pull_back = backend.pull_back(step.network, x)
-        values, gradients = losses_of(outputs)
+        outputs, values, gradients = losses_of(outputs)
         rows, within = clip_rows(gradients, clip, readable)
         rows = rows if weights is None else scale_rows(rows, weights)
         sums = pull_back(rows if views is None else rows * share)
     else:
         outputs, pull_back = backend.pull_back_to_calls(step.network, x, step.units)
-        values, gradients = losses_of(outputs)
+        outputs, values, gradients = losses_of(outputs)
         factors = share * ops.cast(ops.greater(readable, 0), "float32")
         factors = factors if weights is None else factors * weights
         sums, within = step.units.clipped_sums(*pull_back(gradients), clip, factors, readable)

@@ -155,7 +155,14 @@ class TensorFlowBackend(TensorFlowDevices):
         # On CPUs XLA's convolutions take up to twice the time; and it compiles for one device.
         return not tf.distribute.has_strategy() and bool(tf.config.list_physical_devices("GPU"))
 
-    def check_precision(self):
+    def check_precision(self, model):
+        short = [v for v in model.network._flatten_layers() if "16" in v.compute_dtype]
+        if model.jit_compile and short:
+            raise ValueError(
+                f"`jit_compile` must be False where layers compute in {short[0].compute_dtype}, as "
+                f"{short[0].name!r} does: XLA may keep more digits where norms are measured than "
+                "where gradients are summed. Call compile(..., jit_compile=False)."
+            )
         if (
             tf.config.list_logical_devices("GPU")
             and tf.config.experimental.tensor_float_32_execution_enabled()

@@ -26,8 +26,12 @@ NAMES = [
 class Attacked:
     """A network, and what its examples add to the sums of its units."""
 
-    def __init__(self, name):
-        self.network = networks.build(name)
+    def __init__(self, name, policy="float32"):
+        keras.config.set_dtype_policy(policy)
+        try:
+            self.network = networks.build(name)
+        finally:
+            keras.config.set_dtype_policy("float32")
         self.graph = as_graph(self.network)
         self.units = layer_units(self.network)
         rng = np.random.default_rng(0)
@@ -44,8 +48,8 @@ class Attacked:
     def _run(self, values, x, g, thresholds, factors):
         mapping = zip(self.graph.variables, values, strict=True)
         with keras.StatelessScope(list(mapping)):
-            _, pull = steps.backend().pull_back_to_calls(self.graph, x, self.units)
-            ones = ops.ones_like(factors)
+            outputs, pull = steps.backend().pull_back_to_calls(self.graph, x, self.units)
+            ones, g = ops.ones_like(factors), ops.cast(g, outputs.dtype)
             return self.units.clipped_sums(*pull(g), thresholds, factors, ones)[0]
 
     def added(self, row, thresholds=None, x=None, g=None):

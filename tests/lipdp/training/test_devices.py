@@ -506,7 +506,7 @@ def test_products_of_rounded_factors_are_refused_on_tensorflow(monkeypatch):
     refused(private, "enable_tensor_float_32_execution.False.")
     tf.config.experimental.enable_tensor_float_32_execution(False)
     try:
-        steps.backend().check_precision()
+        steps.backend().check_precision(private())
     finally:
         tf.config.experimental.enable_tensor_float_32_execution(True)
 
@@ -518,7 +518,7 @@ def test_products_of_rounded_factors_are_refused_on_jax(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     refused(private, "in less than float32 on a TPU.*got None")
     with jax.default_matmul_precision("float32"):
-        steps.backend().check_precision()
+        steps.backend().check_precision(private())
 
 
 # --- compiled, and several steps at a time --------------------------------------------------------
