@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # at run time these are imported when they are first used
     from lipdp.inspection.repair import repair
     from lipdp.local.declared import keeps_rows_apart
     from lipdp.noise import BandedNoise, ToeplitzNoise
+    from lipdp.serving import to_keras
     from lipdp.training.ahead import plan
     from lipdp.training.clipping import AdaptiveClip, PerLayerClip
     from lipdp.training.model import PrivateModel
@@ -61,6 +62,7 @@ __all__ = [
     "plan",
     "repair",
     "robustness",
+    "to_keras",
 ]
 
 # Where the names are that the block above imports, other than modules; a test compares them.
@@ -88,6 +90,7 @@ _HOMES = {
     "keeps_rows_apart": "lipdp.local.declared",
     "plan": "lipdp.training.ahead",
     "repair": "lipdp.inspection.repair",
+    "to_keras": "lipdp.serving",
 }
 
 

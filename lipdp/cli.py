@@ -96,7 +96,7 @@ def _command(
         startup.import_keras()
         from lipdp import commands
 
-        return getattr(commands, name)(values, arguments)
+        return getattr(commands, name)(values, [os.path.expanduser(path) for path in arguments])
 
     return cli.command(name, f"{name} {' '.join(paths)}{usage}", make_flags, run), line
 

@@ -4,6 +4,7 @@ module, and with it Keras, only when a command runs.
 Each function takes the flags and the paths of the command line, and may return an exit code.
 """
 
+import os
 import sys
 import zipfile
 
@@ -34,7 +35,7 @@ def _load(path):
 
 def _examples(path):
     try:
-        with np.load(path) as file:
+        with np.load(os.path.expanduser(path)) as file:
             return file["x"], file["y"]
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must be an .npz file of arrays x and y: {error}") from error

@@ -28,10 +28,16 @@ _SECTIONS = {
     "output": {"model", "report", "result"},
 }
 _OPTIONAL = ("output",)
+_PATHS = {
+    "data": ("train", "test"),
+    "privacy": ("ledger",),
+    "output": ("model", "report", "result"),
+}
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The sections of a file, checked; paths in it are relative to its folder.
+    """The sections of a file, checked; paths in it are relative to its folder,
+    and `~` is the home of the user.
 
     Args:
         path: a YAML (or JSON) file with the sections
@@ -54,7 +60,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     import yaml
 
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -80,17 +86,24 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{', '.join(sorted(known))}."
             )
     config = _numbers(config)
-    folder = path.parent
-    for section, names in (
-        ("data", ("train", "test")),
-        ("privacy", ("ledger",)),
-        ("output", ("model", "report", "result")),
-    ):
+    return _in_folder(config, path.parent)
+
+
+def _in_folder(config, folder):
+    """A copy whose paths are found from a folder, or from the home of the user after `~`."""
+
+    def place(path):
+        return os.path.join(folder, os.path.expanduser(str(path)))
+
+    config = {
+        key: value if isinstance(value, str) else dict(value) for key, value in config.items()
+    }
+    for section, names in _PATHS.items():
         for name in names:
-            if name in config[section]:
-                config[section][name] = str(folder / str(config[section][name]))
+            if name in config.get(section, ()):
+                config[section][name] = place(config[section][name])
     if isinstance(config["network"], str):
-        config["network"] = str(folder / config["network"])
+        config["network"] = place(config["network"])
     return config
 
 
@@ -110,6 +123,7 @@ def train(config: Mapping[str, Any], verbose: bool = True) -> dict[str, Any]:
         TypeError, ValueError: a value is not what it should be.
         BudgetExceeded: nothing is left of the ledger's budget.
     """
+    config = _in_folder(config, "")
     data, privacy, training = config["data"], config["privacy"], config["training"]
     output = config.get("output", {})
     _check_output(output, privacy.get("ledger"))

@@ -29,6 +29,8 @@ BLOCK = re.compile(
         "bounds.md",
         "signal.md",
         "spending.md",
+        "how_to_serving.md",
+        pytest.param("how_to_public_start.md", marks=pytest.mark.slow),
     ],
 )
 def test_blocks_of_a_page(page, tmp_path, monkeypatch, capsys):

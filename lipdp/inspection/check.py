@@ -25,6 +25,7 @@ __all__ = [
     "check_trainable",
     "check_units",
     "final_activation",
+    "head_advice",
 ]
 
 
@@ -180,6 +181,7 @@ def check(network: keras.Model) -> Check:
             "The network's output has no axis but the batch: end it with Reshape((1,))."
         )
 
+    advices = _advices(network)
     bounds = dict.fromkeys(traced.inputs, math.inf)
     covered, unbounded = set(), []
     for call in traced.calls:
@@ -188,7 +190,7 @@ def check(network: keras.Model) -> Check:
         try:
             rule = rule_of(call)
         except UnknownLayerError as error:
-            problem = str(error)
+            problem = advices.get(id(call.operation)) or str(error)
             # One problem is told once: what its weights lack is no further one.
             covered.update(v.path for v in getattr(call.operation, "trainable_variables", []))
         else:
@@ -200,7 +202,10 @@ def check(network: keras.Model) -> Check:
             covered.update(v.path for v, _ in gradients)
             if any(not math.isfinite(as_float(b)) for v, b in gradients if v.trainable):
                 unbounded.append(call.operation.name)
-            note = "; ".join(filter(None, [rule.note, _measured(gradients)]))
+            notes = [rule.note, _measured(gradients)]
+            if advice := advices.get(id(call.operation)):
+                notes.append(f"for a cross-entropy: {advice}")
+            note = "; ".join(filter(None, notes))
         bounds.update(dict.fromkeys(call.outputs, output))
         layers.append(
             LayerCheck(
@@ -256,21 +261,42 @@ def check_trainable(network: keras.Model) -> None:
             check_units(network)
         except ValueError:
             raise error from None
+        if isinstance(error, _Head):
+            raise UnknownLayerError(f"{error} To train it as it is, write {_AS_IT_IS}.") from error
         raise type(error)(
             f"To train {network.name!r} as it is, write {_AS_IT_IS}: each layer then clips its own "
             f"gradient. Without a `clip` of this kind it needs certified bounds: {error}"
         ) from error
 
 
+class _Head(UnknownLayerError):
+    """A network ends in probabilities that have no bound."""
+
+
 def _check_certified(network):
     traced = trace(_with_one_output(network))  # refuses what is no network before it is called
     assigned = _assigned_in_call(network)
-    found = network_bounds(traced)
+    try:
+        found = network_bounds(traced)
+    except UnknownLayerError as error:
+        if advice := _advices(network).get(id(_first_unknown(traced))):
+            raise _Head(advice) from error
+        raise
     found.sensitivities()
     if not network.trainable_variables:
         raise ValueError(f"`network` {network.name!r} has no trainable weights.")
     for problem in [*assigned, *_imprecise(network), *_overflows(traced, found.layers)]:
         raise ValueError(problem)
+
+
+def _first_unknown(traced):
+    """The first layer without a rule; None if all have one."""
+    for call in traced.calls:
+        try:
+            rule_of(call)
+        except UnknownLayerError:
+            return call.operation
+    return None
 
 
 def check_units(network: keras.Model, inputs: Any = None) -> LayerUnits:
@@ -376,6 +402,36 @@ def final_activation(network: keras.Model, output: int = 0) -> tuple[keras.layer
         return final_activation(last, number)
     name = getattr(getattr(last, "activation", None), "__name__", type(last).__name__)
     return last, name.lower()
+
+
+def _advices(network):
+    """By the identity of each layer that makes an output: `head_advice`, where there is any."""
+    ends = [final_activation(network, number) for number in range(len(network.outputs))]
+    return {id(last): head_advice(last, activation) for last, activation in ends}
+
+
+def head_advice(last: keras.layers.Layer, activation: str) -> str:
+    """What to do where a network ends in probabilities, in one line; empty where it does not.
+
+    Args:
+        last, activation: as `final_activation` gives them.
+
+    >>> head_advice(keras.layers.Dense(1, "sigmoid", name="p"), "sigmoid")
+    "The network ends in a sigmoid: leave out activation='sigmoid' of layer 'p', and use \
+loss='binary_crossentropy', which takes logits."
+    """
+    if activation not in ("softmax", "sigmoid"):
+        return ""
+    loss = "sparse_categorical_crossentropy" if activation == "softmax" else "binary_crossentropy"
+    if not isinstance(last, keras.layers.Layer):
+        change = f"take keras.ops.{activation} away"
+    elif isinstance(last, (keras.layers.Activation, keras.layers.Softmax)):
+        change = f"take layer {last.name!r} ({type(last).__name__}) away"
+    else:
+        change = f"leave out activation={activation!r} of layer {last.name!r}"
+    return (
+        f"The network ends in a {activation}: {change}, and use loss={loss!r}, which takes logits."
+    )
 
 
 def _units_of(layer, units):

@@ -65,7 +65,7 @@ def cached_features(
         raise TypeError(f"`x` must hold real numbers; got dtype {x.dtype}.")
     if x.ndim == 0 or x.size == 0:
         raise ValueError(f"`x` must hold at least one example; got shape {x.shape}.")
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The folder of `path` does not exist: {path.parent}")
 

@@ -125,7 +125,7 @@ class Report(Figures):
             OSError: the file cannot be written.
         """
         text = page(self)
-        with open(path, "w", encoding="utf-8") as file:
+        with open(os.path.expanduser(path), "w", encoding="utf-8") as file:
             file.write(text)
 
 

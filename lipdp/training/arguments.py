@@ -1,6 +1,7 @@
 """Checks of what `PrivateModel`, `compile` and `fit` are given, before anything is planned."""
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +12,13 @@ from accountants.sampling import Sampling
 from accountants.validation import check_number
 from lipdp import losses
 from lipdp.data.augmentation import Augmentation
-from lipdp.inspection.check import check_trainable, final_activation
+from lipdp.inspection.check import check_trainable, final_activation, head_advice
 from lipdp.outputs import Outputs
 from lipdp.training.clipping import PerLayerClip
 from lipdp.training.defaults import CERTIFIED_CLIP, default_loss
 
 __all__ = [
+    "at_home",
     "check_augmentation",
     "check_keras_batches",
     "check_loss",
@@ -63,6 +65,11 @@ def default_clip(network: keras.Model, left_open: bool) -> PerLayerClip | float 
             except (TypeError, ValueError):
                 return PerLayerClip()
     return CERTIFIED_CLIP if left_open else None
+
+
+def at_home(path: Any) -> Any:
+    """A path with the home of the user in place of `~`; an open file, or None, as it is."""
+    return os.path.expanduser(path) if isinstance(path, (str, os.PathLike)) else path
 
 
 def check_loss(
@@ -112,11 +119,9 @@ def _check_head(loss: losses.Loss, layer: keras.layers.Layer, activation: str) -
     where it ends in logits, and a cross-entropy of Keras takes probabilities, as it does unless
     told otherwise.
     """
-    if activation in ("softmax", "sigmoid") and losses.takes_logits(loss):
-        raise ValueError(
-            f"The network ends in a {activation}, and this loss takes logits: remove it from "
-            f"layer {layer.name!r}."
-        )
+    advice = head_advice(layer, activation)
+    if advice and losses.takes_logits(loss):
+        raise ValueError(advice)
     if activation == "linear" and getattr(loss, "from_logits", True) is False:
         warnings.warn(
             f"The loss {loss.name!r} takes probabilities, and layer {layer.name!r} makes logits: "

@@ -31,6 +31,7 @@ from lipdp.randomness import RandomSource
 from lipdp.report import Report
 from lipdp.training import steps
 from lipdp.training.arguments import (
+    at_home,
     check_augmentation,
     check_keras_batches,
     check_loss,
@@ -663,11 +664,19 @@ class PrivateModel(keras.Model):
 
         The run itself is not saved: keep what was spent with `ledger=`.
         """
-        self.network.save(filepath, overwrite=overwrite, zipped=zipped)
+        self.network.save(at_home(filepath), overwrite=overwrite, zipped=zipped)
+
+    def save_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the weights of the network and the state of this run, as Keras does."""
+        super().save_weights(at_home(filepath), *args, **kwargs)
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Loads what `save_weights` wrote, as Keras does."""
+        super().load_weights(at_home(filepath), *args, **kwargs)
 
     def export(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
         """Exports the network for serving, as Keras' `export` does."""
-        return self.network.export(filepath, *args, **kwargs)
+        return self.network.export(at_home(filepath), *args, **kwargs)
 
     def get_config(self):
         raise TypeError(

@@ -53,6 +53,71 @@ def test_a_file_trains_a_private_model(folder, capsys):
     assert network.output_shape == (None, 3)
 
 
+def trained(home, capsys):
+    """By the file, and by a mapping that names paths."""
+    config = read_config("~/run.yaml")
+    assert config["privacy"]["ledger"] == str(home / "spent.ledger")
+    train(config | {"data": {"train": "~/data.npz"}, "output": {"result": "~/other.json"}}, False)
+    assert (home / "other.json").exists()
+
+
+def commanded(home, capsys):
+    text = CONFIG.replace("train: data.npz", "train: ~/data.npz").replace(": spent", ": ~/spent")
+    for name in ("private.keras", "report.html", "result.json"):
+        text = text.replace(name, f"~/{name}")
+    (home / "sub").mkdir()
+    (home / "sub" / "run.yaml").write_text(text)
+    for command in (
+        ["train", "~/sub/run.yaml"],
+        ["check", "~/private.keras"],
+        ["repair", "~/private.keras", "~/repaired.keras"],
+        ["audit", "~/private.keras", "--members=~/data.npz", "--nonmembers=~/data.npz"],
+        [
+            "report",
+            "~/private.keras",
+            "--batch_size=4",
+            "--html=~/page.html",
+            "--sample=~/data.npz",
+        ],
+        ["statement", "~/spent.ledger"],
+        ["ledger", "~/spent.ledger"],
+        ["ledger", "verify", "~/spent.ledger"],
+    ):
+        code, said = run(capsys, *command)
+        assert code == 0, (command, said.err)
+    for name in ("private.keras", "report.html", "result.json", "repaired.keras", "page.html"):
+        assert (home / name).exists(), name
+
+
+def modelled(home, capsys):
+    model = lipdp.PrivateModel(
+        lipdp.models.mlp((6,), 3, width=4),
+        noise_multiplier=1.0,
+        sampling=lipdp.PoissonSampling(16),
+        ledger="~/own.ledger",
+    )
+    assert model.ledger.path == str(home / "own.ledger")
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    model.save("~/model.keras")
+    model.save_weights("~/model.weights.h5")
+    model.load_weights("~/model.weights.h5")
+    model.report().to_html("~/model.html")
+    x = np.ones((2, 6), "float32")
+    lipdp.layers.cached_features(model.network, x, "~/features.npy", progress=False)
+    for name in ("model.keras", "model.weights.h5", "model.html", "features.npy"):
+        assert (home / name).exists(), name
+
+
+@pytest.mark.parametrize("use", [trained, commanded, modelled], ids=["file", "command", "model"])
+def test_home_in_paths(use, folder, capsys, monkeypatch):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(elsewhere)
+    use(folder, capsys)
+    assert not list(elsewhere.iterdir())  # no folder of the name ~
+
+
 def test_a_used_up_budget_leaves_what_was_trained(folder, capsys):
     assert run(capsys, "train", folder / "run.yaml")[0] == 0
     written = {path: path.read_bytes() for path in folder.iterdir()}

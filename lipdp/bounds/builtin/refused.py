@@ -46,6 +46,26 @@ register(layers.MultiHeadAttention, layers.GroupQueryAttention)(
     )
 )
 register(layers.MixUp, layers.CutMix)(_refused("Augment examples one by one.", _MIXES))
+
+
+@register(
+    layers.RandomBrightness,
+    layers.RandomContrast,
+    layers.RandomCrop,
+    layers.RandomFlip,
+    layers.RandomRotation,
+    layers.RandomTranslation,
+    layers.RandomZoom,
+)
+def _augmentation(layer, call):
+    kind = type(layer).__name__
+    raise UnknownLayerError(
+        f"Layer {layer.name!r} ({kind}) has no certified bound within a network. Take it out, and "
+        "write PrivateModel(network, augmentation=lipdp.Augmentation("
+        f"keras.layers.{kind}(...)), ...)."
+    )
+
+
 register(layers.ActivityRegularization)(
     _refused(
         "Leave it out.",

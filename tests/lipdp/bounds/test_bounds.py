@@ -309,6 +309,9 @@ REFUSED = {
     ),
     "quantized": (lambda: quantized(K.Dense(3)), (3,), "LoRA or quantisation"),
     "wrapper": (lambda: K.TimeDistributed(K.Dense(2)), (4, 3), "No bound is known for layer"),
+    "augmentation": (
+        lambda: K.RandomFlip(), (8, 8, 1), r"augmentation=.*layers.RandomFlip",
+    ),
     "embedding": (lambda: K.Embedding(5, 3), (4,), r"out of range.*Use lipdp\.layers\.Embedding"),
 }  # fmt: skip
 

@@ -66,6 +66,94 @@ def test_what_is_loose_is_said():
     assert (dense.lipschitz, dense.output_bound, dense.note) == (1.0, 2.5, "")
 
 
+def ended(*last):
+    return keras.Sequential(
+        [keras.Input((4,)), layers.BallProjection(1.0), K.Dense(3, use_bias=False), *last]
+    )
+
+
+def ended_in(operation):
+    network = ended()
+    return keras.Model(network.inputs, operation(network.outputs[0]))
+
+
+ENDS = {
+    "softmax": (
+        lambda: ended(K.Dense(3, activation="softmax", name="p")),
+        "leave out activation='softmax' of layer 'p', and use loss='sparse_categorical_crossentro",
+    ),
+    "softmax of lipdp": (
+        lambda: ended(layers.SpectralDense(3, activation="softmax", name="p")),
+        "leave out activation='softmax' of layer 'p'",
+    ),
+    "sigmoid": (
+        lambda: ended(K.Dense(1, activation="sigmoid", name="p")),
+        "leave out activation='sigmoid' of layer 'p', and use loss='binary_crossentropy'",
+    ),
+    "Activation": (
+        lambda: ended(K.Activation("softmax", name="p")),
+        "take layer 'p' (Activation) away, and use loss='sparse_categorical_crossentropy'",
+    ),
+    "Activation, sigmoid": (
+        lambda: ended(K.Activation("sigmoid", name="p")),
+        "take layer 'p' (Activation) away, and use loss='binary_crossentropy'",
+    ),
+    "Softmax": (lambda: ended(K.Softmax(name="p")), "take layer 'p' (Softmax) away"),
+    "ops.softmax": (lambda: ended_in(keras.ops.softmax), "take keras.ops.softmax away"),
+    "ops.sigmoid": (lambda: ended_in(keras.ops.sigmoid), "take keras.ops.sigmoid away"),
+    "nested": (
+        lambda: ended(keras.Sequential([keras.Input((3,)), K.Dense(3, "softmax", name="p")])),
+        "leave out activation='softmax' of layer 'p'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_probabilities_at_the_end_are_refused_in_one_line(name):
+    make, words = ENDS[name]
+    network = make()
+    layer = lipdp.check(network).layers[-1]
+    assert words in layer.problem + layer.note
+    loss = "binary_crossentropy" if "sigmoid" in name else "sparse_categorical_crossentropy"
+    with pytest.raises(ValueError, match=r"^The network ends in a .*takes logits\.") as error:
+        private(network, loss)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_each_output_is_told_apart():
+    body = ended()
+    x, h = body.inputs[0], body.outputs[0]
+    outputs = [K.Dense(2, name="logits")(h), K.Dense(3, activation="softmax", name="p")(h)]
+    found = {v.layer: v.problem for v in lipdp.check(keras.Model(x, outputs)).layers}
+    assert "of layer 'p'" in found["p"] and not found["logits"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: K.RandomFlip(),
+        lambda: K.RandomCrop(6, 6),
+        lambda: K.RandomRotation(0.1),
+        lambda: K.RandomTranslation(0.1, 0.1),
+        lambda: K.RandomZoom(0.1),
+        lambda: K.RandomContrast(0.1),
+        lambda: K.RandomBrightness(0.1),
+    ],
+    ids=["flip", "crop", "rotation", "translation", "zoom", "contrast", "brightness"],
+)
+def test_augmentation_in_the_network_is_refused_with_its_argument(make):
+    layer = make()
+    network = keras.Sequential(
+        [keras.Input((8, 8, 1)), layer, K.Flatten(), layers.SpectralDense(3)]
+    )
+    words = f"augmentation=lipdp.Augmentation(keras.layers.{type(layer).__name__}(...))"
+    assert words in lipdp.check(network).layers[0].problem
+    with pytest.raises(lipdp.UnknownLayerError) as error:
+        private(network)
+    assert words in str(error.value)
+    lipdp.Augmentation(layer)  # takes what the message says
+
+
 def test_an_unbounded_input_is_a_problem():
     network = keras.Sequential([keras.Input((4,)), layers.SpectralDense(3)])
     found = lipdp.check(network)
