@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import numpy as np
 
+from lipdp import losses
+
 __all__ = ["changed_settings", "settings_of"]
 
 _VALUES_OF_MODEL = (
@@ -84,7 +86,10 @@ def settings_of(model: Any) -> dict[str, Any]:
                 "itself": _Itself(constraint),
                 **_attributes(constraint),
             }
-    found["loss"] = _attributes(model.private_loss)
+    found["loss"] = _of_loss(model.private_loss)
+    if isinstance(model.private_loss, losses.Joint):
+        for name, loss, *_ in model.private_loss.parts():
+            found[f"loss of output {name!r}"] = _of_loss(loss)
     return found
 
 
@@ -106,6 +111,11 @@ def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]
         elif old != new:
             found.append(name)
     return found
+
+
+def _of_loss(loss):
+    """Its attributes; Keras keeps those of a function that a loss wraps by themselves."""
+    return {**_attributes(loss), "arguments": _plain(getattr(loss, "_fn_kwargs", None))}
 
 
 def _attributes(thing, depth=0):
