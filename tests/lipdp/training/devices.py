@@ -42,6 +42,18 @@ def clipped_network(hidden=8):
     )
 
 
+def two_outputs():
+    x = keras.Input((6,))
+    z = keras.layers.Dense(8, activation="tanh")(x)
+    return keras.Model(
+        x,
+        {
+            "classes": keras.layers.Dense(3, name="classes")(z),
+            "again": keras.layers.Dense(3, name="again")(z),
+        },
+    )
+
+
 def cases():
     """By name, the arguments of a model, and what else is out of the ordinary."""
     poisson = {"sampling": lipdp.PoissonSampling(16)}
@@ -61,6 +73,8 @@ def cases():
             "physical_batch_size": 3,
         },
         "per layer, whole": poisson | {"network": clipped_network, "clip": lipdp.PerLayerClip()},
+        "outputs": poisson
+        | {"network": two_outputs, "clip": lipdp.PerLayerClip(), "weights": True, "outputs": True},
         "shuffled": {"sampling": lipdp.ShuffledEpochs(13), "weights": True},
         "stream": {"sampling": lipdp.ShuffledEpochs(13), "streamed": True},
         "augmented": poisson
@@ -114,8 +128,12 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=(), checkpo
     network = options.pop("network", dense_network)
     weighted = options.pop("weights", False)
     validated, streamed = options.pop("validated", False), options.pop("streamed", False)
+    several = options.pop("outputs", False)
     keras.utils.set_random_seed(1)
     x, y = data(64, shape)
+    loss = "sparse_categorical_crossentropy"
+    if several:
+        y, loss = {"classes": y, "again": (y + 1) % 3}, {"classes": loss, "again": loss}
     fit = {"epochs": options.pop("epochs", 5)}
     if noisy:
         # Kernels get no gradient from zeros: one step of length 1 is their noise.
@@ -145,7 +163,8 @@ def train(name, scope=contextlib.nullcontext, ledger=None, callbacks=(), checkpo
             optimizer = keras.optimizers.Adam(0.05)
         else:  # by which a sum that is added up too often shows, as by Adam it does not
             optimizer = keras.optimizers.SGD(0.5, momentum=0.5, **optimizer)
-        model.compile(optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], **compile)
+        metrics = {"classes": ["accuracy"]} if several else ["accuracy"]
+        model.compile(optimizer, loss, metrics=metrics, **compile)
     if checkpoint is not None and checkpoint.exists():
         with np.load(checkpoint) as arrays:
             model.network.set_weights([arrays[key] for key in arrays])

@@ -45,6 +45,7 @@ SLOW = [
     "adaptive",
     "per layer",
     "per layer, whole",
+    "outputs",
     "shuffled",
     "stream",
     "augmented",
