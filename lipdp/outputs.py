@@ -83,8 +83,8 @@ def side_by_side(network: keras.Model) -> tuple[keras.Model, Outputs | None]:
         network: a functional model.
 
     Raises:
-        ValueError: an output whose size is not known, or which has only the axis of the batch; or
-            outputs that share a name.
+        ValueError: an output whose size is not known, or which has only the axis of the batch;
+            outputs that share a name; or a single one in a dict.
 
     >>> x = keras.Input((3,))
     >>> network = keras.Model(x, {"a": keras.layers.Dense(2)(x), "b": keras.layers.Dense(4)(x)})
@@ -92,10 +92,15 @@ def side_by_side(network: keras.Model) -> tuple[keras.Model, Outputs | None]:
     >>> joined.output_shape, outputs.names, outputs.shapes
     ((None, 6), ('a', 'b'), ((2,), (4,)))
     """
-    if len(network.outputs) < 2:
-        return network, None
-    struct, tensors = network._outputs_struct, network.outputs
+    struct, tensors = getattr(network, "_outputs_struct", None), network.outputs
     keyed = isinstance(struct, Mapping)
+    if len(tensors) < 2:
+        if keyed:
+            raise ValueError(
+                f"Network {network.name!r} gives a dict with a single output, {list(struct)}. Take "
+                "the output by itself: keras.Model(network.inputs, network.outputs[0])."
+            )
+        return network, None
     if keyed:
         names = tree.flatten({key: key for key in struct})
     else:
@@ -113,8 +118,9 @@ def side_by_side(network: keras.Model) -> tuple[keras.Model, Outputs | None]:
             )
     # In float32, whatever the policy of the day: losses are computed so.
     flatten, join = keras.layers.Flatten(dtype="float32"), keras.layers.Concatenate(dtype="float32")
-    flat = [t if len(t.shape) == 2 else flatten(t) for t in tensors]
-    joined = keras.Model(input_tensors(network), join(flat))
+    # All or none: Keras orders layers by their distance from the end, and this leaves the order.
+    flat = tensors if all(len(t.shape) == 2 for t in tensors) else [flatten(t) for t in tensors]
+    joined = keras.Model(input_tensors(network), join(flat), name=network.name)
     if list(map(id, joined.weights)) != list(map(id, network.weights)):
         raise ValueError(
             f"The layers of network {network.name!r} cannot be put in one order. Join its outputs: "

@@ -388,7 +388,7 @@ def as_graph(network: keras.Model) -> keras.Model:
 
 def _with_one_output(network):
     """The network, its outputs side by side; what has no graph is left to `trace`."""
-    if isinstance(network, keras.Model) and len(getattr(network, "outputs", None) or ()) > 1:
+    if isinstance(network, keras.Model) and getattr(network, "outputs", None):
         return side_by_side(network)[0]
     return network
 

@@ -31,6 +31,7 @@ __all__ = [
     "get",
     "gradient_bound",
     "is_known",
+    "of_output",
     "per_example",
     "probabilities",
     "readable_targets",
@@ -385,7 +386,7 @@ def check_target_shape(
     """
     if isinstance(loss, Joint):
         for name, one, own, _ in loss.parts():
-            _of_output(name, check_target_shape, one, shape[name], own)
+            of_output(name, check_target_shape, one, shape[name], own)
         return
     shape, output_shape, targets = tuple(shape), tuple(output_shape), _targets(loss)
     if targets is None:
@@ -407,12 +408,16 @@ def check_target_shape(
         )
 
 
-def _of_output(name, check, *arguments):
-    """A check of one of several outputs, which its error names."""
+def of_output(name: str, check: Callable, *arguments: Any) -> Any:
+    """What a check of one of several outputs gives.
+
+    Raises:
+        ValueError: the check's, which names the output.
+    """
     try:
-        check(*arguments)
+        return check(*arguments)
     except ValueError as error:
-        raise ValueError(f"Output {name!r}: {error}") from None
+        raise ValueError(f"Output {name!r}: {error}") from error
 
 
 def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> None:
@@ -430,7 +435,7 @@ def check_targets(loss: Loss, y: np.ndarray, output_shape: Sequence[int]) -> Non
     """
     if isinstance(loss, Joint):
         for name, one, own, _ in loss.parts():
-            _of_output(name, check_targets, one, y[name], own)
+            of_output(name, check_targets, one, y[name], own)
         return
     check_target_shape(loss, y.shape[1:], output_shape)
     classes = output_shape[-1]

@@ -216,6 +216,8 @@ class PrivateModel(keras.Model):
             check_trainable(network)
         # The same weights, with inputs that are known, and one output in which all of them are.
         self.graph, self.outputs = side_by_side(as_graph(network))
+        if self.units is not None and self.graph is not network:
+            self.units = check_units(self.graph)  # which may call its layers in another order
         if self.outputs is not None:
             self.output_names = list(self.outputs.names)  # where Keras looks for them
         self.augmentation = check_augmentation(augmentation, self.graph)
@@ -313,7 +315,7 @@ class PrivateModel(keras.Model):
         if self.spending.run is not None:
             raise RuntimeError("This model is training: end the run before compile(...).")
         if self.units is not None:
-            self.units = check_units(self.network)  # of the weights that are trained now
+            self.units = check_units(self.graph)  # of the weights that are trained now
         way = "per layer" if self.units is not None else "certified" if self._left_open else ""
         loss = check_loss(loss, loss_weights, as_graph(self.network), self.outputs, way)
         max_sample_weight = check_max_sample_weight(max_sample_weight)

@@ -431,9 +431,7 @@ def _try(model, examples, validation_data, batch_size, steps):
     data, with what was read of them.
     """
     target, output_shape = _target_of(examples), model.graph.output_shape[1:]
-    own, single = not losses.is_known(model.private_loss), model.outputs is None
-    in_range = own and single and isinstance(examples, Arrays)
-    in_range = in_range and 0 <= examples.y.min() and examples.y.max() < output_shape[-1]
+    in_range = _labels_in_range(model.private_loss, examples, output_shape)
     if model.tried != (target, in_range):
         try_network(model.graph)
         try_loss(model.private_loss, output_shape, target, in_range)
@@ -445,6 +443,21 @@ def _try(model, examples, validation_data, batch_size, steps):
     if validation_data is None:
         return None
     return try_validation(model, validation_data, batch_size, steps)
+
+
+def _labels_in_range(loss, examples, output_shape):
+    """Whether all labels are among the classes, for a loss that does not look itself; of several
+    outputs each, by name. Of records that is not known.
+    """
+
+    def within(loss, y, classes):
+        return not losses.is_known(loss) and bool(0 <= y.min() and y.max() < classes)
+
+    if not isinstance(examples, Arrays):
+        return False
+    if not isinstance(loss, losses.Joint):
+        return within(loss, examples.y, output_shape[-1])
+    return {name: within(one, examples.y[name], own[-1]) for name, one, own, _ in loss.parts()}
 
 
 def _steps_per_epoch(sampling, examples, asked, steps_per_call):

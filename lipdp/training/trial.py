@@ -44,7 +44,7 @@ def try_loss(
     loss: losses.Loss,
     output_shape: Sequence[int],
     target: Any = None,
-    in_range: bool = False,
+    in_range: Any = False,
 ) -> None:
     """Refuses a loss of somebody's own that gives an example another value among others than
     alone. A step calls it with examples one by one, and what it says of a whole batch, such as how
@@ -56,7 +56,8 @@ def try_loss(
         target: shape and type of the target of one example. Where it is not known yet some usual
             ones are tried, and a loss that takes none of them is left for later. For several
             outputs a dict of such pairs, by name.
-        in_range: whether all labels are known to be among the classes.
+        in_range: whether all labels are known to be among the classes; for several outputs a dict,
+            by name.
 
     Raises:
         ValueError: it mixes examples, gives one number for all of them, assigns to a variable, or
@@ -67,13 +68,34 @@ def try_loss(
         ...
     ValueError: `loss` must give each example a value of its own, shape (batch,) ...
     """
-    if isinstance(loss, losses.Joint):
-        for name, one, shape, _ in loss.parts():
-            try_loss(one, shape, None if target is None else target[name])
-        return
+    if not isinstance(loss, losses.Joint):
+        without = [] if _tried_loss(loss, output_shape, target, in_range) else ["`loss`"]
+    else:
+        without = [
+            f"`loss` of output {name!r}"
+            for name, one, shape, _ in loss.parts()
+            if not losses.of_output(
+                name,
+                _tried_loss,
+                *(one, shape),
+                None if target is None else target[name],
+                bool(in_range) and in_range[name],
+            )
+        ]
+    for name in without:
+        warnings.warn(
+            f"{name} has a gradient of zero at every output that was tried: nothing would be "
+            "learnt from it. It must be differentiable; operations such as argmax, round and "
+            "comparisons are not.",
+            stacklevel=3,
+        )
+
+
+def _tried_loss(loss, output_shape, target, in_range):
+    """Tries the loss of one output; tells whether it has a gradient, as far as it was tried."""
     losses.check_axis(loss, len(output_shape) + 1)
     if losses.is_known(loss):
-        return
+        return True
     for shape, dtype in _usual_targets(output_shape) if target is None else [target]:
         y = _made_up_targets(loss, shape, dtype, output_shape[-1])
         try:
@@ -92,10 +114,10 @@ def try_loss(
                 f"{type(error).__name__}: {error}"
             ) from error
         _check_values(values)
-        _check_slopes(loss, y, output_shape)
         if target is not None and not in_range and np.dtype(dtype).kind in "iu":
             _try_labels_out_of_range(loss, y, output_shape)
-        return
+        return _has_slopes(loss, y, output_shape)
+    return True
 
 
 def _usual_targets(output_shape):
@@ -194,23 +216,22 @@ def _check_values(pairs):
             )
 
 
-def _check_slopes(loss, y, output_shape):
-    """A step would spend its budget on noise alone."""
+def _has_slopes(loss, y, output_shape):
+    """Whether it has a gradient; a step would spend its budget on noise alone where it has none.
+
+    Outputs of any kind are tried, and such as probabilities are: a loss of these cuts off others.
+    """
 
     def slopes(y, z):
+        size = ops.abs(z)
+        shares = size / (1.0 + ops.sum(size, axis=-1, keepdims=True))
         with _assigning_only():
             return [
-                gradient(lambda z: losses.per_example(loss, y, z), scale * z)[1]
-                for scale in (1.0, 30.0)
+                gradient(lambda z: losses.per_example(loss, y, z), outputs)[1]
+                for outputs in (z, 30.0 * z, shares)
             ]
 
-    if not any(map(np.any, map(ops.convert_to_numpy, _run(slopes, y, _made_up(output_shape))))):
-        warnings.warn(
-            "`loss` has a gradient of zero at every output that was tried: nothing would be learnt "
-            "from it. It must be differentiable; operations such as argmax, round and comparisons "
-            "are not.",
-            stacklevel=4,
-        )
+    return any(map(np.any, map(ops.convert_to_numpy, _run(slopes, y, _made_up(output_shape)))))
 
 
 def _try_labels_out_of_range(loss, y, output_shape):

@@ -11,7 +11,8 @@ from keras import ops
 import lipdp
 from lipdp import layers, losses
 from lipdp.losses import Joint
-from lipdp.outputs import Outputs
+from lipdp.outputs import Outputs, side_by_side
+from lipdp.training import trial
 from tests.lipdp.helpers import EAGERLY, data, private, weights
 
 EXAMPLES = 24
@@ -159,7 +160,7 @@ MISTAKES = {
     "a loss is None": ({"loss": {"classes": "mae", "value": None}}, "Each output needs a loss"),
     "a loss that mixes": (
         {"loss": {"classes": "mae", "value": lambda y, z: ops.mean(z)}},
-        "value of its own",
+        "Output 'value': .* value of its own",
     ),
     "negative weights": (
         {"compile": {"loss_weights": {"classes": 1.0, "value": -1.0}}},
@@ -267,6 +268,100 @@ def test_metrics_read_probabilities_of_their_own_output():
     assert found == pytest.approx(np.mean((logits > 0) == (y["value"] > 0.5)))
 
 
+class Scaled(keras.losses.Loss):
+    factor = 1.0
+
+    def call(self, y, z):
+        return ops.mean(self.factor * ops.abs(y - z), axis=-1)
+
+
+def arguments_of(loss):
+    loss._fn_kwargs["delta"] = 9.0
+
+
+#: By name: a loss of the value, and a change of it.
+CHANGES = {
+    "lipdp's": (
+        lipdp.losses.BinaryCrossentropy(temperature=2.0),
+        lambda loss: setattr(loss, "temperature", 9.0),
+    ),
+    "Keras'": (keras.losses.Huber(), arguments_of),
+    "one's own": (Scaled(), lambda loss: setattr(loss, "factor", 9.0)),
+}
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_the_loss_of_one_output_is_seen(name):
+    loss, change = CHANGES[name]
+    model = private(
+        network(), LOSSES | {"value": loss}, clip=lipdp.PerLayerClip(), compile={"metrics": None}
+    )
+    change(loss)
+    with pytest.raises(RuntimeError, match="have changed since compile.*loss of output 'value'"):
+        model.fit(*targets(), verbose=0)
+    assert model.spent(1e-5).steps == 0
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("reverse", [False, True])
+def test_outputs_of_different_depths_and_ranks_keep_the_order_of_the_weights(reverse):
+    """Keras orders layers by their distance from the end, which joining them must leave."""
+    x = keras.Input((5, 6))
+    z = K.Dense(4)(x)
+    heads = {
+        "tags": K.Dense(3, name="tags")(z),
+        "label": K.Dense(2, name="label")(K.GlobalAveragePooling1D()(z)),
+        "image": K.Reshape((2, 2, 5), name="image")(z),
+        "hidden": z,
+    }
+    made = keras.Model(x, [heads[name] for name in sorted(heads, reverse=reverse)])
+    joined, _ = side_by_side(made)
+    assert [v.path for v in joined.weights] == [v.path for v in made.weights]
+    rows = ops.convert_to_tensor(data(3, (5, 6))[0])
+    flat = [ops.reshape(head, (3, -1)) for head in made(rows)]
+    np.testing.assert_allclose(joined(rows), ops.concatenate(flat, axis=1), rtol=1e-6)
+
+
+@pytest.mark.any_backend
+def test_a_dict_with_a_single_output_is_refused():
+    """A step would end in an error, once it is paid for."""
+    x = keras.Input((6,))
+    made = keras.Model(x, {"only": K.Dense(3)(x)})
+    for look in (lipdp.check, lambda made: private(made, clip=lipdp.PerLayerClip())):
+        with pytest.raises(ValueError, match="dict with a single output, .'only'."):
+            look(made)
+
+
+def no_slope(y, z):
+    return ops.mean(ops.round(z), axis=-1)
+
+
+@pytest.mark.any_backend
+def test_the_output_whose_loss_has_no_gradient_is_named():
+    outputs = Outputs(("a", "b"), ((3,), (1,)))
+    joint = Joint(outputs, {"a": losses.get("mae"), "b": no_slope})
+    with pytest.warns(UserWarning, match="`loss` of output 'b' has a gradient of zero") as seen:
+        trial.try_loss(joint, (4,))
+    assert len(seen) == 1
+
+
+def of_labels(y, z):
+    return keras.losses.sparse_categorical_crossentropy(y, z, from_logits=True)
+
+
+def test_labels_of_arrays_are_in_range_for_a_loss_of_ones_own():
+    """On TensorFlow a step ends in an error where one is not, as one of records may be."""
+    loss = LOSSES | {"classes": of_labels}
+    model = private(
+        network(), loss, clip=lipdp.PerLayerClip(), compile={"metrics": None, "run_eagerly": True}
+    )
+    if keras.backend.backend() == "tensorflow":
+        with pytest.raises(ValueError, match="Output 'classes': .* label is out of range"):
+            model.fit(Records(), verbose=0)
+    model.fit(*targets(), verbose=0)
+
+
 def worst_gradients(joint, trials=400):
     """Norms of the gradients of a joint loss, where each output's own is as long as it gets."""
     rng = np.random.default_rng(0)
@@ -314,3 +409,14 @@ def test_reports_and_checks_know_several_outputs():
     assert {w.weight.split("/")[0] for w in report.weights} == {"body", "classes", "value"}
     for row, found in zip(report.weights, report.attained, strict=True):
         assert max(found.norms) <= row.sensitivity
+
+
+@pytest.mark.any_backend
+def test_a_report_of_a_sample_before_fit_where_outputs_come_in_another_order():
+    """Keras sorts the keys of a dict: side by side the heads are not called as they were made."""
+    x = keras.Input((6,))
+    value, classes = K.Dense(1, name="value")(x), K.Dense(3, name="classes")(x)
+    made = keras.Model(x, {"value": value, "classes": classes})
+    model = private(made, LOSSES, clip=lipdp.PerLayerClip(), compile={"metrics": None})
+    report = model.report(16, sample=targets())
+    assert {found.name for found in report.attained} == {"classes", "value"}

@@ -135,6 +135,16 @@ def test_a_loss_without_a_gradient_is_warned_of(loss):
         trial.try_loss(loss, (3,))
 
 
+@pytest.mark.parametrize(
+    "function, classes, dtype",
+    [(K.sparse_categorical_crossentropy, 3, "int32"), (K.binary_crossentropy, 1, "float32")],
+)
+def test_a_function_of_probabilities_has_a_gradient(function, classes, dtype, recwarn):
+    """Though it cuts off outputs that are none."""
+    trial.try_loss(function, (classes,), ((1,), dtype), in_range=True)
+    assert not [w for w in recwarn if "gradient of zero" in str(w.message)]
+
+
 def test_a_known_loss_with_another_function_is_none():
     """Its class says no more what it computes."""
     replaced, patched = K.MeanAbsoluteError(), losses.SparseCategoricalCrossentropy()
