@@ -27,6 +27,8 @@ def made(name, policy):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("policy", one_in(2, POLICIES))
 def test_no_row_exceeds_its_threshold_or_is_seen_by_another(name, policy):
+    if not EAGERLY and (name, policy) == ("transformer", "mixed_float16"):
+        pytest.skip("JAX has no such products on CPUs")
     network = made(name, policy)
     assert any("16" in v.compute_dtype for v in network.network._flatten_layers())
     check(network)
