@@ -166,3 +166,14 @@ def test_rounding_that_is_left_out_is_left_out_for_all():
     squares, again, x = map(ops.convert_to_numpy, compiled(both)(ops.convert_to_tensor(rows)))
     np.testing.assert_allclose(squares, again, rtol=1e-6)
     np.testing.assert_allclose(squares, np.square(x.astype("float64")).sum(axis=1), rtol=1e-5)
+
+
+@pytest.mark.any_backend
+@pytest.mark.parametrize("policy", POLICIES)
+def test_layers_of_ones_own_are_not_refused_for_rounding(policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        wide = keras.Sequential([keras.Input((400,)), networks.Own(), K.Dense(400), K.Dense(3)])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    private(wide, clip=lipdp.PerLayerClip())
