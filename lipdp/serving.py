@@ -427,6 +427,14 @@ def _scattering(layer, x):
     return twin.call(x)
 
 
+def _pooling(layer, x):
+    # By a layer: JAX refuses the sizes of the operation as a file gives them back, as lists.
+    kind = K.AveragePooling1D if layer.rank == 1 else K.AveragePooling2D
+    twin = type(layer).from_config(layer.get_config())
+    twin._window_mean = lambda x: kind(layer.pool_size, layer.strides)(layer._padded(x))
+    return twin.call(x)
+
+
 def _as_called(layer, x, mask=None):
     """For layers without weights, which compute with operations of Keras."""
     return layer.call(x) if mask is None else layer.call(x, mask)
@@ -451,6 +459,15 @@ _SUBGRAPHS: dict[type, Callable] = {
     layers.TokenDense: _token_dense,
     **dict.fromkeys(
         (
+            layers.L2NormPooling1D,
+            layers.L2NormPooling2D,
+            layers.ScaledAveragePooling1D,
+            layers.ScaledAveragePooling2D,
+        ),
+        _pooling,
+    ),
+    **dict.fromkeys(
+        (
             layers.Centering,
             layers.FlooredNormalization,
             layers.FullSort,
@@ -461,12 +478,8 @@ _SUBGRAPHS: dict[type, Callable] = {
             layers.GroupSort,
             layers.InvertibleDownSampling2D,
             layers.InvertibleUpSampling2D,
-            layers.L2NormPooling1D,
-            layers.L2NormPooling2D,
             layers.MaskedAveragePooling1D,
             layers.MaxMin,
-            layers.ScaledAveragePooling1D,
-            layers.ScaledAveragePooling2D,
         ),
         _as_called,
     ),

@@ -78,6 +78,11 @@ class Signals:
                 "`model` must be a Sequential or functional keras.Model, or a PrivateModel; got "
                 f"{type(network).__name__}."
             )
+        if len(network.outputs) > 1:
+            raise ValueError(
+                f"`model` must have one output; this one has {len(network.outputs)}. Give the one "
+                "to attack: keras.Model(network.inputs, output)."
+            )
         temperature = check_number(temperature, "temperature")
         source = open_source(x, y, network)
         outputs = np.asarray(network.predict(source.x, verbose=0), np.float64)

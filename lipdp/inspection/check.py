@@ -343,15 +343,19 @@ def _rows_meet(graph, inputs):
     def outputs(x, training):
         mapping = [(v, ops.copy(v)) for v in graph.variables]
         with keras.StatelessScope(mapping):  # whatever changes is forgotten
-            return [ops.convert_to_numpy(v) for v in tree.flatten(graph(x, training=training))]
+            found = tree.flatten(graph(x, training=training))
+            return [ops.convert_to_numpy(ops.cast(v, "float32")) for v in found]
 
     x = tree.map_structure(rows, input_tensors(graph) if inputs is None else inputs)
     others = tree.map_structure(lambda v: np.stack([v[0], v[0], v[2]]), x)
     fewer = tree.map_structure(lambda v: v[[0, 2]], x)
     # Random numbers, in training, depend on how many rows there are, so these stay as many.
+    # Sums of 16-bit numbers in another order differ in the second digit.
+    short = any("16" in layer.compute_dtype for layer in graph._flatten_layers())
+    rtol, atol = (0.1, 0.05) if short else (1e-3, 1e-5)
     trials = [(True, others, [0, 2]), (False, others, [0, 2]), (False, fewer, [0, 1])]
     return any(
-        not np.allclose(a[[0, 2]], b[where], rtol=1e-3, atol=1e-5, equal_nan=True)
+        not np.allclose(a[[0, 2]], b[where], rtol=rtol, atol=atol, equal_nan=True)
         for training, changed, where in trials
         for a, b in zip(outputs(x, training), outputs(changed, training), strict=True)
     )

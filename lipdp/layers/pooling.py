@@ -52,14 +52,18 @@ class _Pooling(keras.layers.Layer):
         self.strides = self.pool_size if strides is None else _sizes(strides, self.rank, "strides")
         self.padding = check_choice(padding, "padding", ("valid", "same"))
 
-    def _window_mean(self, x):
-        """Mean over each window, absent cells counted as zeros."""
+    def _padded(self, x):
         if self.padding == "same":
             pads = []
             for n, p, s in zip(x.shape[1:-1], self.pool_size, self.strides, strict=True):
                 total = max((-(-n // s) - 1) * s + p - n, 0)
                 pads.append((total // 2, total - total // 2))
             x = ops.pad(x, ((0, 0), *pads, (0, 0)))
+        return x
+
+    def _window_mean(self, x):
+        """Mean over each window, absent cells counted as zeros."""
+        x = self._padded(x)
         return ops.average_pool(x, self.pool_size, self.strides, "valid", "channels_last")
 
     def compute_output_shape(self, input_shape):

@@ -54,10 +54,13 @@ SAVED = "tests/lipdp/saved/network.keras"
     "imports",
     [
         "import lipdp, keras",
-        "import keras, lipdp",
         # A module of lipdp imports Keras first.
         "import lipdp.bounds.norms, keras",
-        "from lipdp import Augmentation, robustness; import keras",
+        # Each starts a process; these two differ little from those above.
+        pytest.param("import keras, lipdp", marks=pytest.mark.slow),
+        pytest.param(
+            "from lipdp import Augmentation, robustness; import keras", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_saved_networks_load_whatever_is_imported_first(imports):

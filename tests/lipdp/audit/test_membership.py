@@ -157,6 +157,10 @@ def test_models_and_outputs_that_are_no_classifiers():
         audit.Signals.of(shape, x, y)
     with pytest.raises(ValueError, match="temperature"):
         audit.Signals.of(classifier(), x, y, temperature=0.0)
+    twice = keras.Input((2,))
+    several = keras.Model(twice, [K.Dense(2)(twice), K.Dense(2)(twice)])
+    with pytest.raises(ValueError, match="`model` must have one output; this one has 2"):
+        audit.Signals.of(several, np.zeros((3, 2)), np.zeros(3))
     with pytest.raises(TypeError, match="`model`"):
         audit.Signals.of(object(), x, y)
     broken = classifier()
