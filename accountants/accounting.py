@@ -273,7 +273,8 @@ def compose(
     fewest = min((getattr(run, "num_examples", math.inf) for run in runs), default=math.inf)
     if group_size > fewest:
         raise ValueError(
-            f"group_size must be at most the number of examples, {fewest}; got {group_size}."
+            f"group_size must be at most the number of {unit_of(runs)}s, {fewest}; got "
+            f"{group_size}."
         )
     relation = resolve_relation(runs, relation)
     counts = _released(runs, accountant, relation, group_size)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from accountants.accounting import Budget, epsilon
+from accountants.accounting import Budget, epsilon, unit_of
 from accountants.calibration import calibrate_steps
 from accountants.flags import Flags, UsageError, command, write
 from accountants.ledger import Ledger, LedgerEntry, LedgerError
@@ -95,6 +95,7 @@ def _show(values: Flags, ledger: Ledger) -> None:
         "delta": delta,
         "epsilon": spent,
         "relation": relation,
+        "unit": unit_of(charged),
         "runs": [
             {
                 "run_id": entry.run_id,
@@ -109,7 +110,7 @@ def _show(values: Flags, ledger: Ledger) -> None:
     }
     missing = "" if os.path.exists(ledger.path) else f": {ledger.path} does not exist"
     lines = [_line(*row) for row in rows] or [f"no runs{missing}"]
-    under = f", under {relation}" if charged else ""
+    under = f", under {relation}, for one {unit_of(charged)}" if charged else ""
     lines.append(f"spent: epsilon = {spent:.6g} at delta = {delta:g}{under}")
     if budget is not None:
         left = max(0.0, budget.epsilon - spent)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from accountants.accounting import Accountant, Epsilon, epsilon, resolve_relation
+from accountants.accounting import Accountant, Epsilon, epsilon
 from accountants.ledger import files, records
 from accountants.ledger.files import LedgerError
 from accountants.ledger.records import LedgerEntry
@@ -110,12 +110,13 @@ class Ledger:
         reserve: int = 64,
         max_steps: int | None = None,
         about: Mapping[str, str] = MappingProxyType({}),
+        unit: str = "example",
     ) -> LedgerRun:
         """Opens a run to be paid for; a context manager that settles it at the end.
 
         Args:
-            noise_multiplier, sampling, num_examples: the mechanism of each step, as `TrainingRun`
-                explains it.
+            noise_multiplier, sampling, num_examples, unit: the mechanism of each step, as
+                `TrainingRun` explains it.
             reserve: how many steps to reserve at a time. Reserving waits for the disk, some
                 milliseconds; a process that dies wastes at most this many steps.
             max_steps: the most steps that may be paid for, so that not even a reservation
@@ -126,9 +127,10 @@ class Ledger:
         Raises:
             LedgerError: as for `lock`.
             OSError: the record could not be written.
-            TypeError, ValueError: an argument is of another type or out of range.
+            TypeError, ValueError: an argument is of another type or out of range, or no unit and
+                neighbouring relation would hold for all that the file has.
         """
-        run = TrainingRun(noise_multiplier, sampling, num_examples, steps=0)
+        run = TrainingRun(noise_multiplier, sampling, num_examples, steps=0, unit=unit)
         records.check_limits(reserve, max_steps)  # before a file is made
         records.check_about(about)
         writer = self.lock()
@@ -188,7 +190,6 @@ class Ledger:
             unit=unit,
         )
         with self.lock() as writer:
-            resolve_relation([*writer.runs, query], None)
             with writer.open_run(query, query.times, query.times) as paying:
                 paying.pay(query.times)
 

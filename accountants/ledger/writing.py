@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
+from accountants.accounting import resolve_relation
 from accountants.ledger import files, records
 from accountants.ledger.files import LedgerError
 from accountants.mechanisms import Mechanism
@@ -114,9 +115,11 @@ class LedgerWriter(_Closing):
         Raises:
             LedgerError: this is closed, or the file has changed.
             OSError: the record could not be written.
-            TypeError, ValueError: an argument is of another type or out of range.
+            TypeError, ValueError: an argument is of another type or out of range, or no unit and
+                neighbouring relation would hold for all that the file has.
         """
         try:
+            resolve_relation([*self.runs, run], None)  # nobody could say what is spent
             limits = records.check_limits(reserve, max_steps)
             return LedgerRun(self, run, *limits, records.check_about(about))
         except BaseException:

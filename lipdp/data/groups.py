@@ -10,6 +10,9 @@ from lipdp.devices import digest
 
 __all__ = ["Groups", "check_groups"]
 
+# What NumPy, pandas and CSV files write where a text is missing.
+_MISSING = ("", "nan", "NaN", "None", "<NA>", "NaT")
+
 
 class Groups:
     """The examples of each group, and which of them enter a step in which their group is drawn.
@@ -25,7 +28,8 @@ class Groups:
 
     Raises:
         TypeError: `ids` are neither integers nor texts.
-        ValueError: they are not one for each example, or some are missing.
+        ValueError: they are not one for each example, or some are missing: hidden by a mask, or a
+            text such as `""` and `"nan"`.
 
     >>> groups = Groups(["ann", "bob", "ann", "ann"], examples=4, most=2)
     >>> len(groups)
@@ -56,15 +60,19 @@ class Groups:
             generator: of this step alone.
 
         Returns:
-            Distinct numbers of examples, group by group; and float32 shares, which add up to 1 for
-            each group.
+            Distinct numbers of examples, group by group; and float32 shares, which add up to at
+            most 1 for each group, and to 1 but for their rounding.
         """
         counts = self._counts[groups]
         chosen = _distinct(counts, self.most, generator)
         taken = np.arange(chosen.shape[1]) < np.minimum(counts, self.most)[:, None]
         rows = self._order[(self._starts[groups][:, None] + chosen)[taken]]
-        shares = np.repeat(1.0 / np.minimum(counts, self.most), taken.sum(axis=1))
-        return rows, shares.astype("float32")
+        entering = np.minimum(counts, self.most)
+        # Rounded down: up to 1 / m, the nearest float32 may lie above, and m of them above 1.
+        shares = (1.0 / entering).astype("float32")
+        above = shares.astype("float64") * entering > 1.0
+        shares = np.where(above, np.nextafter(shares, np.float32(0.0)), shares)
+        return rows, np.repeat(shares, entering)
 
     def digest(self) -> str:
         """Of which examples belong together, for agreement of processes."""
@@ -123,6 +131,7 @@ def _distinct(counts, most, generator):
 
 def _checked(ids, examples):
     accepted = "one integer or text for each example, such as the ids of people"
+    hidden = np.ma.getmaskarray(ids).any() if isinstance(ids, np.ma.MaskedArray) else False
     ids = np.asarray(ids.to_numpy() if hasattr(ids, "to_numpy") else ids)
     if ids.dtype.kind == "O" and all(isinstance(value, str) for value in ids.flat):
         ids = ids.astype(str)
@@ -131,6 +140,16 @@ def _checked(ids, examples):
     if ids.dtype.kind not in "iuUS":
         raise TypeError(
             f"`groups` must be {accepted}, none of them missing; got dtype {ids.dtype}."
+        )
+    # As one group they would hold rows of people who have a group of their own, too.
+    got = "a masked array that hides some" if hidden else None
+    if ids.dtype.kind in "US":
+        for text in np.array(_MISSING, ids.dtype.kind):
+            got = f"the text {text.item()!r}" if (ids == text).any() else got
+    if got is not None:
+        raise ValueError(
+            f"`groups` must be {accepted}, none of them missing; got {got}. Give each row without "
+            "an id one of its own if no two are of one person, or leave these rows out."
         )
     if ids.shape != (examples,):
         raise ValueError(argument_message("groups", f"{accepted} ({examples})", ids.shape))

@@ -174,7 +174,8 @@ class PrivateModel(keras.Model):
         self.unit = check_choice(unit, "unit", UNITS)
         if unit == "example" and examples_per_group is not None:
             raise ValueError('`examples_per_group` goes with unit="group".')
-        self.examples_per_group = check_integer(examples_per_group or 4, "examples_per_group")
+        most = 4 if examples_per_group is None else examples_per_group
+        self.examples_per_group = check_integer(most, "examples_per_group")
         self.spending = Spending(
             budget,
             noise_multiplier,

@@ -373,7 +373,12 @@ def _open_data(model, x, y, epochs, sample_weight, class_weight, groups, devices
             "`x` must be arrays, or records of which any can be read, for training in several "
             "processes: each would have to read all of a stream."
         )
-    model.sampling.validate(units)
+    try:
+        model.sampling.validate(units)
+    except ValueError as error:
+        if groups is None:
+            raise
+        raise ValueError(f'{error} With unit="group" all of these count groups.') from None
     if groups is None:
         _warn_of_repeats(examples)
     weights = check_weights(sample_weight, class_weight, examples, model.max_sample_weight)

@@ -167,7 +167,9 @@ def update_weights(step: PrivateStep, features: dict, sums: list, backend: Backe
     # Read from the weights that the forward pass used, before they change.
     stds, scales = noise_of_weights(step, sensitivities(step))
     if step.clip.counts:
-        stds = [*stds, 0.5 * math.sqrt(step.clip.counts) * constants.count_noise_multiplier]
+        # Halves add up exactly; the shares of a group round, as gradients do.
+        half = 0.5 * math.sqrt(step.clip.counts) * ROUNDING
+        stds = [*stds, half * constants.count_noise_multiplier]
     if any(ops.is_tensor(std) for std in stds):
         stds = _synchronise(stds)
     noisy = step.noise.add(backend, features, sums, stds)

@@ -71,6 +71,9 @@ def test_ids_of_every_kind(ids):
         ([0.5, 1.0, 1.0, 2.0], TypeError),
         (np.array(["a", None, "b", "c"], object), TypeError),
         (np.array([True, False, True, True]), TypeError),
+        (np.array(["a", np.nan, "b", "c"]), ValueError),  # a text by now
+        (["a", "", "b", "c"], ValueError),
+        (np.ma.masked_equal([0, 1, 2, 3], 2), ValueError),
         ([0, 1, 2], ValueError),
         (np.zeros((4, 1), int), ValueError),
     ],
@@ -105,7 +108,7 @@ def test_groups_are_what_is_drawn_counted_and_accounted():
         real = batch.mask > 0
         # Each row is told by its inputs, which differ.
         owners = [ids[np.flatnonzero((x == row).all(axis=1))[0]] for row in batch.inputs[real]]
-        drawn, counts = np.unique(owners, return_counts=True)
+        drawn, counts = np.unique(np.array(owners, int), return_counts=True)  # perhaps nobody
         assert (counts == np.minimum(SIZES[drawn], 5)).all()
         assert batch.shares[real].sum() == pytest.approx(len(drawn), abs=1e-5)
         assert not batch.shares[~real].any()
@@ -187,6 +190,8 @@ def test_what_does_not_go_together_costs_nothing():
         assert refusing.spent(1e-3).steps == 0
     with pytest.raises(ValueError, match='goes with unit="group"'):
         private(network(), examples_per_group=3)
+    with pytest.raises(ValueError, match="examples_per_group"):
+        grouped(examples_per_group=0)
     with pytest.raises(ValueError, match="`unit` must be one of"):
         private(network(), unit="person")
     model.unit = "example"
@@ -210,6 +215,10 @@ def test_units_do_not_mix(tmp_path):
     assert same.spent(1e-3) == model.spent(1e-3)
     with pytest.raises(ValueError, match="protect different units"):
         accountants.Ledger(ledger).add("a mean", laplace=2.0)
+    with pytest.raises(ValueError, match="protect different units"):
+        accountants.Ledger(ledger).open_run(
+            noise_multiplier=1.0, sampling=PoissonSampling(3), num_examples=6
+        )
     accountants.Ledger(ledger).add("a mean", laplace=2.0, unit="group")
 
 
