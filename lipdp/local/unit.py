@@ -84,7 +84,8 @@ class Unit(abc.ABC):
         Whatever the layer computes in, its norms and sums are of the same numbers of float32: what
         was saved and the cotangents are made such first, so that rounding to fewer bits, in the
         forward and in the backward pass, changes what is summed and never by how much one example
-        moves it.
+        moves it. What is in float32 already may have been rounded to fewer bits by a layer before
+        or behind this one, so it is settled, too.
 
         Where the gradients of all examples would take more than `MEMORY` bytes, they are computed
         for some examples at a time.
@@ -100,8 +101,7 @@ class Unit(abc.ABC):
         """
         known = self.with_rows(saved, static)
         many = isinstance(g, list)
-        if any(map(_is_short, [*saved, *(g if many else [g])])):
-            saved, g = _in_float32((saved, g))
+        saved, g = _in_float32((saved, g))
 
         def part(factors, *rows):
             own = [*rows[:known], *saved[known:]]

@@ -9,6 +9,9 @@ from keras import ops
 import lipdp
 from lipdp import layers
 from lipdp.local import products
+from lipdp.local import unit as unit_module
+from lipdp.local.calls import layer_units
+from lipdp.training import steps
 from tests.lipdp.helpers import EAGERLY, data, one_in, private, weights
 from tests.lipdp.local import networks
 from tests.lipdp.local.test_units import ROWS, Attacked, lengths_of
@@ -124,6 +127,24 @@ def test_weights_stay_in_float32(policy):
     )
     with pytest.raises(ValueError, match=r"updates weights in float32|computes in float64"):
         private(made, clip=lipdp.PerLayerClip())
+
+
+def test_a_float32_layer_behind_one_of_few_bits_settles_what_it_reads(monkeypatch):
+    """Keras casts up what it reads, and XLA might leave out the rounding for one reader only."""
+    seen, right = [], unit_module.settled
+    monkeypatch.setattr(unit_module, "settled", lambda t: seen.append(len(t)) or right(t))
+    mixed = keras.Sequential(
+        [
+            keras.Input((6,)),
+            K.Dense(4, dtype="mixed_bfloat16"),
+            K.Dense(3, dtype="float32"),
+        ]
+    )
+    found = layer_units(mixed)
+    outputs, pull = steps.backend().pull_back_to_calls(mixed, ops.ones((2, 6)), found)
+    ones = ops.ones((2,))
+    found.clipped_sums(*pull(ops.ones_like(outputs)), ones, ones, ones)
+    assert seen == [2, 2]  # of each layer what it read, and its cotangents
 
 
 @pytest.mark.any_backend
